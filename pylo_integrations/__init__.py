@@ -1,0 +1,31 @@
+"""Learned optimizers for PyTorch training."""
+
+from pylo_integrations.catalog import (
+    OptimizerSpec,
+    create_optimizer,
+    get_optimizer_info,
+    list_optimizers,
+    register_optimizer,
+    unregister_optimizer,
+)
+from pylo_integrations.engine import NonFiniteError
+from pylo_integrations.groups import param_groups
+from pylo_integrations.optimizer import LearnedOptimizer, SmallFCLOpt, unwrap_optimizer
+from pylo_integrations.weights.theta import Theta
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LearnedOptimizer",
+    "NonFiniteError",
+    "OptimizerSpec",
+    "SmallFCLOpt",
+    "Theta",
+    "create_optimizer",
+    "get_optimizer_info",
+    "list_optimizers",
+    "param_groups",
+    "register_optimizer",
+    "unregister_optimizer",
+    "unwrap_optimizer",
+]

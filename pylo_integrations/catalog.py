@@ -1,0 +1,147 @@
+"""The catalogue: every learned optimizer by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from pylo_integrations.groups import param_groups
+from pylo_integrations.ops.select import Backend
+from pylo_integrations.optimizer import LearnedOptimizer, SmallFCLOpt
+from pylo_integrations.weights.sources import Weights
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A catalogue entry.
+
+    Attributes:
+        name: Lower snake case.
+        cls: Called as ``cls(params, lr=..., **options)``.
+        description: One line.
+        lr: Default learning rate.
+        defaults: Options that differ from those of ``cls``.
+    """
+
+    name: str
+    cls: type[LearnedOptimizer]
+    description: str
+    lr: float = 1.0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether every step needs the loss."""
+        return self.cls.rule_type.needs_loss
+
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether the optimizer needs ``num_steps``."""
+        return self.cls.rule_type.needs_horizon
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Keyword arguments of ``cls``."""
+        return tuple(inspect.signature(self.cls).parameters)[1:]
+
+
+_CATALOG = {
+    spec.name: spec
+    for spec in (
+        OptimizerSpec(
+            "small_fc_lopt", SmallFCLOpt, "per-parameter MLP over Adafactor-style features (Metz et al., CoLLAs 2022)"
+        ),
+    )
+}
+
+
+def list_optimizers(filter: str = "") -> list[str]:
+    """Names in the catalogue, sorted; those matching a wildcard pattern, or containing ``filter`` if it has none."""
+    pattern = filter if any(wildcard in filter for wildcard in "*?[") else f"*{filter}*"
+    return sorted(fnmatch.filter(_CATALOG, pattern))
+
+
+def get_optimizer_info(name: str) -> OptimizerSpec:
+    """The catalogue entry of ``name``.
+
+    Raises:
+        ValueError: There is none; the message lists near matches.
+    """
+    try:
+        return _CATALOG[name]
+    except (KeyError, TypeError):
+        near = difflib.get_close_matches(str(name), _CATALOG, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {list_optimizers()}"
+        raise ValueError(f"unknown learned optimizer {name!r}; {hint}") from None
+
+
+def register_optimizer(spec: OptimizerSpec) -> None:
+    """Add an entry; every adapter then accepts its name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if spec.name in _CATALOG:
+        raise ValueError(f"optimizer {spec.name!r} is already registered; call unregister_optimizer first")
+    _CATALOG[spec.name] = spec
+
+
+def unregister_optimizer(name: str) -> None:
+    """Remove an entry.
+
+    Raises:
+        ValueError: There is none.
+    """
+    del _CATALOG[get_optimizer_info(name).name]
+
+
+def create_optimizer(
+    model_or_params: nn.Module | ParamsT,
+    name: str,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    *,
+    weights: Weights | None = None,
+    backend: Backend = "auto",
+    num_steps: int | None = None,
+    step_mult: float | None = None,
+    max_grad_norm: float | None = None,
+    **kwargs: Any,
+) -> LearnedOptimizer:
+    """Create a learned optimizer by name.
+
+    Args:
+        model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups`; or parameters; or groups.
+        name: One of :func:`list_optimizers`.
+        lr: Factor on the whole update; by default that of the entry.
+        weight_decay: Decoupled weight decay.
+        weights: Theta, see :data:`~pylo_integrations.weights.Weights`; by default that of the entry.
+        backend: See :data:`~pylo_integrations.ops.select.Backend`.
+        num_steps: The horizon: optimizer steps of the whole run.
+        step_mult: Scale of the step, where the optimizer has one; by default theta's.
+        max_grad_norm: Clip the global L2 norm of the gradients to this.
+        **kwargs: Further options of the entry's class.
+
+    Raises:
+        ValueError: Unknown name, or an option out of range.
+        TypeError: The entry's class has no such option.
+    """
+    spec = get_optimizer_info(name)
+    options = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
+    options = {key: value for key, value in options.items() if value is not None}
+    options = {**spec.defaults, **options, "backend": backend, "weight_decay": weight_decay, **kwargs}
+    if unknown := sorted(set(options) - set(spec.options)):
+        raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")
+    params = param_groups(model_or_params, weight_decay) if isinstance(model_or_params, nn.Module) else model_or_params
+    return spec.cls(params, lr=spec.lr if lr is None else lr, **options)

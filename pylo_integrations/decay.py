@@ -1,0 +1,35 @@
+"""Learning rate and weight decay, reduced to the two numbers of ``p <- keep * p - scale * step``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+DecayPolicy = Literal["before", "after", "before_independent", "after_independent"]
+"""How decoupled weight decay meets the learned step.
+
+``"before"`` decays the old parameter, as AdamW does; ``"after"`` decays the updated one. Both shrink by ``lr *
+weight_decay``; the ``_independent`` forms shrink by ``weight_decay * lr / base_lr``, so that a schedule still anneals
+the decay but the choice of learning rate does not change it (Loshchilov & Hutter, "Decoupled Weight Decay
+Regularization", ICLR 2019). ``base_lr`` is the group's learning rate when it was added.
+"""
+
+
+def check_decay_policy(policy: str) -> None:
+    """Raise ValueError unless ``policy`` is a :data:`DecayPolicy`."""
+    if policy not in get_args(DecayPolicy):
+        raise ValueError(f"weight_decay_policy={policy!r} is unknown; choose one of {list(get_args(DecayPolicy))}")
+
+
+def keep_and_scale(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+    """``(keep, scale)`` of a parameter group: the new parameter is ``keep * p - scale * step``."""
+    lr, decay, policy = group["lr"], group["weight_decay"], group["weight_decay_policy"]
+    if policy.endswith("_independent"):
+        base_lr = group["base_lr"]
+        shrink = decay * (lr / base_lr) if base_lr else 0.0
+    else:
+        shrink = decay * lr
+    keep = 1 - shrink
+    return keep, (lr * keep if policy.startswith("after") else lr)

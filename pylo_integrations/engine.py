@@ -1,0 +1,196 @@
+"""One step of a learned optimizer over all of its tensors.
+
+=========  ======================================================================================
+plan       tensors with a gradient, bucketed by layout, dtype, device and group; cached
+collect    read-only partial sums of every block
+--round--  sums completed over all tensors at once; non-finite policy decided; nothing changed yet
+prepare_   factored state of every bucket
+control    whole-model decisions of the rule
+describe_  parameter-shaped state of every block; sums of squared features
+--round--  sums completed
+propose    the step of every block, applied as ``p <- keep * p - scale * step``
+=========  ======================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.decay import keep_and_scale
+from pylo_integrations.ops.select import Backend, select_stages
+from pylo_integrations.progress import Progress
+from pylo_integrations.rules.base import Rule, StepContext, read_gradient
+from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums
+from pylo_integrations.sharding.layout import TensorLayout
+from pylo_integrations.sharding.rounds import sum_over_ranks_
+
+NonFinitePolicy = Literal["error", "skip", "zero"]
+"""What a step does about non-finite gradients, or a non-finite loss that the rule needs.
+
+``"error"`` raises, ``"skip"`` changes nothing, ``"zero"`` reads the offending gradient elements as zero (and skips if
+it is the loss). Whatever the choice, parameters and state stay finite.
+"""
+
+CACHE_NUMEL = 16_384
+"""Elements a block holds on a CPU, so that its features and activations stay in cache."""
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient or loss was not finite and ``on_nonfinite="error"``; nothing was changed."""
+
+
+@dataclass
+class _Plan:
+    key: tuple[Any, ...]
+    buckets: list[Bucket]  # hold every parameter, state and group, so that no id in the key can be reused
+    blocks: list[list[Block]]
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+class Engine:
+    """Runs a rule's stages; holds nothing but caches.
+
+    Args:
+        rule: The mathematics.
+        backend: See :data:`~pylo_integrations.ops.select.Backend`.
+        chunk_bytes: Bound on the temporaries of a step, in bytes.
+    """
+
+    def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int) -> None:
+        self._stages = select_stages(rule, backend)
+        self._chunk_bytes = chunk_bytes
+        self._plan = _Plan((), [], [])
+        self._constants: dict[tuple[torch.device, torch.dtype], Mapping[str, Tensor]] = {}
+
+    def step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        progress: Progress,
+        loss: Tensor | None,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> bool:
+        """Take one step; returns False if non-finite values made it change nothing.
+
+        A step reads the device once: the verdict on non-finite values.
+
+        Raises:
+            NonFiniteError: See :data:`NonFinitePolicy`.
+        """
+        plan = self._planned(groups, state)
+        if not plan.buckets:
+            return True
+        norm = self._grad_norm(plan)
+        finite = self._are_finite(norm, loss)
+        if not all(finite):
+            progress.nonfinite_steps += 1
+            if on_nonfinite == "error":
+                culprit = "loss" if finite[0] else "gradient"
+                raise NonFiniteError(
+                    f"the {culprit} of step {progress.iteration} is not finite; nothing was changed. "
+                    'Pass on_nonfinite="skip" to skip such steps, or "zero" to read the bad elements as zero'
+                )
+            if on_nonfinite == "skip" or not finite[1]:
+                return False
+        context = StepContext(
+            progress.iteration, progress.num_steps, loss, zero_nonfinite=not finite[0], memory=progress.memory
+        )
+        if max_grad_norm is not None:
+            norm = norm if finite[0] else self._grad_norm(plan, context)
+            context.grad_scale = max_grad_norm / norm.clamp_min(max_grad_norm)
+        self._run(plan, context)
+        progress.iteration += 1
+        return True
+
+    def _planned(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> _Plan:
+        """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
+        stepped = [(group, p) for group in groups for p in group["params"] if p.grad is not None and p.numel()]
+        key = tuple((id(g), g["axes"], id(p), p.dtype, p.device, p.shape, id(state[p])) for g, p in stepped)
+        if key != self._plan.key:
+            self._plan = self._build(key, stepped, state)
+        for bucket in self._plan.buckets:
+            bucket.grads = [cast(Tensor, p.grad) for p in bucket.params]
+        return self._plan
+
+    def _build(
+        self,
+        key: tuple[Any, ...],
+        stepped: Sequence[tuple[Mapping[str, Any], Tensor]],
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> _Plan:
+        members: dict[tuple[Any, ...], Bucket] = {}
+        for group, param in stepped:
+            layout = TensorLayout.of(param, group["axes"])
+            bucket = members.setdefault(
+                (id(group), layout, param.dtype, param.device), Bucket(layout, [], [], group, state_dtype(param))
+            )
+            bucket.params.append(param)
+            bucket.states.append(state[param])
+        buckets = list(members.values())
+        return _Plan(key, buckets, [bucket.blocks(self._block_numel(bucket)) for bucket in buckets])
+
+    def _block_numel(self, bucket: Bucket) -> int:
+        numel = max(1, self._chunk_bytes // (self._stages.workspace * bucket.dtype.itemsize))
+        return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
+
+    def _grad_norm(self, plan: _Plan, context: StepContext | None = None) -> Tensor:
+        """0-d L2 norm of all gradients, as the rule would read them under ``context``.
+
+        Not finite if a gradient is not, or if it is so large that its square overflows: either would poison the state.
+        """
+        device = plan.buckets[0].device
+        norms: list[Tensor] = []
+        for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
+            grads = bucket.grads if context is None else [read_gradient(block, context) for block in blocks]
+            norms += (norm.to(device) for norm in torch._foreach_norm(grads, 2, dtype=bucket.dtype))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    @staticmethod
+    def _are_finite(norm: Tensor, loss: Tensor | None) -> tuple[bool, bool]:
+        """Whether gradients and loss are finite, in one read of the device."""
+        verdict = torch.isfinite(norm if loss is None else torch.stack([norm, loss.to(norm)])).reshape(-1).tolist()
+        return verdict[0], verdict[-1] or loss is None
+
+    def _constants_for(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        if (device, dtype) not in self._constants:
+            self._constants[device, dtype] = self._stages.constants(device, dtype)
+        return self._constants[device, dtype]
+
+    def _run(self, plan: _Plan, context: StepContext) -> None:
+        stages, buckets = self._stages, plan.buckets
+        contexts = [replace(context, constants=self._constants_for(b.device, b.dtype)) for b in buckets]
+
+        collected = self._round(plan, lambda i, block: stages.collect(block, contexts[i]))
+        prepared = [stages.prepare_(b, sums, ctx) for b, sums, ctx in zip(buckets, collected, contexts, strict=True)]
+        widest = max(range(len(buckets)), key=lambda i: buckets[i].dtype.itemsize)
+        decided = stages.control(buckets, collected, contexts[widest])
+        controls = [
+            {name: value.to(bucket.device, bucket.dtype) for name, value in control.items()}
+            for bucket, control in zip(buckets, decided, strict=True)
+        ]
+        described = self._round(plan, lambda i, block: stages.describe_(block, prepared[i], contexts[i]))
+        for i, bucket in enumerate(buckets):
+            keep, scale = keep_and_scale(bucket.group)
+            for block in plan.blocks[i]:
+                step = stages.propose(block, prepared[i], described[i], controls[i], contexts[i])
+                block.store_param_(block.param * keep - step * scale)
+
+    @staticmethod
+    def _round(plan: _Plan, stage: Callable[[int, Block], Mapping[str, PartialSum]]) -> list[Sums]:
+        """Run a stage over every block and complete its sums, for all buckets together."""
+        totals = [Accumulator(bucket) for bucket in plan.buckets]
+        for i, blocks in enumerate(plan.blocks):
+            for block in blocks:
+                totals[i].add_(block, stage(i, block))
+        sum_over_ranks_(total for accumulator in totals for total in accumulator.sums.values())
+        return [accumulator.sums for accumulator in totals]

@@ -1,0 +1,1 @@
+"""Which implementation runs a rule's stages."""

@@ -1,0 +1,480 @@
+"""``LearnedOptimizer``: the torch.optim contract around a rule."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from pylo_integrations.decay import DecayPolicy, check_decay_policy
+from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
+from pylo_integrations.ops.select import Backend
+from pylo_integrations.progress import Progress, as_scalar_loss
+from pylo_integrations.rules.base import Rule
+from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
+from pylo_integrations.weights.sources import load_theta
+from pylo_integrations.weights.theta import Theta
+
+CHUNK_BYTES = 256 * 2**20
+_BLOB = "progress"  # key of the globals in the first parameter group of a state dict
+
+
+class LearnedOptimizer(Optimizer):
+    """A torch optimizer whose update is a learned rule.
+
+    Subclasses only choose the rule; all behaviour is here. State is created lazily (:meth:`init_state`), in float32
+    (float64 for float64 parameters), shaped like its parameter but for small row and column statistics.
+
+    Args:
+        params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
+            ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
+            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; see :func:`~pylo_integrations.param_groups`.
+        rule: The mathematics.
+        lr: Factor on the whole update; a float or a one-element tensor. 1 is the natural value of most theta.
+        weight_decay: Decoupled weight decay.
+        num_steps: The horizon, i.e. how many optimizer steps the run will take.
+        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them.
+        weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
+        maximize: Ascend instead of descend.
+        on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
+        chunk_bytes: Bound on the temporaries of a step, in bytes.
+        backend: See :data:`~pylo_integrations.ops.select.Backend`.
+        theta: The weights that ``rule`` was built from, if any.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: A parameter is complex or not floating point.
+    """
+
+    rule_type: ClassVar[type[Rule]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: Rule,
+        *,
+        lr: float | Tensor = 1.0,
+        weight_decay: float = 0.0,
+        num_steps: int | None = None,
+        max_grad_norm: float | None = None,
+        weight_decay_policy: DecayPolicy = "before",
+        maximize: bool = False,
+        on_nonfinite: NonFinitePolicy = "skip",
+        chunk_bytes: int = CHUNK_BYTES,
+        backend: Backend = "auto",
+        theta: Theta | None = None,
+    ) -> None:
+        if on_nonfinite not in get_args(NonFinitePolicy):
+            raise ValueError(
+                f"on_nonfinite={on_nonfinite!r} is unknown; choose one of {list(get_args(NonFinitePolicy))}"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive, or None for no clipping")
+        if chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes={chunk_bytes!r} must be positive")
+        self.rule = rule
+        self.theta = theta
+        self.max_grad_norm = max_grad_norm
+        self.on_nonfinite: NonFinitePolicy = on_nonfinite
+        self.chunk_bytes = chunk_bytes
+        self.backend = backend
+        # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
+        self._progress = Progress()
+        self._warned: set[str] = set()
+        self._engine = Engine(rule, backend, chunk_bytes)
+        self.set_num_steps(num_steps)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "weight_decay_policy": weight_decay_policy,
+            "maximize": maximize,
+            "axes": "out_in",
+        }
+        super().__init__(params, defaults)
+
+    # -- what the rule needs to know -------------------------------------------------------------------------------
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a step needs the loss."""
+        return self.rule.needs_loss
+
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether a step needs ``num_steps``."""
+        return self.rule.needs_horizon
+
+    @property
+    def iteration(self) -> int:
+        """Steps taken; skipped steps do not count."""
+        return self._progress.iteration
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps that met non-finite gradients or loss, whatever was done about them."""
+        return self._progress.nonfinite_steps
+
+    @property
+    def num_steps(self) -> int | None:
+        """The horizon; see :meth:`set_num_steps`."""
+        return self._progress.num_steps
+
+    def set_num_steps(self, num_steps: int | None) -> None:
+        """Set how many optimizer steps the run takes in total, counted from iteration 0.
+
+        Raises:
+            ValueError: Not a positive integer.
+        """
+        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+            raise ValueError(
+                f"num_steps={num_steps!r} must be a positive integer: the optimizer steps of the whole run"
+            )
+        self._progress.num_steps = num_steps
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tell the next :meth:`step` the loss, where the caller of ``step`` cannot pass it.
+
+        Call it once per micro-batch with exactly what went into ``backward()``, before AMP scaling; the losses add up
+        until a step consumes them.
+
+        Raises:
+            TypeError: Not a tensor or number.
+            ValueError: More than one element.
+        """
+        self._progress.window.add(as_scalar_loss(loss))
+
+    def clear_observed_loss(self) -> None:
+        """Forget observed losses, e.g. of a step that a GradScaler skipped."""
+        self._progress.window.take()
+
+    # -- stepping --------------------------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | Tensor | float | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model and its gradients and returns the loss; called once, with gradients enabled.
+                A tensor or number in this place is taken as ``loss``.
+            loss: The loss that was given to ``backward()``. Preferred to observed losses, and those to the closure's.
+
+        Returns:
+            What the closure returned, else ``loss``.
+
+        Raises:
+            RuntimeError: The rule needs a loss or a horizon and has none.
+            TypeError: A gradient is sparse or complex; a parameter is sharded.
+            NonFiniteError: With ``on_nonfinite="error"``.
+
+        Whatever is raised, parameters and state are unchanged.
+        """
+        if closure is not None and not callable(closure):
+            if loss is not None:
+                raise TypeError("step() got the loss twice: positionally and as loss=")
+            closure, loss = None, closure
+        result: Any = loss
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        observed = self._progress.window.take()
+        known = loss if loss is not None else observed
+        if known is None and self.rule.needs_loss:
+            known = result
+        self._step(None if known is None else as_scalar_loss(known))
+        return result
+
+    @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler
+    def _step(self, loss: Tensor | None) -> None:
+        progress = self._progress
+        self._check_gradients()
+        if loss is None and self._is_state_probe():
+            self.init_state()
+            return
+        self._check_needs(loss)
+        self.init_state()
+        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
+            self._warn_once(
+                "horizon",
+                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was told "
+                "that training ends there. Call set_num_steps() with the true length of the run",
+            )
+        with torch.no_grad(), torch.autocast(self._device_type(), enabled=False):
+            taken = self._engine.step(
+                self.param_groups,
+                self.state,
+                progress,
+                loss if self.rule.needs_loss else None,
+                self.on_nonfinite,
+                self.max_grad_norm,
+            )
+        if not taken:
+            self._warn_once(
+                "nonfinite",
+                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further ones "
+                "are only counted, in `nonfinite_steps`",
+            )
+
+    def _device_type(self) -> str:
+        return next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+
+    def _check_gradients(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided or grad.is_complex():
+                    kind = "complex" if grad.is_complex() else "sparse"
+                    names = group.get("param_names")
+                    name = names[position] if names else f"{position} of group {index}"
+                    raise TypeError(
+                        f"the gradient of parameter {name} is {kind}; learned optimizers need dense real gradients "
+                        "(for nn.Embedding, pass sparse=False)"
+                    )
+
+    def _check_needs(self, loss: Tensor | None) -> None:
+        name = type(self).__name__
+        if self.rule.needs_loss and loss is None:
+            raise RuntimeError(
+                f"{name} needs the training loss at every step: call optimizer.step(loss=loss) or "
+                "optimizer.step(closure), or observe_loss(loss) before step(); with a framework, use "
+                "pylo_integrations.hf.Trainer, pylo_integrations.lightning.LearnedOptimizerCallback or "
+                "pylo_integrations.accelerate.attach"
+            )
+        if self.rule.needs_horizon and self.num_steps is None:
+            raise RuntimeError(
+                f"{name} needs to know how many steps the run takes: pass num_steps= when creating it, or call "
+                "optimizer.set_num_steps(n) before the first step"
+            )
+
+    def _is_state_probe(self) -> bool:
+        """Whether this is torch.distributed.checkpoint making us create state: a step with lr 0 and zero gradients."""
+        return (
+            self.iteration == 0
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and not any(
+                p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]
+            )
+        )
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, also after steps were taken.
+
+        Raises:
+            ValueError: An option of the group is out of range.
+            TypeError: A parameter is complex or not floating point.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        group.setdefault("base_lr", float(group["lr"]))
+
+    def init_state(self) -> None:
+        """Create the state of every parameter that has none yet; steps do so by themselves."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param not in self.state and (param.requires_grad or param.grad is not None):
+                    self.state[param] = self._fresh_state(param, group["axes"])
+
+    def _fresh_state(self, param: Tensor, axes: AxisOrder) -> dict[str, Tensor]:
+        shapes = self.rule.state_shapes(TensorLayout.of(param, axes))
+        dtype = state_dtype(param)
+        return {
+            name: torch.zeros_like(param, dtype=dtype, requires_grad=False)
+            if shape is None
+            else torch.zeros(shape, dtype=dtype, device=param.device)
+            for name, shape in shapes.items()
+        }
+
+    def state_dict(self) -> StateDict:
+        """As torch's; what is global to the run is a string of bytes in the first parameter group.
+
+        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged.
+        """
+        state_dict = super().state_dict()
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        groups[0][_BLOB] = self._progress.to_bytes(self.theta.sha256 if self.theta else None)
+        return {**state_dict, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
+
+        A horizon set on this optimizer is kept, with a warning if the checkpoint has another.
+
+        Raises:
+            ValueError: The groups or the states are not those of this optimizer; nothing was changed.
+        """
+        saved: dict[Tensor, Mapping[str, Any]] = {}
+
+        def check(optimizer: Optimizer, state_dict: StateDict) -> None:
+            saved.update(self._match_state(state_dict))
+
+        # torch casts states to their parameter's dtype. The hook sees, after all of the user's, what is loaded.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for param, tensors in saved.items():
+            dtype = state_dtype(param)
+            self.state[param] = {name: value.to(param.device, dtype, copy=True) for name, value in tensors.items()}
+        for group in self.param_groups:
+            group.setdefault("base_lr", float(group["lr"]))
+            if blob := group.pop(_BLOB, None):
+                self._read_progress(blob)
+
+    def _match_state(self, state_dict: StateDict) -> dict[Tensor, Mapping[str, Any]]:
+        """Saved state by parameter of this optimizer, checked against the shapes of its rule."""
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        ours = [(param, group["axes"]) for group in self.param_groups for param in group["params"]]
+        matched: dict[Tensor, Mapping[str, Any]] = {}
+        for index, (param, axes) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
+            if not (tensors := state_dict["state"].get(index)):
+                continue
+            shapes = self.rule.state_shapes(TensorLayout.of(param, axes))
+            expected = {name: tuple(param.shape) if shape is None else shape for name, shape in shapes.items()}
+            found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+            if found != expected:
+                raise ValueError(
+                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {tuple(param.shape)} "
+                    f"has state {found}, expected {expected}. Was it written by another optimizer, or for a model with "
+                    "other shapes or parameter order?"
+                )
+            matched[param] = tensors
+        return matched
+
+    def _read_progress(self, blob: bytes) -> None:
+        horizon = self.num_steps
+        theta = self._progress.read_bytes(blob)
+        if self.theta is not None and theta not in (None, self.theta.sha256):
+            warnings.warn(
+                f"the checkpoint was written with other weights (theta sha256 {str(theta)[:12]}, here "
+                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if horizon is not None:
+            if self.num_steps not in (None, horizon):
+                warnings.warn(
+                    f"the checkpoint was written with num_steps={self.num_steps}; keeping this optimizer's {horizon}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self.set_num_steps(horizon)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
+    for option in ("lr", "weight_decay"):
+        value = float(group[option])
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{option}={group[option]!r} must be a finite number >= 0")
+    check_decay_policy(group["weight_decay_policy"])
+    if group["axes"] not in get_args(AxisOrder):
+        raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
+    for position, param in enumerate(group["params"]):
+        if not param.is_floating_point():
+            names = group.get("param_names")
+            raise TypeError(
+                f"parameter {names[position] if names else position} is {param.dtype}; learned optimizers step real "
+                "floating-point parameters only (view a complex one with torch.view_as_real)"
+            )
+
+
+class SmallFCLOpt(LearnedOptimizer):
+    """small_fc_lopt: a per-parameter MLP over Adafactor-style features (:mod:`pylo_integrations.rules.small_fc`).
+
+    Args:
+        params: As for :class:`LearnedOptimizer`.
+        lr: As for :class:`LearnedOptimizer`.
+        weight_decay: As for :class:`LearnedOptimizer`.
+        weights: Theta: an object, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"`` or arrays. Default
+            ``"builtin:small_fc_bootstrap"``: constructed, not meta-trained (:func:`pylo_integrations.weights.bootstrap`).
+        num_steps: Unused by this rule but to warn about an overrun.
+        step_mult: Scale of the step; by default theta's.
+        exp_mult: Scale of the magnitude output; by default theta's.
+        max_grad_norm: As for :class:`LearnedOptimizer`.
+        weight_decay_policy: As for :class:`LearnedOptimizer`.
+        maximize: As for :class:`LearnedOptimizer`.
+        on_nonfinite: As for :class:`LearnedOptimizer`.
+        chunk_bytes: As for :class:`LearnedOptimizer`.
+        backend: As for :class:`LearnedOptimizer`.
+
+    Raises:
+        ValueError: An argument is out of range, or the weights are for another optimizer.
+        FileNotFoundError: The weights cannot be found.
+        TypeError: A parameter is complex or not floating point.
+    """
+
+    rule_type = SmallFC
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        *,
+        weight_decay: float = 0.0,
+        weights: Theta | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        num_steps: int | None = None,
+        step_mult: float | None = None,
+        exp_mult: float | None = None,
+        max_grad_norm: float | None = None,
+        weight_decay_policy: DecayPolicy = "before",
+        maximize: bool = False,
+        on_nonfinite: NonFinitePolicy = "skip",
+        chunk_bytes: int = CHUNK_BYTES,
+        backend: Backend = "auto",
+    ) -> None:
+        theta = load_theta("builtin:small_fc_bootstrap" if weights is None else weights, "small_fc")
+        rule = theta.rule(step_mult=step_mult, exp_mult=exp_mult)
+        if not isinstance(rule, self.rule_type):
+            raise ValueError(f"weights={weights!r} are for {theta.architecture}, not for {type(self).__name__}")
+        super().__init__(
+            params,
+            rule,
+            lr=lr,
+            weight_decay=weight_decay,
+            num_steps=num_steps,
+            max_grad_norm=max_grad_norm,
+            weight_decay_policy=weight_decay_policy,
+            maximize=maximize,
+            on_nonfinite=on_nonfinite,
+            chunk_bytes=chunk_bytes,
+            backend=backend,
+            theta=theta,
+        )
+
+
+def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:
+    """The learned optimizer inside the wrappers of Lightning, Fabric or Accelerate; None if there is none."""
+    # Lightning's wrappers pass isinstance() for the class they wrap, so look for what is wrapped first.
+    while inner := next((vars(optimizer)[key] for key in ("_optimizer", "optimizer") if key in vars(optimizer)), None):
+        optimizer = inner
+    return optimizer if isinstance(optimizer, LearnedOptimizer) else None

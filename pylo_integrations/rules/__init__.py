@@ -1,0 +1,1 @@
+"""The mathematics of each optimizer: staged rules of pure functions over blocks of tensors."""

@@ -1,0 +1,104 @@
+"""The contract between the engine and a rule.
+
+A learned optimizer needs whole-tensor numbers at two points of a step: row and column means before its features
+exist, and the mean square of every feature before its network can run. A rule is therefore not one ``update()`` but
+stages; the engine runs each stage over the blocks of all tensors and completes the sums of all tensors between them
+in one *round* (see :mod:`pylo_integrations.engine`). Rules never see devices, ranks or chunk sizes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
+from pylo_integrations.sharding.layout import TensorLayout
+
+LARGEST_GRADIENT = 1e14
+"""The square of this, summed over a billion elements, still fits float32."""
+
+Control = Mapping[str, Tensor]
+"""What a rule decides for whole tensors: entries of shape ``(tensors or 1, ...)``."""
+
+
+@dataclass
+class StepContext:
+    """What one step knows beyond the tensors.
+
+    Attributes:
+        iteration: Optimizer steps taken before this one; the first step sees 0.
+        num_steps: The horizon, or None when unknown (never None for a rule that needs it).
+        loss: 0-d float32 loss of this step, or None (never None for a rule that needs it).
+        grad_scale: 0-d factor on every gradient (global-norm clipping), or None.
+        zero_nonfinite: Whether gradient elements that are not finite, or beyond ``LARGEST_GRADIENT``, are read as 0.
+        memory: The rule's own whole-model memory, kept in checkpoints; a rule replaces entries in ``control``.
+        constants: :meth:`Rule.constants` on the device and dtype of the tensors at hand.
+    """
+
+    iteration: int
+    num_steps: int | None
+    loss: Tensor | None
+    grad_scale: Tensor | None = None
+    zero_nonfinite: bool = False
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Rule(ABC):
+    """One optimizer's mathematics. Stages run in the order of the methods below; statistics are named tensors.
+
+    A rule is a pure function of theta and is immutable: it holds no state of a run.
+    """
+
+    needs_loss: ClassVar[bool] = False
+    needs_horizon: ClassVar[bool] = False
+
+    @property
+    def workspace(self) -> int:
+        """Temporaries of the hungriest stage, in elements of the compute dtype per parameter element."""
+        return 16
+
+    @abstractmethod
+    def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
+        """Names and shapes of a tensor's state; None stands for "shaped (and sharded) like the parameter"."""
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors derived from theta, placed on ``device`` in ``dtype``; cached by the engine."""
+        return {}
+
+    def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
+        """Read-only: what must be summed over whole tensors before any state may change."""
+        return {}
+
+    def prepare_(self, bucket: Bucket, sums: Sums, ctx: StepContext) -> Sums:
+        """Update factored state from the complete sums of ``collect``; return what blocks need of it."""
+        return {}
+
+    def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
+        """Whole-model decisions, once a step, one entry per bucket; may update ``ctx.memory``."""
+        return [{}] * len(buckets)
+
+    def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
+        """Update the block's parameter-shaped state; sum what ``propose`` needs of whole tensors."""
+        return {}
+
+    @abstractmethod
+    def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
+        """The step of every parameter, ``(tensors, 1, *box)`` in parameter units, to be subtracted."""
+
+
+def read_gradient(block: Block, ctx: StepContext) -> Tensor:
+    """Gradients as the rule must see them, ``(tensors, 1, *box)``: sign, non-finite policy and clip scale applied."""
+    grad = block.raw_grad
+    if ctx.zero_nonfinite:
+        grad = grad.where(grad.abs() <= LARGEST_GRADIENT, 0)
+    if block.bucket.group["maximize"]:
+        grad = -grad
+    if ctx.grad_scale is not None:
+        grad = grad * ctx.grad_scale.to(grad.dtype)
+    return grad

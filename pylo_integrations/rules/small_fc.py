@@ -1,0 +1,136 @@
+r"""small_fc_lopt: a per-parameter MLP over Adafactor-style features (spec §1).
+
+Metz et al., "Practical tradeoffs between memory, compute, and performance in learned optimizers", CoLLAs 2022.
+
+With the accumulators of :mod:`~pylo_integrations.rules.accumulators` updated first, 28 features of every parameter,
+each divided by its root mean square over the tensor, and 11 time features enter an MLP with outputs ``(d, a)``:
+
+.. math:: p \leftarrow p - d \, e^{a \cdot \mathrm{exp\_mult}} \cdot \mathrm{step\_mult}
+
+The loss and the horizon are unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
+from pylo_integrations.rules.base import Control, StepContext
+from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
+from pylo_integrations.rules.moments import MomentRule
+from pylo_integrations.rules.networks import mlp
+from pylo_integrations.sharding.blocks import Block, Bucket, Sums
+
+
+@dataclass(frozen=True, eq=False)
+class SmallFC(MomentRule):
+    """The rule of small_fc_lopt, MuLO and ELO.
+
+    Attributes:
+        weights: MLP weights, layer by layer, each (outputs, inputs); 39 inputs, 2 outputs.
+        biases: MLP biases, each (outputs,).
+        exp_mult: Scale of the magnitude output inside the exponential.
+        step_mult: Scale of the whole step.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    exp_mult: float = 1e-3
+    step_mult: float = 1e-3
+
+    features: ClassVar[tuple[str, ...]] = (
+        "grad",
+        "param",
+        "momentum",
+        "rms",
+        "momentum_over_rms",
+        "inverse_rms",
+        "factored_grad",
+        "row",
+        "col",
+        "inverse_row",
+        "inverse_col",
+        "factored_momentum",
+    )
+    initial_decays: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "momentum_decays": (0.9, 0.99, 0.999),
+        "rms_decays": (0.999,),
+        "adafactor_decays": (0.9, 0.99, 0.999),
+    }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor], *, exp_mult: float = 1e-3, step_mult: float = 1e-3) -> SmallFC:
+        """Build the rule from theta.
+
+        Args:
+            arrays: ``nn/~/w0``, ``nn/~/b0``, ``nn/~/w1``... with weights (inputs, outputs), 39 inputs and 2 outputs, any
+                number of layers of any width; and the learned offsets ``momentum_decays`` (3,), ``rms_decays`` (1,) and
+                ``adafactor_decays`` (3,), where left out zero.
+            exp_mult: Scale of the magnitude output inside the exponential.
+            step_mult: Scale of the whole step.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+        """
+        depth = sum(name.startswith("nn/~/w") for name in arrays)
+        layers = [f"nn/~/{kind}{layer}" for layer in range(max(depth, 1)) for kind in "wb"]
+        if missing := [name for name in layers if name not in arrays]:
+            raise ValueError(f"small_fc theta lacks {missing}; it needs nn/~/w0, nn/~/b0, nn/~/w1, ... without a gap")
+        if unknown := sorted(set(arrays) - {*layers, *cls.initial_decays}):
+            raise ValueError(f"small_fc theta has unknown arrays {unknown}; remove them or rename them")
+        expected_inputs = channel_count(cls.features) + len(TIME_SCALES)
+        for layer in range(depth):
+            weight, bias = arrays[f"nn/~/w{layer}"], arrays[f"nn/~/b{layer}"]
+            outputs = 2 if layer == depth - 1 else (weight.shape[-1] if weight.dim() else 0)
+            if tuple(weight.shape) != (expected_inputs, outputs) or tuple(bias.shape) != (outputs,):
+                raise ValueError(
+                    f"small_fc theta: nn/~/w{layer} is {tuple(weight.shape)} and nn/~/b{layer} {tuple(bias.shape)}; "
+                    f"expected ({expected_inputs}, {outputs}) and ({outputs},): weights are (inputs, outputs)"
+                )
+            expected_inputs = outputs
+        decays = {}
+        for name, initial in cls.initial_decays.items():
+            offsets = arrays[name] if name in arrays else torch.zeros(len(initial))
+            if tuple(offsets.shape) != (len(initial),):
+                raise ValueError(f"small_fc theta: {name} is {tuple(offsets.shape)}; expected ({len(initial)},)")
+            decays[name] = decays_from_offsets(initial, offsets.tolist())
+        return cls(
+            decays=Decays(decays["momentum_decays"], decays["rms_decays"], decays["adafactor_decays"]),
+            weights=tuple(arrays[f"nn/~/w{layer}"].t().contiguous() for layer in range(depth)),
+            biases=tuple(arrays[f"nn/~/b{layer}"] for layer in range(depth)),
+            exp_mult=exp_mult,
+            step_mult=step_mult,
+        )
+
+    @property
+    def workspace(self) -> int:
+        """Ingredients and features, and the widest two layers of the network."""
+        return 2 * self.channels + 2 * max(len(bias) for bias in self.biases) + 16
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """EMA weights and the network, whose first layer is split into its feature and its time columns."""
+        constants = super().constants(device, dtype)
+        first, *rest = (weight.to(device, dtype) for weight in self.weights)
+        constants["w0"], constants["w_time"] = first[:, : self.channels], first[:, self.channels :]
+        constants |= {f"w{layer}": weight for layer, weight in enumerate(rest, start=1)}
+        return constants | {f"b{layer}": bias.to(device, dtype) for layer, bias in enumerate(self.biases)}
+
+    def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
+        """Fold the time features, equal for all parameters, into the bias of the first layer."""
+        weight = ctx.constants["w_time"]
+        bias = ctx.constants["b0"] + weight @ time_features(ctx.iteration, weight.dtype, weight.device)
+        return [{"bias": bias}] * len(buckets)
+
+    def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
+        """``d * exp(a * exp_mult) * step_mult`` for every parameter."""
+        inputs = self.normalised_features(block, prepared, sums, ctx)
+        depth = range(len(self.weights))
+        biases = [control["bias"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
+        outputs = mlp(inputs.flatten(2), [ctx.constants[f"w{layer}"] for layer in depth], biases)
+        direction, magnitude = outputs.view(len(block), 2, *block.box.shape).split(1, dim=1)
+        return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(self.step_mult)

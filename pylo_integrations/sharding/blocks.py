@@ -1,0 +1,176 @@
+"""Buckets and blocks: how many tensors are stepped as one.
+
+A *bucket* holds tensors that share layout, rule, dtype, device and parameter group. A *block* is one box of some of
+them, stacked along a leading tensor axis: many small tensors become one stack, a large tensor becomes many boxes, and
+a rule sees the same shape either way: ``(tensors, channels, *box)``. Boxes bound the memory of temporaries, however
+large one tensor is; stacks bound the Python overhead, however many tensors there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.sharding.layout import Box, TensorLayout
+
+Sums = Mapping[str, Tensor]
+"""Named statistics of shape ``(tensors, channels, *axes)``; an axis has extent 1 where it was summed over."""
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """One block's share of a sum: ``value`` is ``(tensors, channels, *box)`` with extent 1 along the axes ``over``."""
+
+    value: Tensor
+    over: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, over: Sequence[int], box: Box) -> PartialSum:
+        """Sum ``values``, broadcastable to ``(tensors, channels, *box)``, over the box's axes ``over``.
+
+        A broadcast axis counts once for each element of the box, without being expanded.
+        """
+        total = values.sum([axis + 2 for axis in over], keepdim=True)
+        repeats = math.prod(box.shape[axis] // values.shape[axis + 2] for axis in over)
+        extents = (1 if axis in over else extent for axis, extent in enumerate(box.shape))
+        return cls((total * repeats).expand(*total.shape[:2], *extents), tuple(over))
+
+
+def _lift(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1) if tensor.dim() == 0 else tensor
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Equally laid out parameters of one group, with their gradients and states.
+
+    Attributes:
+        layout: Shared by every tensor of the bucket.
+        params: Parameters, in torch layout and storage dtype.
+        states: ``optimizer.state[p]`` of each parameter.
+        group: The parameter group, read afresh every step (lr, weight decay, maximize).
+        dtype: Dtype of state and arithmetic: float32, or float64 for float64 parameters.
+        grads: This step's gradients, set by the engine.
+    """
+
+    layout: TensorLayout
+    params: Sequence[Tensor]
+    states: Sequence[dict[str, Any]]
+    group: Mapping[str, Any]
+    dtype: torch.dtype
+    grads: Sequence[Tensor] = ()
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every tensor in the bucket."""
+        return self.params[0].device
+
+    def stack(self, name: str) -> Tensor:
+        """State ``name`` of all tensors, ``(tensors, *state shape)``; a copy."""
+        return torch.stack([state[name] for state in self.states])
+
+    def unstack_(self, name: str, value: Tensor) -> None:
+        """Write ``value`` of shape ``(tensors, *state shape)`` back into the states."""
+        torch._foreach_copy_([state[name] for state in self.states], list(value.unbind()))
+
+    def blocks(self, max_numel: int) -> list[Block]:
+        """Cut the bucket into blocks of about ``max_numel`` elements at most."""
+        local = self.layout.local
+        if local.numel == 0:
+            return []
+        if local.numel > max_numel:
+            boxes = list(local.split(max_numel))
+            return [Block(self, slice(i, i + 1), box) for i in range(len(self)) for box in boxes]
+        count = max_numel // local.numel
+        return [Block(self, slice(i, min(i + count, len(self))), local) for i in range(0, len(self), count)]
+
+
+@dataclass(eq=False)
+class Block:
+    """The same box of ``tensors`` of a bucket; everything it loads has shape ``(tensors, channels, *box)``."""
+
+    bucket: Bucket
+    tensors: slice
+    box: Box
+    _index: tuple[slice, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._index = self.box.slices(self.bucket.layout.local.start)
+
+    def __len__(self) -> int:
+        return self.tensors.stop - self.tensors.start
+
+    @property
+    def layout(self) -> TensorLayout:
+        """Layout of the tensors this block is cut from."""
+        return self.bucket.layout
+
+    def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [_lift(tensor)[self._index] for tensor in tensors[self.tensors]]
+
+    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        views = self._views(tensors)
+        stacked = views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
+        return stacked.to(self.bucket.dtype).unsqueeze(1)
+
+    @property
+    def param(self) -> Tensor:
+        """Parameters in compute dtype, ``(tensors, 1, *box)``; may alias the parameter: do not write to it."""
+        return self._gather(self.bucket.params)
+
+    @property
+    def raw_grad(self) -> Tensor:
+        """Gradients in compute dtype, ``(tensors, 1, *box)``; may alias ``p.grad``: do not write to it."""
+        return self._gather(self.bucket.grads)
+
+    def load(self, names: Sequence[str]) -> Tensor:
+        """Parameter-shaped states as channels, ``(tensors, len(names), *box)``; always a copy."""
+        states = self.bucket.states[self.tensors]
+        views = [_lift(state[name])[self._index] for state in states for name in names]
+        return torch.stack(views).view(len(states), len(names), *self.box.shape)
+
+    def store_(self, names: Sequence[str], value: Tensor) -> None:
+        """Write ``value`` of shape ``(tensors, len(names), *box)`` back into the states."""
+        states = self.bucket.states[self.tensors]
+        views = [_lift(state[name])[self._index] for state in states for name in names]
+        torch._foreach_copy_(views, list(value.flatten(0, 1).unbind()))
+
+    def store_param_(self, value: Tensor) -> None:
+        """Write new parameters of shape ``(tensors, 1, *box)``, rounding to their storage dtype."""
+        torch._foreach_copy_(self._views(self.bucket.params), list(value.squeeze(1).unbind()))
+
+    def rows(self, per_tensor: Tensor) -> Tensor:
+        """This block's entries of a tensor whose leading axis runs over the bucket's tensors (or has extent 1)."""
+        return per_tensor if per_tensor.shape[0] == 1 else per_tensor[self.tensors]
+
+    def narrow(self, statistic: Tensor) -> Tensor:
+        """This block's part of a ``(tensors, channels, *axes)`` statistic of the whole tensors."""
+        extents = statistic.shape[2:]
+        box = zip(self.box.start, self.box.shape, extents, strict=True)
+        index = (slice(None) if extent == 1 else slice(start, start + n) for start, n, extent in box)
+        return self.rows(statistic)[(slice(None), slice(None), *index)]
+
+
+class Accumulator:
+    """Adds the partial sums of a bucket's blocks up to sums over its tensors."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+        self.sums: dict[str, Tensor] = {}
+
+    def add_(self, block: Block, partial_sums: Mapping[str, PartialSum]) -> None:
+        """Add one block's partial sums."""
+        shape = self._bucket.layout.shape
+        for name, partial in partial_sums.items():
+            if name not in self.sums:
+                axes = (1 if axis in partial.over else extent for axis, extent in enumerate(shape))
+                self.sums[name] = partial.value.new_zeros(len(self._bucket), partial.value.shape[1], *axes)
+            block.narrow(self.sums[name]).add_(partial.value)

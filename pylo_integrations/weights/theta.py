@@ -1,0 +1,194 @@
+"""Theta: the weights of a learned optimizer, with everything needed to use and to judge them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pylo_integrations.rules.base import Rule
+from pylo_integrations.rules.small_fc import SmallFC
+
+FORMAT = "pylo_integrations.theta"
+VERSION = 1
+
+ARCHITECTURES: Mapping[str, type[SmallFC]] = MappingProxyType({"small_fc": SmallFC})
+"""Rules that theta can be for."""
+
+_ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
+
+
+@dataclass(frozen=True, eq=False)
+class Theta:
+    """Frozen, checked meta-weights. Two are equal if their :attr:`sha256` is.
+
+    Attributes:
+        architecture: The rule they are for, e.g. ``"small_fc"``.
+        arrays: The weights by the reference's tree-path names (``nn/~/w0`` is (inputs, outputs)); float32, read-only.
+        hyper: Constants of the rule that belong to these weights, e.g. ``{"exp_mult": 1e-3, "step_mult": 1e-2}``.
+        name: What to call them.
+        provenance: Where they come from: paper, repository and revision, or the function that made them.
+        licence: SPDX identifier, or "" if unknown.
+        training: Record of the meta-training (tasks, steps, seed...), JSON-serialisable; empty if there was none.
+
+    Raises:
+        ValueError: Unknown architecture or constant; arrays that do not fit the architecture; non-finite values.
+    """
+
+    architecture: str
+    arrays: Mapping[str, Tensor]
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+    provenance: str = ""
+    licence: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"theta architecture {self.architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
+        arrays = {name: torch.as_tensor(value).detach().cpu() for name, value in self.arrays.items()}
+        arrays = {name: array.to(torch.float32, copy=True).contiguous() for name, array in sorted(arrays.items())}
+        if bad := [name for name, array in arrays.items() if not array.isfinite().all()]:
+            raise ValueError(f"theta arrays {bad} hold values that are not finite")
+        object.__setattr__(self, "arrays", MappingProxyType(arrays))
+        object.__setattr__(self, "hyper", MappingProxyType(dict(self.hyper)))
+        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
+        self.rule()  # checks names, shapes and constants
+
+    @classmethod
+    def from_arrays(
+        cls, name: str, arrays: Mapping[str, Any], hyper: Mapping[str, float] | None = None, **about: Any
+    ) -> Theta:
+        """Theta from plain arrays under the reference's names.
+
+        Args:
+            name: A catalogue name (``"small_fc_lopt"``) or architecture (``"small_fc"``).
+            arrays: Tensors or numpy arrays; geometry is read from their shapes.
+            hyper: Constants of the rule, each defaulting to the rule's own.
+            about: ``provenance``, ``licence``, ``training``.
+
+        Raises:
+            ValueError: See :class:`Theta`.
+        """
+        return cls(_ARCHITECTURE_OF.get(name, name), arrays, hyper or {}, name=name, **about)
+
+    def rule(self, **overrides: float | None) -> Rule:
+        """The rule with these weights; ``overrides`` replace constants of :attr:`hyper` where not None.
+
+        Raises:
+            ValueError: An override is not a constant of this architecture.
+        """
+        hyper = {**self.hyper, **{key: value for key, value in overrides.items() if value is not None}}
+        try:
+            return ARCHITECTURES[self.architecture].from_arrays(self.arrays, **hyper)
+        except TypeError as error:
+            raise ValueError(
+                f"theta hyper-parameters {sorted(hyper)} do not fit {self.architecture}: {error}"
+            ) from None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the per-parameter inputs of the network, in order."""
+        return ARCHITECTURES[self.architecture].features
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all that changes an update: architecture, features, constants and arrays."""
+        digest = hashlib.sha256(
+            json.dumps([self.architecture, self.features, dict(sorted(self.hyper.items()))]).encode()
+        )
+        for name, array in self.arrays.items():
+            digest.update(f"{name}{tuple(array.shape)}".encode())
+            digest.update(array.numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self.sha256 == other.sha256 if isinstance(other, Theta) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        size = sum(array.numel() for array in self.arrays.values())
+        return f"Theta({self.name or self.architecture!r}, {size} weights, sha256={self.sha256[:12]})"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
+        about = (self.name, self.provenance, self.licence, dict(self.training))
+        return Theta, (self.architecture, dict(self.arrays), dict(self.hyper), *about)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write one ``.safetensors`` file; it appears whole or not at all.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` is False.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        record = {
+            "name": self.name,
+            "architecture": self.architecture,
+            "hyper": dict(self.hyper),
+            "features": self.features,
+            "provenance": self.provenance,
+            "licence": self.licence,
+            "training": dict(self.training),
+            "sha256": self.sha256,
+        }
+        metadata = {"format": FORMAT, "version": str(VERSION), "theta": json.dumps(record, sort_keys=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        os.close(handle)
+        try:
+            safetensors.torch.save_file(dict(self.arrays), temporary, metadata)
+            Path(temporary).chmod(0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Theta:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: Not a theta file, a newer version, another feature list, or damaged contents.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no theta file {str(path)!r}; give the path of a .safetensors file")
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is a safetensors file but not a theta; load its arrays and call Theta.from_arrays(name, arrays)"
+            )
+        if int(metadata["version"]) > VERSION:
+            raise ValueError(
+                f"{path} has theta version {metadata['version']}, this is {VERSION}; upgrade pylo-integrations"
+            )
+        record = json.loads(metadata["theta"])
+        about = {key: record[key] for key in ("name", "provenance", "licence", "training")}
+        theta = cls(record["architecture"], arrays, record["hyper"], **about)
+        if tuple(record["features"]) != theta.features:
+            raise ValueError(f"{path} was trained on features {record['features']}, this rule has {theta.features}")
+        if record["sha256"] != theta.sha256:
+            raise ValueError(f"{path} is damaged: its sha256 is {theta.sha256}, its record says {record['sha256']}")
+        return theta

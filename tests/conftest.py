@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+from toy_loss_rule import toy_loss_optimizer
+
+
+@pytest.fixture
+def toy_loss():
+    """The catalogue entry of a loss-driven optimizer, for one test."""
+    with toy_loss_optimizer() as spec:
+        yield spec
