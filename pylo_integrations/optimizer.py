@@ -392,6 +392,8 @@ class LearnedOptimizer(Optimizer):
 
 def _check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(group['lr'].shape)}")
     for option in ("lr", "weight_decay"):
         value = float(group[option])
         if not (math.isfinite(value) and value >= 0):

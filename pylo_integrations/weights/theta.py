@@ -180,15 +180,21 @@ class Theta:
             raise ValueError(
                 f"{path} is a safetensors file but not a theta; load its arrays and call Theta.from_arrays(name, arrays)"
             )
-        if int(metadata["version"]) > VERSION:
+        if metadata.get("version") != str(VERSION):
             raise ValueError(
-                f"{path} has theta version {metadata['version']}, this is {VERSION}; upgrade pylo-integrations"
+                f"{path} has theta version {metadata.get('version')}, this is {VERSION}; upgrade pylo-integrations"
             )
-        record = json.loads(metadata["theta"])
-        about = {key: record[key] for key in ("name", "provenance", "licence", "training")}
-        theta = cls(record["architecture"], arrays, record["hyper"], **about)
-        if tuple(record["features"]) != theta.features:
-            raise ValueError(f"{path} was trained on features {record['features']}, this rule has {theta.features}")
-        if record["sha256"] != theta.sha256:
-            raise ValueError(f"{path} is damaged: its sha256 is {theta.sha256}, its record says {record['sha256']}")
+        try:
+            record = json.loads(metadata["theta"])
+            about = {key: record[key] for key in ("name", "provenance", "licence", "training")}
+            architecture, hyper, features, sha256 = (
+                record[key] for key in ("architecture", "hyper", "features", "sha256")
+            )
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} has a damaged record: {error!r}") from error
+        theta = cls(architecture, arrays, hyper, **about)
+        if tuple(features) != theta.features:
+            raise ValueError(f"{path} was trained on features {features}, this rule has {theta.features}")
+        if sha256 != theta.sha256:
+            raise ValueError(f"{path} is damaged: its sha256 is {theta.sha256}, its record says {sha256}")
         return theta

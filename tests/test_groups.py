@@ -1,0 +1,113 @@
+"""Does a model's parameter find the right group?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pylo_integrations import create_optimizer, param_groups
+
+
+def placement(model, **options) -> dict[str, tuple[float, str]]:
+    return {
+        name: (group["weight_decay"], group["axes"])
+        for group in param_groups(model, 0.1, **options)
+        for name, _ in group["params"]
+    }
+
+
+class Conv1D(nn.Module):
+    """Named and stored like transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(4, 12)), nn.Parameter(torch.zeros(12))
+
+
+def test_decay_and_axes_follow_the_module_type():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 8),
+            "conv": nn.Conv2d(3, 8, 3),
+            "transposed": nn.ConvTranspose2d(3, 8, 3),
+            "embedding": nn.Embedding(5, 4),
+            "bag": nn.EmbeddingBag(5, 4),
+            "layer_norm": nn.LayerNorm((3, 4)),
+            "batch_norm": nn.BatchNorm1d(4),
+            "rms_norm": nn.RMSNorm((2, 4)),
+            "conv1d": Conv1D(),
+            "mha": nn.MultiheadAttention(4, 2),
+        }
+    )
+    decayed, exempt = (0.1, "out_in"), (0.0, "out_in")
+    assert placement(model) == {
+        "linear.weight": decayed,
+        "linear.bias": exempt,
+        "conv.weight": decayed,
+        "conv.bias": exempt,
+        "transposed.weight": (0.1, "in_out"),
+        "transposed.bias": exempt,
+        "embedding.weight": (0.0, "in_out"),
+        "bag.weight": (0.0, "in_out"),
+        "layer_norm.weight": exempt,
+        "layer_norm.bias": exempt,
+        "batch_norm.weight": exempt,
+        "batch_norm.bias": exempt,
+        "rms_norm.weight": exempt,
+        "conv1d.weight": (0.1, "in_out"),
+        "conv1d.bias": exempt,
+        "mha.in_proj_weight": decayed,
+        "mha.in_proj_bias": exempt,
+        "mha.out_proj.weight": decayed,
+        "mha.out_proj.bias": exempt,
+    }
+
+
+def test_names_given_or_known_to_the_model_are_exempt():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.token = nn.Parameter(torch.zeros(1, 4, 8)), nn.Parameter(torch.zeros(1, 1, 8))
+            self.head = nn.Linear(8, 2)
+
+        def no_weight_decay(self):
+            return {"pos_embed"}
+
+    placed = placement(Model(), no_decay=["token"])
+    assert placed["pos_embed"][0] == placed["token"][0] == 0.0 and placed["head.weight"][0] == 0.1
+    assert placement(Model(), no_decay=["head.weight"])["head.weight"][0] == 0.0
+
+
+def test_tied_weights_appear_once_and_count_as_embedding():
+    model = nn.ModuleDict({"head": nn.Linear(4, 5, bias=False), "embedding": nn.Embedding(5, 4)})
+    model["embedding"].weight = model["head"].weight
+    assert placement(model) == {"head.weight": (0.0, "in_out")}
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert set(placement(model)) == {"1.weight", "1.bias"}
+    with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
+        create_optimizer(model.requires_grad_(False), "small_fc_lopt")
+
+
+def test_axes_decide_ties_only():
+    def step(axes, shape):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(shape))
+        optimizer = create_optimizer([{"params": [p], "axes": axes}], "small_fc_lopt", weights=random_theta())
+        for _ in range(2):
+            p.grad = torch.randn(shape) * torch.arange(1.0, 1 + shape[0]).view(-1, 1)
+            optimizer.step()
+        return p
+
+    assert torch.equal(step("out_in", (4, 6)), step("in_out", (4, 6)))
+    assert not torch.equal(step("out_in", (5, 5)), step("in_out", (5, 5)))
+
+
+def random_theta():
+    from golden_files import Golden
+
+    return Golden("small_fc_h32_pylo").theta
