@@ -36,8 +36,8 @@ NonFinitePolicy = Literal["error", "skip", "zero"]
 it is the loss). Whatever the choice, parameters and state stay finite.
 """
 
-CACHE_NUMEL = 16_384
-"""Elements a block holds on a CPU, so that its features and activations stay in cache."""
+CACHE_NUMEL = 32_768
+"""Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
 
 
 class NonFiniteError(RuntimeError):

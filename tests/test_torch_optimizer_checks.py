@@ -114,7 +114,7 @@ class TestLearnedOptimizers(TestCase):
             for _ in range(20):
                 loss = optimizer.step(evaluate)
                 for scheduler in schedulers:
-                    scheduler.step(loss) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+                    scheduler.step(loss.detach()) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
             if given.kwargs.get("maximize") and not given.kwargs.get("weight_decay"):
                 self.assertGreater(evaluate().item(), initial)
             elif not given.kwargs.get("maximize"):

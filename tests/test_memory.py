@@ -1,0 +1,69 @@
+"""Are the temporaries of a step bounded, however large a tensor is?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux /proc"
+)
+
+MEASURE = """
+import gc, sys
+from pathlib import Path
+import torch
+from pylo_integrations import SmallFCLOpt, engine
+
+def resident(key):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
+    return int(line.split()[1]) * 1024
+
+def peak_of(step):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+def build(shape, **options):
+    p = torch.nn.Parameter(torch.full(shape, 0.02))
+    p.grad = torch.full(shape, 0.01)
+    optimizer = SmallFCLOpt([p], **options)
+    optimizer.init_state()
+    return optimizer
+"""
+
+
+def measure(code: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE + code], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_the_measurement_sees_what_is_allocated():
+    peak = measure("print(peak_of(lambda: torch.ones(100 * 2**20 // 4)))")
+    assert 100 * 2**20 <= peak < 110 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_large_embedding_steps_in_little_memory():
+    peak = measure("o = build((50257, 768)); print(peak_of(o.step))")
+    assert peak < 1.5 * 2**30  # asked for
+    assert peak < 0.25 * 2**30  # what cache-sized blocks come to, less than the gradient and one momentum
+
+
+@pytest.mark.parametrize("mebibytes", [32, 128])
+def test_chunk_bytes_bounds_the_temporaries_of_a_step(mebibytes):
+    """As on a device without cache-sized blocks."""
+    peak = measure(
+        f"engine.CACHE_NUMEL = 2**60; o = build((2000, 1000), chunk_bytes={mebibytes} * 2**20); print(peak_of(o.step))"
+    )
+    # Kernels and the allocator keep some MiB of their own, once.
+    assert 0.4 * mebibytes * 2**20 < peak < (mebibytes + 30) * 2**20
