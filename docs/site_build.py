@@ -1,0 +1,38 @@
+"""What the site needs beyond mkdocs: fences marked for the tests, and links for the Sphinx roles of docstrings."""
+
+import re
+
+import griffe
+
+_ROLE = re.compile(r":(?:class|data|func|meth|attr|mod):`(~?)([\w.]+)`")
+_PACKAGE = "pylo_integrations"
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """mkdocs hook: the mark that tests/test_docs.py reads would break the fence."""
+    return markdown.replace("```python no-run", "```python")
+
+
+class Roles(griffe.Extension):
+    """mkdocstrings extension: makes :func:`name` a link when its object is loaded."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        """Called by griffe for everything that it reads."""
+        if obj.docstring:
+            obj.docstring.value = _ROLE.sub(lambda role: _link(role, obj), obj.docstring.value)
+
+
+def _link(role: re.Match[str], obj: griffe.Object) -> str:
+    shortened, name = role.groups()
+    text = name.rpartition(".")[2] if shortened else name
+    if not name.startswith(_PACKAGE):
+        owner = obj if obj.is_module or obj.is_class else obj.parent
+        candidates = [owner, *_parents(owner)]
+        scope = next((scope for scope in candidates if name.split(".")[0] in scope.members), obj.module)
+        name = f"{scope.path}.{name}"
+    # Optional: a link only where the API page shows the target.
+    return f'<autoref identifier="{name}" optional><code>{text}</code></autoref>'
+
+
+def _parents(scope: griffe.Object) -> list[griffe.Object]:
+    return [] if scope.parent is None else [scope.parent, *_parents(scope.parent)]

@@ -1,0 +1,427 @@
+"""``pylo bench``: what a step of a learned optimizer costs beside AdamW's, measured in one run.
+
+Only the optimizer runs: parameters have the shapes of a model, gradients are random and constant. Times of all
+contenders are taken in turn in one process, so that a busy machine slows all of them; ratios are medians over the
+rounds. Memory is measured in a fresh process for each contender. No model library is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+import pylo_integrations
+from pylo_integrations.catalog import create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.sharding.layout import AxisOrder
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BASELINES: Mapping[str, dict[str, Any]] = {"adamw_fused": {"fused": True}, "adamw_foreach": {"foreach": True}}
+"""Options of ``torch.optim.AdamW`` by the name that results give it."""
+
+# No float16: torch's AdamW divides by zero in it, its epsilon being below the smallest float16.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+SAMPLE_SECONDS = 0.05
+"""A sample repeats steps for about this long, so that the clock's resolution does not matter."""
+
+METHOD = {
+    "time": "perf_counter around steps of all contenders in turn, in alternating order, after one warm-up step each; "
+    "medians over the rounds, ratios from samples of the same round",
+    "threads": "torch.set_num_threads before any other work of a fresh process",
+    "peak_temporaries (cpu)": "growth of the peak resident set over the resident set before a step, after a warm-up "
+    "step and malloc_trim, in a fresh process per contender (Linux); parameters, gradients and state are not in it",
+    "peak_temporaries (cuda)": "torch.cuda.max_memory_allocated over memory_allocated before a step",
+}
+
+
+class ParamShape(NamedTuple):
+    """Shape of a parameter and which of its axes is the input."""
+
+    shape: tuple[int, ...]
+    axes: AxisOrder = "out_in"
+
+
+def vit_shapes(
+    width: int, depth: int = 12, *, patch: int = 16, image: int = 224, classes: int = 1000
+) -> list[ParamShape]:
+    """Parameters of a vision transformer as in timm, class token and learned positions included."""
+    block = [
+        *_vectors(width, 2),
+        *_linear(width, 3 * width),
+        *_linear(width, width),
+        *_vectors(width, 2),
+        *_linear(width, 4 * width),
+        *_linear(4 * width, width),
+    ]
+    tokens = (image // patch) ** 2 + 1
+    return [
+        ParamShape((1, 1, width)),
+        ParamShape((1, tokens, width)),
+        ParamShape((width, 3, patch, patch)),
+        *_vectors(width, 1),
+        *(block * depth),
+        *_vectors(width, 2),
+        *_linear(width, classes),
+    ]
+
+
+def gpt2_shapes(width: int = 768, depth: int = 12, *, vocabulary: int = 50257, context: int = 1024) -> list[ParamShape]:
+    """Parameters of GPT-2 as in transformers: Conv1D stores (in, out), the output layer is the token embedding."""
+    block = [
+        *_vectors(width, 2),
+        *_linear(width, 3 * width, "in_out"),
+        *_linear(width, width, "in_out"),
+        *_vectors(width, 2),
+        *_linear(width, 4 * width, "in_out"),
+        *_linear(4 * width, width, "in_out"),
+    ]
+    embeddings = [ParamShape((vocabulary, width), "in_out"), ParamShape((context, width), "in_out")]
+    return [*embeddings, *(block * depth), *_vectors(width, 2)]
+
+
+def _vectors(width: int, count: int) -> list[ParamShape]:
+    return [ParamShape((width,))] * count
+
+
+def _linear(inputs: int, outputs: int, axes: AxisOrder = "out_in") -> list[ParamShape]:
+    weight = (outputs, inputs) if axes == "out_in" else (inputs, outputs)
+    return [ParamShape(weight, axes), ParamShape((outputs,))]
+
+
+SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
+    "vit_ti": lambda: vit_shapes(192),
+    "vit_b16": lambda: vit_shapes(768),
+    "gpt2": gpt2_shapes,
+    "tiny": lambda: vit_shapes(16, 1, patch=4, image=8, classes=10),
+}
+"""Parameter shapes by the name that ``--shapes`` takes; ``tiny`` is for trying things out."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a table share; names only, so that it travels between processes."""
+
+    shapes: str
+    dtype: str
+    device: str
+    threads: int
+
+    def parameters(self) -> list[tuple[Tensor, AxisOrder]]:
+        """Fresh parameters with gradients."""
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device}
+        made: list[tuple[Tensor, AxisOrder]] = []
+        for shape, axes in SHAPES[self.shapes]():
+            param = torch.nn.Parameter(torch.randn(shape, **options).mul_(0.02))
+            param.grad = torch.randn(shape, **options).mul_(0.01)
+            made.append((param, axes))
+        return made
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) -> tuple[Optimizer, Callable[[], Any]]:
+    """An optimizer over ``parameters`` and the call that steps it.
+
+    Args:
+        name: A key of :data:`BASELINES` or a catalogue name.
+        parameters: With gradients; contenders may share them, as no step's cost depends on values.
+    """
+    lr = 1e-4
+    if name in BASELINES:
+        baseline = AdamW([param for param, _ in parameters], lr=lr, **BASELINES[name])
+        return baseline, baseline.step
+    by_axes: dict[AxisOrder, list[Tensor]] = {}
+    for param, axes in parameters:
+        by_axes.setdefault(axes, []).append(param)
+    groups = [{"params": params, "axes": axes} for axes, params in by_axes.items()]
+    num_steps = 1_000_000 if get_optimizer_info(name).needs_horizon else None
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps)
+    loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
+    return optimizer, lambda: optimizer.step(loss=loss)
+
+
+def sample_step_seconds(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, list[float]]:
+    """Seconds per step of every contender, one sample a round; runs in this process."""
+    torch.set_num_threads(setting.threads)
+    parameters = setting.parameters()
+
+    def seconds(step: Callable[[], Any], count: int) -> float:
+        setting.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        setting.synchronize()
+        return (time.perf_counter() - start) / count
+
+    steps = {name: make_contender(name, parameters)[1] for name in names}
+    for step in steps.values():
+        seconds(step, 1)  # creates state and caches
+    counts = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds(step, 1))) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(repeats):
+        for name in names if round_ % 2 == 0 else reversed(names):
+            samples[name].append(seconds(steps[name], counts[name]))
+    return samples
+
+
+def measure_memory(setting: Setting, name: str) -> tuple[float, int | None]:
+    """``(state bytes per parameter, peak bytes of a step's temporaries or None if unknown here)``.
+
+    Call it in a fresh process: what other work left in the heap would hide temporaries.
+    """
+    torch.set_num_threads(setting.threads)
+    parameters = setting.parameters()
+    optimizer, step = make_contender(name, parameters)
+    step()
+    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    peak = peak_growth(step, setting.device)
+    return state_bytes / sum(param.numel() for param, _ in parameters), peak
+
+
+def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes by which memory in use peaks during ``work`` above what it was before; None where that is unknown."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # Freed memory that malloc keeps would be reused without raising the resident set.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
+    except (OSError, AttributeError, TypeError):  # not Linux, not glibc, or not permitted
+        return None
+    before = _resident("VmRSS")
+    work()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def run_bench(setting: Setting, optimizers: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """Measure ``optimizers`` and the baselines; one record each, JSON-serialisable, the ratios being paired."""
+    names = [*optimizers, *BASELINES]
+    samples = _in_fresh_process(sample_step_seconds, setting, names, repeats)
+    shapes = [shape for shape, _ in SHAPES[setting.shapes]()]
+    numel = sum(math.prod(shape) for shape in shapes)
+    records = []
+    for name in names:
+        state_bytes, peak = _in_fresh_process(measure_memory, setting, name)
+        median = statistics.median(samples[name])
+        ratios = {
+            f"times_{base}": statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=True))
+            for base in BASELINES
+        }
+        records.append(
+            {
+                **asdict(setting),
+                "optimizer": name,
+                "parameters": numel,
+                "tensors": len(shapes),
+                "step_seconds": median,
+                "step_seconds_samples": samples[name],
+                "parameters_per_second": numel / median,
+                "ns_per_parameter": 1e9 * median / numel,
+                **ratios,
+                "peak_temporaries_bytes": peak,
+                "state_bytes_per_parameter": state_bytes,
+            }
+        )
+    return records
+
+
+def _in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def format_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records of one setting as a table for people."""
+    first = records[0]
+    threads = f"{first['threads']} thread{'s' if first['threads'] > 1 else ''}"
+    title = (
+        f"{first['shapes']}: {first['parameters']:,} parameters in {first['tensors']} tensors, {first['dtype']}, "
+        f"{first['device']}, {threads}, median of {len(first['step_seconds_samples'])}"
+    )
+    header = (
+        "optimizer",
+        "ms/step",
+        "min..max",
+        "Mparam/s",
+        "ns/param",
+        "x fused",
+        "x foreach",
+        "peak MiB",
+        "state B/p",
+    )
+    rows = [header, *(_row(record) for record in records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join([title, *lines])
+
+
+def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    milliseconds = [1e3 * sample for sample in record["step_seconds_samples"]]
+    peak = record["peak_temporaries_bytes"]
+    return (
+        record["optimizer"],
+        f"{1e3 * record['step_seconds']:.4g}",
+        f"{min(milliseconds):.4g}..{max(milliseconds):.4g}",
+        f"{record['parameters_per_second'] / 1e6:.4g}",
+        f"{record['ns_per_parameter']:.3g}",
+        f"{record['times_adamw_fused']:.3g}",
+        f"{record['times_adamw_foreach']:.3g}",
+        "unknown" if peak is None else f"{peak / 2**20:.1f}",
+        f"{record['state_bytes_per_parameter']:.4g}",
+    )
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Hardware and versions, as far as they can be told."""
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = models[0] if models else processor
+    machine: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pylo_integrations": pylo_integrations.__version__,
+    }
+    if device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of ``pylo bench``."""
+    parser.add_argument(
+        "--shapes",
+        type=_names_of("shapes", lambda: list(SHAPES)),
+        default=["vit_ti", "vit_b16", "gpt2"],
+        help=f"comma-separated, of {', '.join(SHAPES)} (default: vit_ti,vit_b16,gpt2)",
+    )
+    parser.add_argument(
+        "--optimizers",
+        type=_names_of("optimizer", list_optimizers),
+        default=["small_fc_lopt"],
+        help="comma-separated catalogue names (default: small_fc_lopt); AdamW always runs beside them",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_thread_counts,
+        default=[torch.get_num_threads()],
+        help="comma-separated CPU thread counts (default: %(default)s), each in its own process",
+    )
+    parser.add_argument("--repeats", type=_positive, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of parameters and gradients (default: %(default)s)"
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write everything measured to FILE")
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark that the options of :func:`add_arguments` describe."""
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["pylo", *sys.argv[1:]]),
+        "machine": describe_machine(args.device),
+        "method": METHOD,
+        "load_average": {"before": _load_average()},
+        "results": [],
+    }
+    for shapes in args.shapes:
+        for threads in args.threads:
+            records = run_bench(Setting(shapes, args.dtype, args.device, threads), args.optimizers, args.repeats)
+            print(format_table(records), end="\n\n", flush=True)
+            report["results"] += records
+    report["load_average"]["after"] = _load_average()
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {args.json}")
+    return 0
+
+
+def _load_average() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known()]:
+            raise argparse.ArgumentTypeError(f"unknown {kind} {unknown[0]!r}; available: {', '.join(known())}")
+        return names
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _thread_counts(text: str) -> list[int]:
+    return list(dict.fromkeys(_positive(count) for count in text.split(",")))
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable here: {str(error).splitlines()[0]}") from None
+    if not text.startswith(("cpu", "cuda")):
+        raise argparse.ArgumentTypeError(f"{text!r}: only cpu and cuda are measured")
+    return text
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"folder {str(path.parent)!r} does not exist")
+    return path

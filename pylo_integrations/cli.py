@@ -1,0 +1,274 @@
+"""``pylo``: what there is, whether it works here, recipes and benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+from packaging.requirements import Requirement
+
+import pylo_integrations
+from pylo_integrations import bench
+from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.ops.select import Backend
+from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.weights import builtin_names, load_theta
+
+DISTRIBUTION = "pylo-integrations"
+USER_EXTRAS = ("hf", "lightning", "accelerate", "recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``pylo``; returns the exit code: 0 for success, 1 if ``doctor`` found a defect, 2 for misuse."""
+    args = _make_parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser("pylo", description=pylo_integrations.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {pylo_integrations.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="names in the catalogue")
+    command.add_argument("filter", nargs="?", default="", help="part of a name, or a pattern with * ? [")
+    command.set_defaults(run=_list, parser=command)
+
+    command = commands.add_parser("info", help="all about one optimizer")
+    command.add_argument("spec", type=_spec, metavar="NAME")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("doctor", help="versions, backends, weights, devices: does it work here?")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("recipe", help="train a real model on real data")
+    command.add_argument("name", choices=sorted(_recipes()), help="followed by the recipe's own options")
+    command.add_argument("options", nargs=argparse.REMAINDER, help="passed to the recipe, e.g. --help")
+    command.set_defaults(run=_recipe, parser=command)
+
+    command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
+    bench.add_arguments(command)
+    return parser
+
+
+# -- list, info ----------------------------------------------------------------------------------------------------
+
+
+def _list(args: argparse.Namespace) -> int:
+    names = list_optimizers(args.filter)
+    if not names:
+        args.parser.error(f"no optimizer matches {args.filter!r}; there are {', '.join(list_optimizers())}")
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:{width}}  {get_optimizer_info(name).description}")
+    return 0
+
+
+def _spec(name: str) -> OptimizerSpec:
+    try:
+        return get_optimizer_info(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _info(args: argparse.Namespace) -> int:
+    spec: OptimizerSpec = args.spec
+    needs = [need for need, needed in (("the loss", spec.needs_loss), ("num_steps", spec.needs_horizon)) if needed]
+    parameters = inspect.signature(spec.cls).parameters
+    defaults = {name: parameters[name].default for name in spec.options} | {"lr": spec.lr, **spec.defaults}
+    _print_table(
+        [
+            ("name", spec.name),
+            ("is", spec.description),
+            ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
+            ("needs", " and ".join(needs) or "gradients only"),
+            *_describe_theta(spec),
+            ("options", ""),
+            *((f"  {name}", repr(default)) for name, default in defaults.items()),
+        ]
+    )
+    return 0
+
+
+def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
+    try:
+        theta = _on_one_parameter(spec)[1].theta
+    except FileNotFoundError as error:
+        return [("weights", f"not available: {error}")]
+    if theta is None:
+        return [("weights", "none")]
+    return [
+        ("weights", f"{theta.name}, {theta.architecture}, sha256 {theta.sha256[:12]}"),
+        ("  from", theta.provenance),
+        ("  licence", theta.licence or "unknown"),
+    ]
+
+
+def _on_one_parameter(spec: OptimizerSpec) -> tuple[torch.Tensor, LearnedOptimizer]:
+    param = torch.nn.Parameter(torch.ones(2, 3))
+    param.grad = torch.ones_like(param)
+    return param, create_optimizer([param], spec.name, num_steps=1 if spec.needs_horizon else None)
+
+
+def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        print(f"{label:{width}}  {text}".rstrip())
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Finding:
+    label: str
+    text: str
+    broken: bool = False
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    findings = [*_versions(), *_devices(), *_builtin_weights(), *_optimizers(), *_extras()]
+    _print_table([(finding.label, f"{'BROKEN: ' * finding.broken}{finding.text}") for finding in findings])
+    broken = sum(finding.broken for finding in findings)
+    print(f"\n{broken} defect{'s' * (broken > 1)} found" if broken else "\neverything works")
+    return 1 if broken else 0
+
+
+def _versions() -> Iterator[_Finding]:
+    yield _Finding(DISTRIBUTION, f"{pylo_integrations.__version__} in {Path(__file__).parent}")
+    yield _Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield _Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    try:
+        needed = list(_requirements(""))
+    except metadata.PackageNotFoundError:
+        yield _Finding("metadata", "none: runs from source without being installed, so extras are unknown")
+        return
+    for requirement in needed:
+        if problem := _problem(requirement):
+            yield _Finding(requirement.name, problem, broken=True)
+
+
+def _devices() -> Iterator[_Finding]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(count)]
+    yield _Finding("devices", ", ".join(["cpu", *gpus]))
+    yield _Finding("backends", ", ".join(name for name in get_args(Backend) if name != "auto"))
+
+
+def _builtin_weights() -> Iterator[_Finding]:
+    for name in builtin_names():
+        try:
+            theta = load_theta(f"builtin:{name}", name)
+        except (ValueError, OSError) as error:
+            yield _Finding(f"builtin:{name}", str(error), broken=True)
+        else:
+            yield _Finding(f"builtin:{name}", f"sha256 {theta.sha256[:12]} verified; {theta.provenance}")
+
+
+def _optimizers() -> Iterator[_Finding]:
+    for name in list_optimizers():
+        spec = get_optimizer_info(name)
+        try:
+            param, optimizer = _on_one_parameter(spec)
+            before = param.detach().clone()
+            optimizer.step(loss=1.0)
+            moved = bool(param.isfinite().all()) and not torch.equal(param, before)
+        except Exception as error:  # whatever it is, a report of it is what doctor is for
+            yield _Finding(name, f"{type(error).__name__}: {error}", broken=True)
+        else:
+            yield _Finding(name, "takes a step" if moved else "a step does not change a parameter", broken=not moved)
+
+
+def _extras() -> Iterator[_Finding]:
+    try:
+        extras = {extra: list(_requirements(extra)) for extra in USER_EXTRAS}
+    except metadata.PackageNotFoundError:
+        return
+    for extra, requirements in extras.items():
+        absent = [requirement for requirement in requirements if _version(requirement) is None]
+        if absent:
+            names = ", ".join(str(requirement.name) for requirement in absent)
+            yield _Finding(f"[{extra}]", f"not installed (lacks {names}): {_remedy(extra)}")
+        elif problems := [problem for requirement in requirements if (problem := _problem(requirement))]:
+            yield _Finding(f"[{extra}]", "; ".join(problems), broken=True)
+        else:
+            yield _Finding(f"[{extra}]", ", ".join(f"{r.name} {_version(r)}" for r in requirements))
+
+
+def _requirements(extra: str) -> Iterator[Requirement]:
+    """What an extra (or, for ``""``, the package itself) requires beyond the package, from the installed metadata."""
+    for line in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(line)
+        always = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if always if not extra else not always and _applies(requirement, extra):
+            if requirement.name == DISTRIBUTION:
+                for nested in sorted(requirement.extras):
+                    yield from _requirements(nested)
+            else:
+                yield requirement
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is not None and requirement.marker.evaluate({"extra": extra})
+
+
+def _version(requirement: Requirement) -> str | None:
+    try:
+        return metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _problem(requirement: Requirement) -> str:
+    version = _version(requirement)
+    if version is None:
+        return f"{requirement.name} is not installed"
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{requirement.name} {version} is installed, {requirement.specifier} is needed"
+    return ""
+
+
+def _remedy(extra: str) -> str:
+    return f"pip install '{DISTRIBUTION}[{extra}]', or in a clone: pip install -e '.[{extra}]'"
+
+
+# -- recipe --------------------------------------------------------------------------------------------------------
+
+
+def _recipes() -> dict[str, Path]:
+    """Scripts by recipe name: those inside an installed wheel, else those beside the package in a clone."""
+    package = Path(__file__).parent
+    root = next((root for root in (package / "_recipes", package.parent / "recipes") if root.is_dir()), package)
+    return {script.parent.name: script for script in root.glob("*/train.py")}
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    try:
+        problems = [problem for requirement in _requirements("recipes") if (problem := _problem(requirement))]
+    except metadata.PackageNotFoundError:
+        problems = []  # not installed: the recipe's own imports will tell
+    if problems:
+        args.parser.error(f"recipe {args.name} cannot run: {'; '.join(problems)}. {_remedy('recipes')}")
+    # A process of its own, as if the script had been called: recipes fork data loaders and print what they like.
+    try:
+        return subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

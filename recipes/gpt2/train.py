@@ -1,0 +1,78 @@
+"""Train GPT-2 from nothing with a learned optimizer, through the Hugging Face Trainer.
+
+Examples:
+    python train.py                                 preset tiny: minutes on two CPU cores
+    python train.py gpt2 --data book.txt            preset gpt2: 124 million parameters
+    python train.py my.yaml --max_steps 50          your own file, and options that override it
+    python train.py --optim adamw_torch --learning_rate 0.003
+    python train.py --resume_from_checkpoint last   go on where it was interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+try:
+    from language_model import load_data, make_model, parse
+    from transformers import Trainer, TrainerCallback, set_seed
+
+    from pylo_integrations import unwrap_optimizer
+except ModuleNotFoundError as error:
+    sys.exit(f"this recipe needs {error.name}: pip install 'pylo-integrations[recipes]', in a clone '.[recipes]'")
+
+
+class Clock(TrainerCallback):
+    """Times the steps of this process; the Trainer's own rates count the steps before a resume as well."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step, self.seconds = state.global_step, 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += perf_counter() - self._began
+
+
+def main() -> None:
+    recipe, args = parse(sys.argv[1:], __doc__)
+    training, evaluation, description = load_data(recipe)
+    print(description, flush=True)
+    set_seed(args.seed)
+    model, clock = make_model(recipe), Clock()
+    print(f"model: GPT-2 with {model.num_parameters():,} parameters; optimizer: {args.optim.value}", flush=True)
+    trainer = Trainer(model, args, train_dataset=training, eval_dataset=evaluation, callbacks=[clock])
+    checkpoint = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
+    eval_loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+
+    steps = trainer.state.global_step - clock.first_step
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] or [math.nan]
+    learned = unwrap_optimizer(trainer.optimizer)
+    summary = {
+        "optimizer": args.optim.value,
+        "steps": trainer.state.global_step,
+        "train loss, first logged": losses[0],
+        "train loss, last logged": losses[-1],
+        "eval loss": eval_loss,
+        "perplexity": math.exp(eval_loss),
+        "tokens/s": steps * batch * recipe.n_positions / clock.seconds if steps else None,
+        "ms/step": 1000 * clock.seconds / steps if steps else None,
+    }
+    if learned is not None and learned.theta is not None:
+        summary["theta"] = f"{learned.theta.name}, {learned.theta.provenance}"
+    Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    print()
+    for name, value in summary.items():
+        print(f"{name:25}{f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a run was, and several of them side by side: a table and a plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class History(Callback):
+    """Losses and time of a whole run; they travel in its checkpoints, so an interruption leaves no gap."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor | float] = []  # not floats at once: a GPU would be waited for in every step
+        self.validation: list[tuple[int, float]] = []
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._began = perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.losses.append(outputs["loss"].detach())
+        self.seconds += perf_counter() - self._began
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.training or trainer.validating and trainer.state.fn == "fit":
+            self.validation.append((trainer.global_step, trainer.callback_metrics["validation_loss"].item()))
+
+    def state_dict(self) -> dict[str, Any]:
+        self.losses = [float(loss) for loss in self.losses]
+        return {"losses": self.losses, "validation": self.validation, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.validation, self.seconds = (state[key] for key in ("losses", "validation", "seconds"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One optimizer's training.
+
+    Attributes:
+        optimizer: Its name.
+        lr: Peak learning rate.
+        steps: Of the optimizer.
+        losses: Of every training batch: as many as steps, unless gradients accumulate.
+        validation: Steps and the validation loss there.
+        validation_loss: At the end.
+        validation_accuracy: At the end.
+        seconds: Time in training steps, i.e. without validation and reading data.
+        note: What a reader must know about it.
+    """
+
+    optimizer: str
+    lr: float
+    steps: int
+    losses: list[float]
+    validation: list[tuple[int, float]]
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+    note: str = ""
+
+    def smooth_losses(self) -> Tensor:
+        """Means over a sliding twentieth of the run: single batches are too noisy to compare."""
+        losses = torch.tensor(self.losses)
+        return losses.unfold(0, max(1, len(losses) // 20), 1).mean(1)
+
+
+def make_table(runs: list[Run]) -> str:
+    """A Markdown table with a line for each run, and what must be said about them."""
+    head = "optimizer, lr, final train loss, best train loss, val. loss, val. accuracy, steps, seconds, ms/step"
+    lines = [tuple(head.split(", "))]
+    for run in runs:
+        smooth = run.smooth_losses()
+        figures = (smooth[-1], smooth.min(), run.validation_loss, run.validation_accuracy)
+        cost = (f"{run.seconds:.1f}", f"{1000 * run.seconds / run.steps:.1f}")
+        lines.append((run.optimizer, f"{run.lr:g}", *(f"{x:.4f}" for x in figures), str(run.steps), *cost))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    notes = [f"{run.optimizer}: {run.note}." for run in runs if run.note]
+    explanation = "Train loss: mean over the last twentieth of the steps, and the best such mean."
+    return "\n".join([*rows, "", explanation, *notes])
+
+
+def plot(runs: list[Run], title: str, path: Path) -> None:
+    """Draw the loss curves of all runs into a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot, which needs to know about displays
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, run in enumerate(runs):
+        smooth = run.smooth_losses()
+        steps = torch.linspace(0, run.steps, len(run.losses) + 1)[-len(smooth) :]
+        axes.plot(steps, smooth, color=f"C{index}", label=f"{run.optimizer}, lr {run.lr:g}")
+        if run.validation:
+            axes.plot(*zip(*run.validation, strict=True), "o--", color=f"C{index}", markersize=4)
+    axes.plot([], [], "o--", color="gray", markersize=4, label="validation")
+    axes.set(title=title, xlabel="step", ylabel="cross-entropy (train: sliding mean)", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    notes = "\n".join(f"{run.optimizer}: {run.note}" for run in runs if run.note)
+    figure.supxlabel(notes, fontsize=8, color="gray")
+    FigureCanvasAgg(figure).print_png(path)

@@ -1,0 +1,237 @@
+"""Train a vision transformer with a learned optimizer, then with AdamW on the same seed and batches, and compare.
+
+Examples:
+    python train.py                                     small ViT on Fashion-MNIST: minutes on two CPU cores
+    python train.py --optimizer adamw --baseline null   AdamW only
+    python train.py --model.settings.small_fc_lopt.lr=0.5 --trainer.max_steps=300
+    python train.py --ckpt_path last                    go on where it was interrupted
+    python train.py --preset vit_b16 --data-dir DIR     ViT-B/16 on a folder of images
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+try:
+    import timm
+    from comparison import History, Run, make_table, plot
+    from images import ImageData
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from torch import Tensor
+    from torch.nn.functional import cross_entropy
+    from torch.optim import AdamW, Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+    from torchmetrics.classification import MulticlassAccuracy
+
+    from pylo_integrations import get_optimizer_info, list_optimizers, param_groups, unwrap_optimizer
+    from pylo_integrations.lightning import LearnedOptimizerCallback, configure_optimizers
+except ModuleNotFoundError as error:
+    sys.exit(f"this recipe needs {error.name}: pip install 'pylo-integrations[recipes]', in a clone '.[recipes]'")
+
+HERE = Path(__file__).parent
+PRESETS = sorted(path.stem for path in HERE.glob("*.yaml"))
+
+
+@dataclass
+class Settings:
+    """How to use an optimizer.
+
+    Attributes:
+        lr: Peak learning rate; by default that of the optimizer.
+        weight_decay: Decoupled weight decay.
+        options: Further arguments of its constructor, e.g. `{weights: theta.safetensors}`.
+    """
+
+    lr: float | None = None
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Classifier(LightningModule):
+    """A model of timm, trained to classify images.
+
+    Args:
+        optimizer: One of `pylo list`, or `adamw`.
+        settings: How to use each optimizer.
+        warmup: Part of the run in which the learning rate rises linearly, before it falls to 0 as a cosine.
+        backbone: Name of the model in timm.
+        options: Further arguments of `timm.create_model`.
+        image_size: Height and width of the images.
+        channels: Of the images.
+        num_classes: Classes to tell apart.
+    """
+
+    def __init__(
+        self,
+        optimizer: str,
+        settings: dict[str, Settings],
+        warmup: float = 0.05,
+        backbone: str = "vit_tiny_patch16_224",
+        options: dict[str, Any] | None = None,
+        image_size: int = 28,
+        channels: int = 1,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.optimizer, self.settings, self.warmup = optimizer, settings.get(optimizer, Settings()), warmup
+        self.model = timm.create_model(
+            backbone, img_size=image_size, in_chans=channels, num_classes=num_classes, **(options or {})
+        )
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = cross_entropy(self.model(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        scores = self.model(images)
+        self.accuracy(scores, labels)
+        self.log("validation_loss", cross_entropy(scores, labels), batch_size=len(labels), prog_bar=True)
+        self.log("validation_accuracy", self.accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        settings, lr = self.settings, {} if self.settings.lr is None else {"lr": self.settings.lr}
+        if self.optimizer != "adamw":
+            return configure_optimizers(
+                self,
+                self.optimizer,
+                **lr,
+                weight_decay=settings.weight_decay,
+                scheduler=self.schedule,
+                **settings.options,
+            )
+        optimizer = AdamW(param_groups(self, settings.weight_decay), **lr, **settings.options)
+        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def schedule(self, optimizer: Optimizer, num_steps: int) -> LambdaLR:
+        warmup = max(1, round(self.warmup * num_steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, num_steps - warmup)))
+
+        return LambdaLR(optimizer, factor)
+
+
+class Recipe(LightningCLI):
+    """One run, as the command line and the preset describe it."""
+
+    def __init__(self, preset: str, args: list[str]) -> None:
+        self.history = History()
+        super().__init__(
+            Classifier,
+            ImageData,
+            run=False,
+            args=args,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [LearnedOptimizerCallback(), self.history]},
+            save_config_kwargs={"config_filename": "config.yaml", "overwrite": True},
+            parser_kwargs={
+                "description": __doc__,
+                "formatter_class": argparse.RawDescriptionHelpFormatter,
+                "default_config_files": [str(HERE / f"{preset}.yaml")],
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        names = ", ".join(["adamw", *list_optimizers()])
+        parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what to start from")
+        parser.add_argument("--optimizer", default="small_fc_lopt", help=names)
+        parser.add_argument("--baseline", type=str | None, default="adamw", help="optimizer to compare with, or null")
+        parser.add_argument("--data_dir", "--data-dir", type=str | None, help="see --data.help")
+        parser.add_argument("--output", default="runs/vit", help="each optimizer gets a folder in it")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, help="checkpoint to go on from; `last`: each run from its own"
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.link_arguments("optimizer", "model.optimizer")
+        parser.link_arguments("data_dir", "data.data_dir")
+        parser.link_arguments("seed_everything", "data.seed")
+        for name in ("image_size", "channels", "num_classes"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        for key in ("optimizer", "baseline"):
+            name = self.config[key]
+            if name not in ("adamw", None):
+                try:
+                    get_optimizer_info(name)
+                except ValueError as error:
+                    self.parser.error(f"--{key}: {error}; or adamw")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        folder = Path(self.config.output, self.config.optimizer)
+        if self.config.ckpt_path is None and (folder / self.save_config_kwargs["config_filename"]).exists():
+            shutil.rmtree(folder)  # an earlier run of ours, which this one replaces
+        if self.config.trainer.logger in (None, True):
+            # A continued run gets a CSV file of its own: CSVLogger empties the one it finds.
+            kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
+        return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+
+    def train(self) -> Run:
+        name, trainer = self.config.optimizer, self.trainer
+        data = self.datamodule
+        counts = f"{len(data.training)} images to train on, {len(data.validation)} to validate"
+        print(f"\n== {name} ==\ndata: {data.title} ({data.origin}): {counts}", flush=True)
+        trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
+        if not trainer.fast_dev_run:
+            # ModelCheckpoint saves every so many steps; the end of the run need not be one of them.
+            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath, "last.ckpt"))
+        results = trainer.validate(self.model, self.datamodule, verbose=False)
+        final = results[0] if results else {}  # none with --trainer.limit_val_batches=0
+        learned = unwrap_optimizer(trainer.optimizers[0])
+        theta = None if learned is None else learned.theta
+        return Run(
+            name,
+            lr=trainer.lr_scheduler_configs[0].scheduler.base_lrs[0],
+            steps=trainer.global_step,
+            **self.history.state_dict(),
+            validation_loss=final.get("validation_loss", math.nan),
+            validation_accuracy=final.get("validation_accuracy", math.nan),
+            note="" if theta is None else f"theta {theta.name}, {theta.provenance}",
+        )
+
+
+def main() -> None:
+    # LightningCLI takes arguments in a list, as the second run needs, but then warns about those in sys.argv.
+    arguments, sys.argv = sys.argv[1:], sys.argv[:1]
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset", choices=PRESETS, default="tiny")
+    preset = chooser.parse_known_args(arguments)[0].preset
+
+    first = Recipe(preset, arguments)
+    runs = [first.train()]
+    baseline, checkpoint = first.config.baseline, first.config.ckpt_path
+    if baseline not in (None, first.config.optimizer):
+        changes = [f"--optimizer={baseline}"]
+        if checkpoint not in (None, "last"):
+            changes.append("--ckpt_path=null")  # it is the other optimizer's
+        runs.append(Recipe(preset, [*arguments, *changes]).train())
+
+    output = Path(first.config.output)
+    output.mkdir(parents=True, exist_ok=True)  # as a dry run with --trainer.fast_dev_run=true leaves nothing there
+    table = make_table(runs)
+    (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
+    title = f"{first.config.model.backbone} ({preset}) on {first.datamodule.title}, seed {first.config.seed_everything}"
+    plot(runs, title, output / "comparison.png")
+    print(f"\n{table}\n\nwritten to {output}: comparison.md, comparison.png, and a folder for each optimizer")
+
+
+if __name__ == "__main__":
+    main()

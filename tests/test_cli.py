@@ -1,0 +1,230 @@
+"""Does ``pylo`` answer what it is asked, find defects, and refuse misuse in one line?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import pylo_integrations
+from pylo_integrations import bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations.weights import bootstrap, load_theta
+
+ROOT = Path(__file__).parent.parent
+
+
+def requires(*lines):
+    return lambda distribution: list(lines)
+
+
+@pytest.fixture
+def misuse(capsys):
+    """Runs ``pylo`` with arguments that it must refuse; returns the line it says."""
+
+    def run(*argv):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(argv)
+        assert exit_.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    return run
+
+
+def test_list_shows_every_name_or_those_that_match(capsys, toy_loss):
+    assert cli.main(["list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_optimizers()
+    assert cli.main(["list", "toy_*"]) == 0
+    assert capsys.readouterr().out.split()[0] == toy_loss.name
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_info_tells_options_and_weights(capsys, name):
+    assert cli.main(["info", name]) == 0
+    out = capsys.readouterr().out
+    spec = get_optimizer_info(name)
+    assert spec.description in out
+    assert [option for option in spec.options if f"  {option} " not in out] == []
+    assert load_theta("builtin:small_fc_bootstrap", name).sha256[:12] in out
+    assert "not meta-trained" in out
+
+
+def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
+    cli.main(["info", toy_loss.name])
+    assert "the loss and num_steps" in capsys.readouterr().out
+    cli.main(["info", "small_fc_lopt"])
+    assert "gradients only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["info", "small_fc_lop"], "did you mean 'small_fc_lopt'"),
+        (["list", "zzz"], "no optimizer matches 'zzz'; there are"),
+        (["recipe", "no_such_recipe"], "invalid choice"),
+        (["bench", "--shapes", "vit_ti,nope"], "unknown shapes 'nope'; available: vit_ti"),
+        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: small_fc_lopt"),
+        (["bench", "--threads", "1,0"], "'0' is not a positive integer"),
+        (["bench", "--repeats", "-1"], "--repeats"),
+        (["bench", "--dtype", "int8"], "--dtype"),
+        (["bench", "--device", "tpu:3"], "'tpu:3' is not usable here"),
+        (["bench", "--json", "no/such/folder/x.json"], "does not exist"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_misuse_is_one_line_and_exit_code_2(misuse, argv, said):
+    assert said in misuse(*argv)
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_nothing_wrong_here(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert pylo_integrations.__version__ in out and torch.__version__ in out
+    assert "BROKEN" not in out and "everything works" in out
+    assert bootstrap().sha256[:12] in out
+    assert "small_fc_lopt" in out and "takes a step" in out
+
+
+def test_doctor_steps_optimizers_that_need_loss_and_horizon(capsys, toy_loss):
+    assert cli.main(["doctor"]) == 0
+    assert f"{toy_loss.name} " in capsys.readouterr().out
+
+
+def test_doctor_reports_damaged_weights(capsys, monkeypatch):
+    def damaged(weights, name):
+        raise ValueError(f"{weights} is damaged: its sha256 is 0, its record says 1")
+
+    monkeypatch.setattr(cli, "load_theta", damaged)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN: builtin:small_fc_bootstrap is damaged" in out and "1 defect found" in out
+
+
+def test_doctor_reports_an_optimizer_that_does_not_move(capsys, monkeypatch):
+    monkeypatch.setattr(pylo_integrations.LearnedOptimizer, "_step", lambda self, loss: None)
+    assert cli.main(["doctor"]) == 1
+    assert "BROKEN: a step does not change a parameter" in capsys.readouterr().out
+
+
+def test_doctor_reports_an_optimizer_that_raises(capsys, monkeypatch):
+    def step(self, loss):
+        raise OSError("no kernel")
+
+    monkeypatch.setattr(pylo_integrations.LearnedOptimizer, "_step", step)
+    assert cli.main(["doctor"]) == 1
+    assert "BROKEN: OSError: no kernel" in capsys.readouterr().out
+
+
+def test_doctor_tells_missing_extras_from_old_packages(capsys, monkeypatch):
+    lines = [
+        "torch>=2.6",
+        'no-such-package>=1; extra == "hf"',
+        'torch>=999; extra == "lightning"',
+        'numpy; extra == "accelerate"',
+        'pylo-integrations[accelerate]; extra == "recipes"',
+        'ruff; extra == "dev"',
+    ]
+    monkeypatch.setattr(metadata, "requires", requires(*lines))
+    assert cli.main(["doctor"]) == 1
+    found = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("[")}
+    assert set(found) == {"[hf]", "[lightning]", "[accelerate]", "[recipes]"}
+    assert "not installed (lacks no-such-package)" in found["[hf]"] and "'.[hf]'" in found["[hf]"]
+    assert "BROKEN: torch" in found["[lightning]"] and ">=999 is needed" in found["[lightning]"]
+    assert found["[recipes]"].split()[1:] == found["[accelerate]"].split()[1:] == ["numpy", metadata.version("numpy")]
+
+
+def test_doctor_reports_a_core_dependency_that_is_too_old(capsys, monkeypatch):
+    monkeypatch.setattr(metadata, "requires", requires("torch>=999"))
+    assert cli.main(["doctor"]) == 1
+    assert ">=999 is needed" in capsys.readouterr().out
+
+
+def test_doctor_works_without_being_installed(capsys, monkeypatch):
+    def absent(distribution):
+        raise metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert cli.main(["doctor"]) == 0
+    assert "without being installed" in capsys.readouterr().out
+
+
+# -- recipe --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe that writes its arguments into a file and exits with code 7, in a clone of its own."""
+    package = tmp_path / "pylo_integrations"
+    package.mkdir()
+    folder = tmp_path / "recipes" / "mini"
+    folder.mkdir(parents=True)
+    (folder / "beside.py").write_text("CODE = 7")
+    script = "import json, sys, pathlib, beside\npathlib.Path('seen.json').write_text(json.dumps(sys.argv[1:]))\n"
+    (folder / "train.py").write_text(script + "sys.exit(beside.CODE)\n")
+    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(metadata, "requires", requires('torch; extra == "recipes"'))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_recipe_gets_its_options_and_returns_its_exit_code(recipe, tmp_path):
+    options = ["--help", "fit", "--trainer.max_steps", "3", "--", "-x"]
+    assert cli.main(["recipe", "mini", *options]) == 7
+    assert json.loads((tmp_path / "seen.json").read_text()) == options
+
+
+def test_recipes_inside_an_installed_package_are_found(recipe, tmp_path):
+    recipe.parent.rename(tmp_path / "pylo_integrations" / "_recipes")
+    assert cli.main(["recipe", "mini"]) == 7
+
+
+def test_a_recipe_without_its_extra_says_what_to_install(recipe, misuse, monkeypatch, tmp_path):
+    monkeypatch.setattr(metadata, "requires", requires('no-such-package>=2; extra == "recipes"'))
+    said = misuse("recipe", "mini")
+    assert "no-such-package is not installed" in said and "pip install -e '.[recipes]'" in said
+    assert not (tmp_path / "seen.json").exists()
+
+
+def test_this_repository_has_the_recipes_that_the_readme_names():
+    assert {"vit", "gpt2"} <= set(cli._recipes())
+
+
+# -- as a program --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+def test_the_program_imports_no_framework():
+    script = (
+        "import sys; from pylo_integrations import cli; cli.main(['list'])\n"
+        "print([m for m in ('transformers', 'lightning', 'accelerate', 'timm', 'torchmetrics') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]" and run.stderr == ""
+
+
+def test_bench_is_reached_with_its_defaults(monkeypatch, capsys):
+    seen = []
+
+    def run_bench(setting, optimizers, repeats):
+        seen.append((setting, optimizers, repeats))
+        return []
+
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    monkeypatch.setattr(bench, "format_table", lambda records: "TABLE")
+    assert cli.main(["bench", "--threads", "1,2"]) == 0
+    threads = torch.get_num_threads()
+    assert [(s.shapes, s.threads) for s, _, _ in seen] == [
+        (shapes, count) for shapes in ("vit_ti", "vit_b16", "gpt2") for count in (1, 2)
+    ]
+    assert torch.get_num_threads() == threads  # set in the processes that measure, not here
+    assert capsys.readouterr().out.count("TABLE") == 6

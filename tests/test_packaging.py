@@ -1,0 +1,143 @@
+"""Is the wheel complete, and do pyproject.toml, the README and .ci/run agree?"""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pylo_integrations
+
+ROOT = Path(__file__).parent.parent
+TEST_MARK = "<!-- command: tests -->"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    hatchling = pytest.importorskip("hatchling.build")
+    folder = tmp_path_factory.mktemp("wheel")
+    before = os.getcwd()
+    os.chdir(ROOT)  # the build hooks of PEP 517 work on the current directory
+    try:
+        return folder / hatchling.build_wheel(str(folder))
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel):
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "pylo_integrations", "recipes"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\n")
+    expected = {re.sub("^recipes/", "pylo_integrations/_recipes/", name) for name in tracked if name}
+    if not expected:
+        pytest.skip("not a git checkout")
+    assert packed == expected
+
+
+def test_the_wheel_is_typed_and_has_weights_and_recipes_but_no_tests(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "pylo_integrations/py.typed" in names
+    assert "pylo_integrations/weights/builtin/small_fc_bootstrap.safetensors" in names
+    assert {"pylo_integrations/_recipes/vit/train.py", "pylo_integrations/_recipes/gpt2/train.py"} <= set(names)
+    assert not [name for name in names if "test" in name or name.startswith(("docs", "recipes"))]
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
+    script = (
+        "import torch, pylo_integrations as p\n"
+        f"assert p.__file__.startswith({str(unpacked)!r})\n"
+        "layer = torch.nn.Linear(2, 2)\n"
+        "layer(torch.ones(1, 2)).sum().backward()\n"
+        "p.create_optimizer(layer, 'small_fc_lopt').step()\n"
+        "from pylo_integrations import cli\n"
+        "print(*sorted(map(str, cli._recipes().values())))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    recipes = unpacked / "pylo_integrations" / "_recipes"
+    assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "vit")]
+
+
+def test_version_has_one_source(wheel_metadata):
+    assert wheel_metadata["Version"] == pylo_integrations.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{pylo_integrations.__version__}]" in changelog
+
+
+def test_extras_and_dependencies(wheel_metadata):
+    assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
+    requirements = wheel_metadata.get_all("Requires-Dist")
+    core = {re.match(r"[\w-]+", line)[0] for line in requirements if "extra ==" not in line}
+    assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging"}
+    assert not [line for line in requirements if "<" in line.partition(";")[0] or "==" in line.partition(";")[0]]
+
+
+def test_the_command_is_called_pylo(wheel):
+    archive = zipfile.ZipFile(wheel)
+    name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "pylo = pylo_integrations.cli:main" in archive.read(name).decode()
+
+
+def readme_command(mark: str) -> str:
+    return re.search(rf"^{re.escape(mark)}\n```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+
+
+def test_readme_commands_start_from_nothing_and_name_real_extras(wheel_metadata):
+    commands = {kind: readme_command(f"<!-- command: {kind} -->") for kind in ("train", "tests")}
+    for command in commands.values():
+        assert command.startswith("python3 -m venv .venv")
+        extras = re.search(r'pip install .*"\.\[(\w+)\]"', command)[1]
+        assert extras in wheel_metadata.get_all("Provides-Extra")
+    assert "pylo recipe vit" in commands["train"] and "pytest" in commands["tests"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("outcome", "checks"), [("true", True), ("false", False)])
+def test_ci_runs_the_test_command_of_the_readme(tmp_path, outcome, checks):
+    """`.ci/run` in a copy whose README command and tools only leave a trace."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci/run").write_text((ROOT / ".ci/run").read_text())
+    command = readme_command(TEST_MARK)
+    readme = (ROOT / "README.md").read_text().replace(command, f"echo README >> trace\n{outcome}\n")
+    (tmp_path / "README.md").write_text(readme)
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for tool in ("ruff", "mypy", "mkdocs", "python", "pip"):
+        (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> trace\n')
+        (tools / tool).chmod(0o755)
+    environment = {**os.environ, "PYLO_CI_SKIP_APT": "1"}
+    run = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    trace = (tmp_path / "trace").read_text().splitlines()
+    assert trace[0] == "README"
+    assert (run.returncode == 0) == checks, run.stderr
+    expected = ["ruff check .", "ruff format --check .", "mypy", "mkdocs build --strict --config-file .mkdocs.yml"]
+    assert [line for line in trace[1:]] == (expected if checks else [])
