@@ -10,7 +10,8 @@ from pylo_integrations.catalog import (
 )
 from pylo_integrations.engine import NonFiniteError
 from pylo_integrations.groups import param_groups
-from pylo_integrations.optimizer import LearnedOptimizer, SmallFCLOpt, unwrap_optimizer
+from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.optimizers import SmallFCLOpt
 from pylo_integrations.weights.theta import Theta
 
 __version__ = "0.1.0"

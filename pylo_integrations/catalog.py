@@ -15,7 +15,8 @@ from torch.optim.optimizer import ParamsT
 
 from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.optimizer import LearnedOptimizer, SmallFCLOpt
+from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.optimizers import SmallFCLOpt
 from pylo_integrations.weights.sources import Weights
 
 
@@ -138,8 +139,8 @@ def create_optimizer(
         TypeError: The entry's class has no such option.
     """
     spec = get_optimizer_info(name)
-    options = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
-    options = {key: value for key, value in options.items() if value is not None}
+    given = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options = {**spec.defaults, **options, "backend": backend, "weight_decay": weight_decay, **kwargs}
     if unknown := sorted(set(options) - set(spec.options)):
         raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")

@@ -7,13 +7,16 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-DecayPolicy = Literal["before", "after", "before_independent", "after_independent"]
+DecayPolicy = Literal["before", "after", "before_independent", "after_independent", "l2"]
 """How decoupled weight decay meets the learned step.
 
 ``"before"`` decays the old parameter, as AdamW does; ``"after"`` decays the updated one. Both shrink by ``lr *
 weight_decay``; the ``_independent`` forms shrink by ``weight_decay * lr / base_lr``, so that a schedule still anneals
 the decay but the choice of learning rate does not change it (Loshchilov & Hutter, "Decoupled Weight Decay
 Regularization", ICLR 2019). ``base_lr`` is the group's learning rate when it was added.
+
+``"l2"`` is not decoupled: the rule sees the gradient plus ``weight_decay * p``, and a rule that uses the loss sees it
+plus ``weight_decay`` times the sum of all squared parameters, as Google's wrapper of VeLO does (spec §3).
 """
 
 
@@ -26,6 +29,8 @@ def check_decay_policy(policy: str) -> None:
 def keep_and_scale(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
     """``(keep, scale)`` of a parameter group: the new parameter is ``keep * p - scale * step``."""
     lr, decay, policy = group["lr"], group["weight_decay"], group["weight_decay_policy"]
+    if policy == "l2":
+        return 1.0, lr
     if policy.endswith("_independent"):
         base_lr = group["base_lr"]
         shrink = decay * (lr / base_lr) if base_lr else 0.0

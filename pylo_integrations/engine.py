@@ -1,20 +1,22 @@
 """One step of a learned optimizer over all of its tensors.
 
 =========  ======================================================================================
-plan       tensors with a gradient, bucketed by layout, dtype, device and group; cached
+plan       tensors with a gradient, bucketed by rule, layout, dtype, device and group; cached
 collect    read-only partial sums of every block
 --round--  sums completed over all tensors at once; non-finite policy decided; nothing changed yet
 prepare_   factored state of every bucket
-control    whole-model decisions of the rule
+control    whole-model decisions of each rule
 describe_  parameter-shaped state of every block; sums of squared features
 --round--  sums completed
-propose    the step of every block, applied as ``p <- keep * p - scale * step``
+propose    the step of every block
+finish     for rules that turn the steps of a whole matrix into another one
+apply      ``p <- keep * p - scale * step``
 =========  ======================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -24,8 +26,8 @@ from torch import Tensor
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.select import Backend, select_stages
 from pylo_integrations.progress import Progress
-from pylo_integrations.rules.base import Rule, StepContext, read_gradient
-from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums
+from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
+from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.rounds import sum_over_ranks_
 
@@ -48,6 +50,7 @@ class NonFiniteError(RuntimeError):
 class _Plan:
     key: tuple[Any, ...]
     buckets: list[Bucket]  # hold every parameter, state and group, so that no id in the key can be reused
+    rules: list[Rule]
     blocks: list[list[Block]]
 
 
@@ -66,10 +69,10 @@ class Engine:
     """
 
     def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int) -> None:
-        self._stages = select_stages(rule, backend)
+        self._rule = select_stages(rule, backend)
         self._chunk_bytes = chunk_bytes
-        self._plan = _Plan((), [], [])
-        self._constants: dict[tuple[torch.device, torch.dtype], Mapping[str, Tensor]] = {}
+        self._plan = _Plan((), [], [], [])
+        self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
     def step(
         self,
@@ -128,32 +131,36 @@ class Engine:
         stepped: Sequence[tuple[Mapping[str, Any], Tensor]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
-        members: dict[tuple[Any, ...], Bucket] = {}
+        members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         for group, param in stepped:
             layout = TensorLayout.of(param, group["axes"])
-            bucket = members.setdefault(
-                (id(group), layout, param.dtype, param.device), Bucket(layout, [], [], group, state_dtype(param))
+            rule = self._rule.member(layout, group)
+            _, bucket = members.setdefault(
+                (id(group), rule, layout, param.dtype, param.device),
+                (rule, Bucket(layout, [], [], group, state_dtype(param))),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])
-        buckets = list(members.values())
-        return _Plan(key, buckets, [bucket.blocks(self._block_numel(bucket)) for bucket in buckets])
+        rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
+        blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
+        return _Plan(key, buckets, rules, blocks)
 
-    def _block_numel(self, bucket: Bucket) -> int:
-        numel = max(1, self._chunk_bytes // (self._stages.workspace * bucket.dtype.itemsize))
+    def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
+        numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
         return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
 
     def _grad_norm(self, plan: _Plan, context: StepContext | None = None) -> Tensor:
-        """0-d L2 norm of all gradients, as the rule would read them under ``context``.
+        """0-d L2 norm of all gradients, those that ``context`` reads as zero left out.
 
         Not finite if a gradient is not, or if it is so large that its square overflows: either would poison the state.
         """
         device = plan.buckets[0].device
         norms: list[Tensor] = []
         for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
-            grads = bucket.grads if context is None else [read_gradient(block, context) for block in blocks]
-            norms += (norm.to(device) for norm in torch._foreach_norm(grads, 2, dtype=bucket.dtype))
-        return torch.linalg.vector_norm(torch.stack(norms))
+            grads = bucket.grads if context is None else [clean_gradient(block, context) for block in blocks]
+            norms += (norm.to(device) for norm in torch._foreach_norm(list(grads), 2, dtype=bucket.dtype))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     @staticmethod
     def _are_finite(norm: Tensor, loss: Tensor | None) -> tuple[bool, bool]:
@@ -161,29 +168,53 @@ class Engine:
         verdict = torch.isfinite(norm if loss is None else torch.stack([norm, loss.to(norm)])).reshape(-1).tolist()
         return verdict[0], verdict[-1] or loss is None
 
-    def _constants_for(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        if (device, dtype) not in self._constants:
-            self._constants[device, dtype] = self._stages.constants(device, dtype)
-        return self._constants[device, dtype]
+    def _constants_for(self, rule: Rule, bucket: Bucket) -> Mapping[str, Tensor]:
+        key = (rule, bucket.device, bucket.dtype)
+        if key not in self._constants:
+            self._constants[key] = rule.constants(bucket.device, bucket.dtype)
+        return self._constants[key]
 
     def _run(self, plan: _Plan, context: StepContext) -> None:
-        stages, buckets = self._stages, plan.buckets
-        contexts = [replace(context, constants=self._constants_for(b.device, b.dtype)) for b in buckets]
-
-        collected = self._round(plan, lambda i, block: stages.collect(block, contexts[i]))
-        prepared = [stages.prepare_(b, sums, ctx) for b, sums, ctx in zip(buckets, collected, contexts, strict=True)]
-        widest = max(range(len(buckets)), key=lambda i: buckets[i].dtype.itemsize)
-        decided = stages.control(buckets, collected, contexts[widest])
-        controls = [
-            {name: value.to(bucket.device, bucket.dtype) for name, value in control.items()}
-            for bucket, control in zip(buckets, decided, strict=True)
+        rules, buckets = plan.rules, plan.buckets
+        contexts = [
+            replace(context, constants=self._constants_for(rule, bucket))
+            for rule, bucket in zip(rules, buckets, strict=True)
         ]
-        described = self._round(plan, lambda i, block: stages.describe_(block, prepared[i], contexts[i]))
-        for i, bucket in enumerate(buckets):
+        collected = self._round(plan, lambda i, block: rules[i].collect(block, contexts[i]))
+        prepared = [
+            rule.prepare_(bucket, sums, ctx)
+            for rule, bucket, sums, ctx in zip(rules, buckets, collected, contexts, strict=True)
+        ]
+        controls = self._control(plan, collected, contexts)
+        described = self._round(plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]))
+        for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
             keep, scale = keep_and_scale(bucket.group)
-            for block in plan.blocks[i]:
-                step = stages.propose(block, prepared[i], described[i], controls[i], contexts[i])
-                block.store_param_(block.param * keep - step * scale)
+            for blocks in by_tensors(plan.blocks[i]):
+                proposed = (rule.propose(b, prepared[i], described[i], controls[i], contexts[i]) for b in blocks)
+                steps = self._finished(rule, blocks, proposed, contexts[i]) if rule.finishes else proposed
+                for block, step in zip(blocks, steps, strict=True):
+                    block.store_param_(block.param * keep - step * scale)
+
+    @staticmethod
+    def _control(plan: _Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:
+        """Every rule decides once, over all of its buckets, in the widest dtype among them."""
+        controls: list[Control] = [{}] * len(plan.buckets)
+        for rule in dict.fromkeys(plan.rules):
+            mine = [i for i, other in enumerate(plan.rules) if other is rule]
+            buckets = [plan.buckets[i] for i in mine]
+            widest = max(mine, key=lambda i: plan.buckets[i].dtype.itemsize)
+            decided = rule.control(buckets, [collected[i] for i in mine], contexts[widest])
+            for i, bucket, control in zip(mine, buckets, decided, strict=True):
+                controls[i] = {name: value.to(bucket.device, bucket.dtype) for name, value in control.items()}
+        return controls
+
+    @staticmethod
+    def _finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:
+        """The steps of one or more whole tensors, cut into ``blocks``, as the rule finishes them."""
+        layout = blocks[0].layout
+        whole = torch.cat([step.flatten(2) for step in steps], dim=2)  # boxes come in the order of their elements
+        whole = rule.finish(whole.view(*whole.shape[:2], *layout.shape), layout, ctx)
+        return [whole[(slice(None), slice(None), *block.box.slices(layout.local.start))] for block in blocks]
 
     @staticmethod
     def _round(plan: _Plan, stage: Callable[[int, Block], Mapping[str, PartialSum]]) -> list[Sums]:

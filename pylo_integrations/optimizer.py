@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, get_args
@@ -17,9 +16,7 @@ from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.progress import Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
-from pylo_integrations.weights.sources import load_theta
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
@@ -191,7 +188,7 @@ class LearnedOptimizer(Optimizer):
         self._step(None if known is None else as_scalar_loss(known))
         return result
 
-    @torch._disable_dynamo  # torch.compiler.disable would import the whole compiler
+    @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | None) -> None:
         progress = self._progress
         self._check_gradients()
@@ -203,8 +200,8 @@ class LearnedOptimizer(Optimizer):
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
             self._warn_once(
                 "horizon",
-                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was told "
-                "that training ends there. Call set_num_steps() with the true length of the run",
+                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
+                "told that training ends there. Call set_num_steps() with the true length of the run",
             )
         with torch.no_grad(), torch.autocast(self._device_type(), enabled=False):
             taken = self._engine.step(
@@ -218,8 +215,8 @@ class LearnedOptimizer(Optimizer):
         if not taken:
             self._warn_once(
                 "nonfinite",
-                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further ones "
-                "are only counted, in `nonfinite_steps`",
+                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
+                "ones are only counted, in `nonfinite_steps`",
             )
 
     def _device_type(self) -> str:
@@ -293,17 +290,21 @@ class LearnedOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param not in self.state and (param.requires_grad or param.grad is not None):
-                    self.state[param] = self._fresh_state(param, group["axes"])
+                    self.state[param] = self._fresh_state(param, group)
 
-    def _fresh_state(self, param: Tensor, axes: AxisOrder) -> dict[str, Tensor]:
-        shapes = self.rule.state_shapes(TensorLayout.of(param, axes))
-        dtype = state_dtype(param)
-        return {
+    def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        layout = TensorLayout.of(param, group["axes"])
+        rule = self.rule.member(layout, group)
+        initial, dtype = rule.initial_state(), state_dtype(param)
+        state = {
             name: torch.zeros_like(param, dtype=dtype, requires_grad=False)
             if shape is None
             else torch.zeros(shape, dtype=dtype, device=param.device)
-            for name, shape in shapes.items()
+            for name, shape in rule.state_shapes(layout).items()
         }
+        for name, value in initial.items():
+            state[name].copy_(value)
+        return state
 
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group.
@@ -345,12 +346,13 @@ class LearnedOptimizer(Optimizer):
     def _match_state(self, state_dict: StateDict) -> dict[Tensor, Mapping[str, Any]]:
         """Saved state by parameter of this optimizer, checked against the shapes of its rule."""
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        ours = [(param, group["axes"]) for group in self.param_groups for param in group["params"]]
+        ours = [(param, group) for group in self.param_groups for param in group["params"]]
         matched: dict[Tensor, Mapping[str, Any]] = {}
-        for index, (param, axes) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
+        for index, (param, group) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
             if not (tensors := state_dict["state"].get(index)):
                 continue
-            shapes = self.rule.state_shapes(TensorLayout.of(param, axes))
+            layout = TensorLayout.of(param, group["axes"])
+            shapes = self.rule.member(layout, group).state_shapes(layout)
             expected = {name: tuple(param.shape) if shape is None else shape for name, shape in shapes.items()}
             found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
             if found != expected:
@@ -408,70 +410,6 @@ def _check_group(group: Mapping[str, Any]) -> None:
                 f"parameter {names[position] if names else position} is {param.dtype}; learned optimizers step real "
                 "floating-point parameters only (view a complex one with torch.view_as_real)"
             )
-
-
-class SmallFCLOpt(LearnedOptimizer):
-    """small_fc_lopt: a per-parameter MLP over Adafactor-style features (:mod:`pylo_integrations.rules.small_fc`).
-
-    Args:
-        params: As for :class:`LearnedOptimizer`.
-        lr: As for :class:`LearnedOptimizer`.
-        weight_decay: As for :class:`LearnedOptimizer`.
-        weights: Theta: an object, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"`` or arrays. Default
-            ``"builtin:small_fc_bootstrap"``: constructed, not meta-trained (:func:`pylo_integrations.weights.bootstrap`).
-        num_steps: Unused by this rule but to warn about an overrun.
-        step_mult: Scale of the step; by default theta's.
-        exp_mult: Scale of the magnitude output; by default theta's.
-        max_grad_norm: As for :class:`LearnedOptimizer`.
-        weight_decay_policy: As for :class:`LearnedOptimizer`.
-        maximize: As for :class:`LearnedOptimizer`.
-        on_nonfinite: As for :class:`LearnedOptimizer`.
-        chunk_bytes: As for :class:`LearnedOptimizer`.
-        backend: As for :class:`LearnedOptimizer`.
-
-    Raises:
-        ValueError: An argument is out of range, or the weights are for another optimizer.
-        FileNotFoundError: The weights cannot be found.
-        TypeError: A parameter is complex or not floating point.
-    """
-
-    rule_type = SmallFC
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1.0,
-        *,
-        weight_decay: float = 0.0,
-        weights: Theta | str | os.PathLike[str] | Mapping[str, Any] | None = None,
-        num_steps: int | None = None,
-        step_mult: float | None = None,
-        exp_mult: float | None = None,
-        max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
-        maximize: bool = False,
-        on_nonfinite: NonFinitePolicy = "skip",
-        chunk_bytes: int = CHUNK_BYTES,
-        backend: Backend = "auto",
-    ) -> None:
-        theta = load_theta("builtin:small_fc_bootstrap" if weights is None else weights, "small_fc")
-        rule = theta.rule(step_mult=step_mult, exp_mult=exp_mult)
-        if not isinstance(rule, self.rule_type):
-            raise ValueError(f"weights={weights!r} are for {theta.architecture}, not for {type(self).__name__}")
-        super().__init__(
-            params,
-            rule,
-            lr=lr,
-            weight_decay=weight_decay,
-            num_steps=num_steps,
-            max_grad_norm=max_grad_norm,
-            weight_decay_policy=weight_decay_policy,
-            maximize=maximize,
-            on_nonfinite=on_nonfinite,
-            chunk_bytes=chunk_bytes,
-            backend=backend,
-            theta=theta,
-        )
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

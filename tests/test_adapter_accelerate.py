@@ -1,6 +1,6 @@
 """Does Accelerate deliver the exact loss and horizon, and resume bit for bit?
 
-The oracle is what the loop itself computed: it writes down every micro-batch loss, and a loop of plain torch repeats it.
+The oracle is what the loop itself computed: it notes every micro-batch loss, and a loop of plain torch repeats it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 timm = pytest.importorskip("timm")
-import timm.optim  # noqa: E402
 from timm.optim._optim_factory import default_registry  # noqa: E402
 
 from pylo_integrations import (  # noqa: E402

@@ -23,6 +23,7 @@ LAYERS = [
     {"ops"},
     {"engine"},
     {"optimizer"},
+    {"optimizers"},
     {"groups"},
     {"catalog"},
     {"__init__"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,10 +53,36 @@ class Rule(ABC):
     """One optimizer's mathematics. Stages run in the order of the methods below; statistics are named tensors.
 
     A rule is a pure function of theta and is immutable: it holds no state of a run.
+
+    Attributes:
+        needs_loss: Whether every step needs the loss.
+        needs_horizon: Whether every step needs to know how many steps the run takes.
+        features: Names of the per-parameter inputs of the network, in order; empty if there is none.
+        finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.
     """
 
     needs_loss: ClassVar[bool] = False
     needs_horizon: ClassVar[bool] = False
+    features: ClassVar[tuple[str, ...]] = ()
+    finishes: ClassVar[bool] = False
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor], *args: Any, **hyper: Any) -> Rule:
+        """Build the rule from theta; a rule without theta has no use for this.
+
+        Args:
+            arrays: By the reference's tree-path names.
+            hyper: Constants of the rule; those left out have defaults.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a shape does not fit.
+            TypeError: Unknown constant.
+        """
+        raise TypeError(f"{cls.__name__} has no theta")
+
+    def member(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
+        """The rule for a tensor of a parameter group: this one, or another for tensors that it does not step."""
+        return self
 
     @property
     def workspace(self) -> int:
@@ -66,6 +92,10 @@ class Rule(ABC):
     @abstractmethod
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Names and shapes of a tensor's state; None stands for "shaped (and sharded) like the parameter"."""
+
+    def initial_state(self) -> Mapping[str, Tensor]:
+        """Values of states that do not start at zero, by name."""
+        return {}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors derived from theta, placed on ``device`` in ``dtype``; cached by the engine."""
@@ -91,14 +121,27 @@ class Rule(ABC):
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """The step of every parameter, ``(tensors, 1, *box)`` in parameter units, to be subtracted."""
 
+    def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
+        """What to subtract, made of the proposed steps of whole tensors, ``(tensors, 1, *layout.shape)``."""
+        return steps
+
+
+def clean_gradient(block: Block, ctx: StepContext) -> Tensor:
+    """Gradients under the non-finite policy, ``(tensors, 1, *box)``; may alias ``p.grad``: do not write to it."""
+    grad = block.raw_grad
+    return grad.where(grad.abs() <= LARGEST_GRADIENT, 0) if ctx.zero_nonfinite else grad
+
 
 def read_gradient(block: Block, ctx: StepContext) -> Tensor:
-    """Gradients as the rule must see them, ``(tensors, 1, *box)``: sign, non-finite policy and clip scale applied."""
-    grad = block.raw_grad
-    if ctx.zero_nonfinite:
-        grad = grad.where(grad.abs() <= LARGEST_GRADIENT, 0)
-    if block.bucket.group["maximize"]:
+    """Gradients as the rule must see them, ``(tensors, 1, *box)``; do not write to it.
+
+    Non-finite policy, sign, clip scale and the gradient of an L2 penalty are applied.
+    """
+    grad, group = clean_gradient(block, ctx), block.bucket.group
+    if group["maximize"]:
         grad = -grad
     if ctx.grad_scale is not None:
         grad = grad * ctx.grad_scale.to(grad.dtype)
+    if group["weight_decay_policy"] == "l2" and group["weight_decay"]:
+        grad = grad + block.param * group["weight_decay"]
     return grad

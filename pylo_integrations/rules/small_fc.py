@@ -68,9 +68,9 @@ class SmallFC(MomentRule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``nn/~/w0``, ``nn/~/b0``, ``nn/~/w1``... with weights (inputs, outputs), 39 inputs and 2 outputs, any
-                number of layers of any width; and the learned offsets ``momentum_decays`` (3,), ``rms_decays`` (1,) and
-                ``adafactor_decays`` (3,), where left out zero.
+            arrays: ``nn/~/w0``, ``nn/~/b0``, ``nn/~/w1``... with weights (inputs, outputs), 39 inputs and 2 outputs,
+                any number of layers of any width; and the learned offsets ``momentum_decays`` (3,),
+                ``rms_decays`` (1,) and ``adafactor_decays`` (3,), where left out zero.
             exp_mult: Scale of the magnitude output inside the exponential.
             step_mult: Scale of the whole step.
 
@@ -132,5 +132,5 @@ class SmallFC(MomentRule):
         depth = range(len(self.weights))
         biases = [control["bias"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
         outputs = mlp(inputs.flatten(2), [ctx.constants[f"w{layer}"] for layer in depth], biases)
-        direction, magnitude = outputs.view(len(block), 2, *block.box.shape).split(1, dim=1)
+        direction, magnitude = outputs.view(len(block), 2, *block.box.shape).chunk(2, dim=1)
         return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(self.step_mult)

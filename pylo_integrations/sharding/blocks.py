@@ -8,8 +8,9 @@ large one tensor is; stacks bound the Python overhead, however many tensors ther
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,8 +60,8 @@ class Bucket:
     """
 
     layout: TensorLayout
-    params: Sequence[Tensor]
-    states: Sequence[dict[str, Any]]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
     group: Mapping[str, Any]
     dtype: torch.dtype
     grads: Sequence[Tensor] = ()
@@ -106,7 +107,8 @@ class Block:
         self._index = self.box.slices(self.bucket.layout.local.start)
 
     def __len__(self) -> int:
-        return self.tensors.stop - self.tensors.start
+        start, stop = self.tensors.start, self.tensors.stop
+        return int(stop - start)
 
     @property
     def layout(self) -> TensorLayout:
@@ -157,6 +159,12 @@ class Block:
         box = zip(self.box.start, self.box.shape, extents, strict=True)
         index = (slice(None) if extent == 1 else slice(start, start + n) for start, n, extent in box)
         return self.rows(statistic)[(slice(None), slice(None), *index)]
+
+
+def by_tensors(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """A bucket's blocks in lists that together cover the same tensors."""
+    for _, pieces in itertools.groupby(blocks, lambda block: (block.tensors.start, block.tensors.stop)):
+        yield list(pieces)
 
 
 class Accumulator:

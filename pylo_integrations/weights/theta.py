@@ -23,7 +23,7 @@ from pylo_integrations.rules.small_fc import SmallFC
 FORMAT = "pylo_integrations.theta"
 VERSION = 1
 
-ARCHITECTURES: Mapping[str, type[SmallFC]] = MappingProxyType({"small_fc": SmallFC})
+ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType({"small_fc": SmallFC})
 """Rules that theta can be for."""
 
 _ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
@@ -178,7 +178,8 @@ class Theta:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is a safetensors file but not a theta; load its arrays and call Theta.from_arrays(name, arrays)"
+                f"{path} is a safetensors file but not a theta; load its arrays and call "
+                "Theta.from_arrays(name, arrays)"
             )
         if metadata.get("version") != str(VERSION):
             raise ValueError(
