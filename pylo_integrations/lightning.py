@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args
 
 from lightning.fabric import Fabric
@@ -22,6 +21,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 
+from pylo_integrations.attach import Attachment, observe_before_backward, require_learned
+from pylo_integrations.attach import attach as attach_to_backward
 from pylo_integrations.catalog import create_optimizer
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 
@@ -150,7 +151,7 @@ class LearnedOptimizerCallback(Callback):
         """Report the loss of one micro-batch."""
         optimizer = _only_optimizer(trainer)
         if optimizer is not None and optimizer.needs_loss:
-            _observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
+            observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""
@@ -159,37 +160,6 @@ class LearnedOptimizerCallback(Callback):
 
 
 # -- Fabric ------------------------------------------------------------------------------------------------------------
-
-
-class Attachment:
-    """Stands in for ``fabric.backward`` and reports each loss to an optimizer; see :func:`attach`."""
-
-    def __init__(self, fabric: Fabric, optimizer: LearnedOptimizer) -> None:
-        self.optimizer = optimizer
-        self._fabric = fabric
-        self._backward = fabric.backward
-        self._attached = True
-        fabric.backward = self  # type: ignore[method-assign]
-
-    def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Report the loss, then do what ``fabric.backward`` does."""
-        if self._attached and self.optimizer.needs_loss:
-            _observe_before_backward(self.optimizer, tensor)
-        self._backward(tensor, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Undo :func:`attach`; the horizon stays."""
-        self._attached = False  # for a wrapper around us, which would go on calling us
-        if vars(self._fabric).get("backward") is self:
-            del self._fabric.backward
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def attach(fabric: Fabric, optimizer: Optimizer, num_steps: int | None = None) -> Attachment:
@@ -211,20 +181,8 @@ def attach(fabric: Fabric, optimizer: Optimizer, num_steps: int | None = None) -
         TypeError: ``optimizer`` is not a learned optimizer.
         ValueError: ``fabric`` reports to another optimizer; or ``num_steps`` is not a positive integer.
     """
-    learned = unwrap_optimizer(optimizer)
-    if learned is None:
-        raise TypeError(f"optimizer must be a learned optimizer, not {type(optimizer).__name__}")
-    if num_steps is not None:
-        learned.set_num_steps(num_steps)
-    attached: object = fabric.backward
-    if not isinstance(attached, Attachment):
-        return Attachment(fabric, learned)
-    if attached.optimizer is not learned:
-        raise ValueError(
-            "this fabric already reports its losses to another optimizer, and which of the two a loss belongs to "
-            "cannot be told: remove() that attachment, and call optimizer.observe_loss(loss) before each step of each"
-        )
-    return attached
+    learned = require_learned(optimizer)
+    return attach_to_backward(fabric, learned, num_steps, lambda loss: observe_before_backward(learned, loss))
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
@@ -275,14 +233,6 @@ def _build_scheduler(scheduler: Schedule, optimizer: Optimizer, num_steps: int) 
 
 def _only_optimizer(trainer: Trainer) -> LearnedOptimizer | None:
     return unwrap_optimizer(trainer.optimizers[0]) if len(trainer.optimizers) == 1 else None
-
-
-def _observe_before_backward(optimizer: LearnedOptimizer, loss: Tensor) -> None:
-    # Without gradients this backward begins a step. Losses that are still there belong to gradients that were dropped:
-    # a step the GradScaler skipped, the first pass of SAM, a loss that does not depend on these parameters.
-    if all(param.grad is None for group in optimizer.param_groups for param in group["params"]):
-        optimizer.clear_observed_loss()
-    optimizer.observe_loss(loss)
 
 
 def _amp_scale(trainer: Trainer) -> Tensor | float:

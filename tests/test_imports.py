@@ -24,7 +24,7 @@ LAYERS = [
     {"engine"},
     {"optimizer"},
     {"optimizers"},
-    {"groups"},
+    {"groups", "attach"},
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
