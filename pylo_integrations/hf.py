@@ -80,7 +80,7 @@ def parse_optim_args(spec: OptimizerSpec, optim_args: str | None) -> dict[str, A
         if field := _FIELD_OF.get(key):
             raise ValueError(f"optim_args={optim_args!r}: give {key!r} as TrainingArguments({field}={text}) instead")
         if key not in available:
-            near = difflib.get_close_matches(key, available, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(key, available, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {available}"
             raise ValueError(f"optim_args={optim_args!r}: {spec.name} has no option {key!r}; {hint}")
         if key in options:

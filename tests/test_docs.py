@@ -52,7 +52,7 @@ def test_snippets_run_in_order(page, tmp_path):
     script = python_of(page)
     if absent := absent_modules(script):
         pytest.skip(f"{page.name} needs {', '.join(sorted(absent))}")
-    copy = tmp_path / page.with_suffix(".py").name
+    copy = tmp_path / f"{page.stem}_page.py"  # lightning.py would be imported in place of the framework
     copy.write_text(script)
     # An interpreter of its own: pages patch frameworks, seed generators and write files.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
