@@ -17,6 +17,7 @@ from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.optimizers import SmallFCLOpt
+from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 from pylo_integrations.weights.sources import Weights
 
 
@@ -118,6 +119,7 @@ def create_optimizer(
     num_steps: int | None = None,
     step_mult: float | None = None,
     max_grad_norm: float | None = None,
+    telemetry: TelemetryMode = False,
     **kwargs: Any,
 ) -> LearnedOptimizer:
     """Create a learned optimizer by name.
@@ -132,17 +134,21 @@ def create_optimizer(
         num_steps: The horizon: optimizer steps of the whole run.
         step_mult: Scale of the step, where the optimizer has one; by default theta's.
         max_grad_norm: Clip the global L2 norm of the gradients to this.
+        telemetry: Whether to call :meth:`LearnedOptimizer.enable_telemetry`, and how.
         **kwargs: Further options of the entry's class.
 
     Raises:
         ValueError: Unknown name, or an option out of range.
         TypeError: The entry's class has no such option.
     """
-    spec = get_optimizer_info(name)
+    spec, per_parameter = get_optimizer_info(name), is_per_parameter(telemetry)
     given = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     options = {**spec.defaults, **options, "backend": backend, "weight_decay": weight_decay, **kwargs}
     if unknown := sorted(set(options) - set(spec.options)):
         raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")
     params = param_groups(model_or_params, weight_decay) if isinstance(model_or_params, nn.Module) else model_or_params
-    return spec.cls(params, lr=spec.lr if lr is None else lr, **options)
+    optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)
+    if telemetry:
+        optimizer.enable_telemetry(per_parameter)
+    return optimizer

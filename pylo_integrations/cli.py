@@ -1,4 +1,4 @@
-"""``pylo``: what there is, whether it works here, recipes and benchmarks."""
+"""``pylo``: what there is, whether it works here, recipes, pictures and benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 import pylo_integrations
-from pylo_integrations import bench
+from pylo_integrations import bench, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
@@ -59,6 +59,11 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("name", choices=sorted(_recipes()), help="followed by the recipe's own options")
     command.add_argument("options", nargs=argparse.REMAINDER, help="passed to the recipe, e.g. --help")
     command.set_defaults(run=_recipe, parser=command)
+
+    command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
+    command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
+    command.add_argument("--output", type=Path, help="picture to write; by default plot.png in the folder")
+    command.set_defaults(run=_plot, parser=command)
 
     command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
     bench.add_arguments(command)
@@ -268,6 +273,19 @@ def _recipe(args: argparse.Namespace) -> Any:
         return subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
     except KeyboardInterrupt:
         return 130
+
+
+# -- plot ----------------------------------------------------------------------------------------------------------
+
+
+def _plot(args: argparse.Namespace) -> int:
+    output = args.output or (args.path if args.path.is_dir() else args.path.parent) / "plot.png"
+    try:
+        plot.plot(args.path, output)
+    except (plot.PlotError, OSError) as error:
+        args.parser.error(str(error))
+    print(f"written to {output}")
+    return 0
 
 
 if __name__ == "__main__":

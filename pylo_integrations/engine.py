@@ -10,7 +10,7 @@ describe_  parameter-shaped state of every block; sums of squared features
 --round--  sums completed
 propose    the step of every block
 finish     for rules that turn the steps of a whole matrix into another one
-apply      ``p <- keep * p - scale * step``
+apply      ``p <- keep * p - scale * step``; telemetry, where it is on, looks at each block just before
 =========  ======================================================================================
 """
 
@@ -30,6 +30,7 @@ from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradi
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.rounds import sum_over_ranks_
+from pylo_integrations.telemetry import StepRecord, Telemetry
 
 NonFinitePolicy = Literal["error", "skip", "zero"]
 """What a step does about non-finite gradients, or a non-finite loss that the rule needs.
@@ -60,15 +61,19 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 class Engine:
-    """Runs a rule's stages; holds nothing but caches.
+    """Runs a rule's stages; holds nothing but caches, and what watches it.
 
     Args:
         rule: The mathematics.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
+
+    Attributes:
+        telemetry: Gets a record of every step that is taken; None for no such work.
     """
 
     def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int) -> None:
+        self.telemetry: Telemetry | None = None
         self._rule = select_stages(rule, backend)
         self._chunk_bytes = chunk_bytes
         self._plan = _Plan((), [], [], [])
@@ -187,13 +192,19 @@ class Engine:
         ]
         controls = self._control(plan, collected, contexts)
         described = self._round(plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]))
+        record = None if self.telemetry is None else StepRecord(buckets)
         for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
             keep, scale = keep_and_scale(bucket.group)
             for blocks in by_tensors(plan.blocks[i]):
                 proposed = (rule.propose(b, prepared[i], described[i], controls[i], contexts[i]) for b in blocks)
                 steps = self._finished(rule, blocks, proposed, contexts[i]) if rule.finishes else proposed
                 for block, step in zip(blocks, steps, strict=True):
+                    if record is not None:
+                        record.add(i, block, step * scale, contexts[i])
                     block.store_param_(block.param * keep - step * scale)
+        if self.telemetry is not None and record is not None:
+            record.complete_(controls)
+            self.telemetry.last = record
 
     @staticmethod
     def _control(plan: _Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:

@@ -17,6 +17,7 @@ from pylo_integrations.ops.select import Backend
 from pylo_integrations.progress import Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
+from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
@@ -150,6 +151,50 @@ class LearnedOptimizer(Optimizer):
     def clear_observed_loss(self) -> None:
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
         self._progress.window.take()
+
+    # -- seeing inside ---------------------------------------------------------------------------------------------
+
+    def enable_telemetry(self, per_parameter: bool = False) -> None:
+        """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
+
+        No parameter or state changes by it. It is a setting of this object, not of its checkpoints or copies.
+
+        Args:
+            per_parameter: Tell of each parameter too, not only of each group.
+        """
+        self._engine.telemetry = Telemetry(per_parameter)
+
+    def disable_telemetry(self) -> None:
+        """Undo :meth:`enable_telemetry`."""
+        self._engine.telemetry = None
+
+    def telemetry(self) -> dict[str, float]:
+        """Numbers on the last step that was taken; empty while telemetry is off.
+
+        Reading waits for the device, nothing else does. The update is what a step subtracts, learning rate included,
+        weight decay not; the gradient is the one that the rule saw. Names begin with ``optim/<class>/``:
+
+        * ``nonfinite_steps``, a count; ``horizon_fraction``, steps taken / ``num_steps``, where that is known;
+        * what the rule tells of its memory, such as features of the loss;
+        * ``group<index>/update_rms``, root mean square of the update;
+        * ``group<index>/update_ratio``, norm of the update / norm of the parameters before it;
+        * ``group<index>/cosine``, between the update's direction and the negative gradient;
+        * ``group<index>/<decision>``, what the rule decided per tensor, such as ``lr_mult``: the mean over tensors;
+        * with ``per_parameter``, the same under ``param/<name>/``, where ``<name>`` is ``<group>.<position>`` for
+          parameters that were given without names.
+
+        A ratio or cosine is nan if what it would divide by is zero.
+        """
+        watching = self._engine.telemetry
+        if watching is None:
+            return {}
+        progress = self._progress
+        numbers: dict[str, float] = {"nonfinite_steps": progress.nonfinite_steps}
+        if progress.num_steps is not None:
+            numbers["horizon_fraction"] = progress.iteration / progress.num_steps
+        numbers |= watching.read(self.param_groups, self.rule.telemetry(progress.memory))
+        name = type(unwrap_optimizer(self)).__name__  # self may be a framework's wrapper, of another class
+        return {f"optim/{name}/{key}": float(number) for key, number in numbers.items()}
 
     # -- stepping --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"sharding"},
     {"rules"},
     {"weights", "decay", "progress"},
-    {"ops"},
+    {"ops", "telemetry"},
     {"engine"},
     {"optimizer"},
     {"optimizers"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench"},
+    {"bench", "plot"},
     {"cli"},
 ]
 FRAMEWORKS = {
@@ -36,6 +36,7 @@ FRAMEWORKS = {
     "lightning": {"lightning"},
     "accelerate": {"accelerate", "hf"},
     "timm": {"timm"},
+    "matplotlib": {"plot"},
 }
 
 
