@@ -237,8 +237,9 @@ class _RunCallback(transformers.TrainerCallback):
             learned.clear_observed_loss()  # of a step that the GradScaler skipped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        learned = unwrap_optimizer(kwargs["optimizer"])
-        if learned is not None and logs and "loss" in logs:  # training, not an evaluation or the summary of a run
+        if not logs or "loss" not in logs or kwargs["optimizer"] is None:
+            return  # of an evaluation, or the summary of a run
+        if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
             numbers = learned.telemetry()
             logs.update(numbers)  # the callbacks after this one report it
             state.log_history[-1].update(numbers)

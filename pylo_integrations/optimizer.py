@@ -434,7 +434,8 @@ class LearnedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
+        if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
+            self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ Series: TypeAlias = dict[int, float]
 """Values by step."""
 
 _TELEMETRY = re.compile(r"optim/[^/]+/(?:param/(?P<param>.+)|(?P<group>group\d+))/(?P<number>[^/]+)")
+_MEANING = {"lr_mult": "learned multiplier of lr", "update_ratio": "update norm / parameter norm"}
 _MOST_NAMES = 60  # of parameters, that fit beside a heat map
 
 
@@ -77,10 +78,8 @@ def read_runs(path: Path) -> list[RunLog]:
         files = [path]
     else:
         states = sorted(path.rglob("trainer_state.json"), key=_place)
-        files = [
-            *path.rglob("metrics.csv"),
-            *{_place(file)[0]: file for file in states}.values(),
-        ]  # the last has it all
+        last_states = {_place(file)[0]: file for file in states}.values()  # each holds what those before it do
+        files = [*path.rglob("metrics.csv"), *last_states]
     runs = []
     for folder, members in itertools.groupby(sorted(files, key=_place), key=lambda file: _place(file)[0]):
         name = folder.name if folder == path or path.is_file() else str(folder.relative_to(path))
@@ -165,11 +164,8 @@ def draw(runs: Sequence[RunLog]) -> Figure:
     panels: list[tuple[float, Callable[[Axes], None]]] = [(3.0, lambda axes: _draw_losses(axes, runs))]
     for run in runs:
         if ratios := run.telemetry("update_ratio", of="group"):
-            panels.append((2.0, partial(_draw_lines, series=ratios, title=f"{run.name}: update norm / parameter norm")))
-        for number, meaning in (
-            ("lr_mult", "learned multiplier of the learning rate"),
-            ("update_ratio", "update ratio"),
-        ):
+            panels.append((2.0, partial(_draw_lines, series=ratios, title=f"{run.name}: {_MEANING['update_ratio']}")))
+        for number, meaning in _MEANING.items():  # the first that there is
             if rows := run.telemetry(number, of="param") or run.telemetry(number, of="group"):
                 height = 0.8 + 0.1 * min(len(rows), _MOST_NAMES)
                 panels.append((height, partial(_draw_heat_map, rows=rows, title=f"{run.name}: {meaning}")))
