@@ -43,6 +43,12 @@ class Decays:
         return weights
 
 
+def rounded_decays(momentum: Sequence[float], rms: Sequence[float], factored: Sequence[float]) -> Decays:
+    """EMA coefficients that were not learned, rounded to float32 as the reference's are, in any compute dtype."""
+    rounded = (torch.tensor(beta, dtype=torch.float32).tolist() for beta in (momentum, rms, factored))
+    return Decays(*map(tuple, rounded))
+
+
 def decays_from_offsets(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
     """EMA coefficients that meta-training moved away from ``initial`` by ``offsets``.
 
