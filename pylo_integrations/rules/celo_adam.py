@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pylo_integrations.rules.accumulators import ema_, rounded_decays
+from pylo_integrations.rules.accumulators import Decays, ema_, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty, read_clipped_gradient
 from pylo_integrations.rules.control import (
@@ -31,7 +31,7 @@ from pylo_integrations.rules.control import (
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
-DECAYS = rounded_decays((0.9,), (0.999,), ())
+DECAYS = Decays(rounded_to_float32((0.9,)), rounded_to_float32((0.999,)), ())
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pylo_integrations.rules.accumulators import rounded_decays
+from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, extent
 from pylo_integrations.rules.base import Control, StepContext, read_clipped_gradient
 from pylo_integrations.rules.control import lstm_shapes, param_squares
@@ -24,6 +24,8 @@ from pylo_integrations.rules.features import channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import mlp
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
+
+DECAYS = Decays(*map(rounded_to_float32, ((0.9, 0.99, 0.999), (0.999,), (0.9, 0.99, 0.999))))
 
 _STACK = "ff_mod_stack/~/"
 
@@ -102,7 +104,7 @@ class MixtureRule(MomentRule):
             mlps[f"w{layer}"] = weight[..., :used].mT
             mlps[f"b{layer}"] = arrays[f"{_STACK}b{layer}"][..., :used]
         return {
-            "decays": rounded_decays((0.9, 0.99, 0.999), (0.999,), (0.9, 0.99, 0.999)),
+            "decays": DECAYS,
             "bank": torch.cat([part.flatten(1) for part in mlps.values()], dim=1),
             "parts": {name: tuple(part.shape[1:]) for name, part in mlps.items()},
             "controller": {name: arrays[name] for name in controller},
