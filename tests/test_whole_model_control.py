@@ -11,11 +11,12 @@ import warnings
 
 import pytest
 import torch
-from thetas import celo, celo_adam, create, theta_for, velo
+from thetas import bank, celo, celo_adam, create, lstm, theta_for, velo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylo_integrations import Celo, Theta, VeLO, create_optimizer
+from pylo_integrations.rules import velo as velo_module
 from pylo_integrations.rules.control import LossMemory, loss_decays
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
@@ -134,6 +135,17 @@ def test_an_outlier_counts_as_at_most_twice_the_largest_average():
     ceiling = 2 * (calm.means / (1 - decays**6)).max()
     calm, outlier = calm.observe(ceiling, decays, 5), outlier.observe(torch.tensor(1e6), decays, 5)
     assert_same(calm, outlier)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rule_tells_the_features_of_the_loss(name):
+    params = parameters()
+    optimizer = create(params, name)
+    assert optimizer.rule.telemetry({}) == {}
+    run(optimizer, params, [1.0, 2.0, 2.0, 2.0])  # faster averages have risen further
+    told = optimizer.rule.telemetry(optimizer._progress.memory)
+    assert list(told) == [f"loss_feature_{i}" for i in range(9)]
+    assert all(feature.numel() == 1 and 0 < feature <= 1 for feature in told.values())
 
 
 # -- horizon ---------------------------------------------------------------------------------------------------------
@@ -265,6 +277,31 @@ def test_mixed_dtypes_share_one_controller(name):
     for p, q in zip(params, apart, strict=True):
         assert p.dtype != torch.float64 or p.isfinite().all()
         torch.testing.assert_close(p.double(), q.detach(), rtol=4 * torch.finfo(p.dtype).eps, atol=1e-3)
+
+
+def test_velo_sees_the_number_of_axes_longer_than_one(monkeypatch):
+    seen = []
+    step = velo_module.lstm_step
+    monkeypatch.setattr(velo_module, "lstm_step", lambda inputs, *args: seen.append(inputs) or step(inputs, *args))
+    shapes = [(), (1, 1), (7,), (1, 7), (5, 3), (2, 3, 4), (2, 3, 1, 2, 2), (2, 2, 2, 2, 2)]
+    params = parameters(shapes)
+    for p in params:
+        run(create([p], "velo"), [p], [1.0])
+    ranks = torch.cat(seen)[:, 19:24]  # after 9 of the horizon, 9 of the loss and 1 of the second moment
+    assert [row.nonzero().flatten().tolist() for row in ranks] == [[0], [0], [1], [1], [2], [3], [4], []]
+    assert ranks.sum() == 7
+
+
+def test_a_bank_is_averaged_with_coefficients():
+    """Two equal MLPs at coefficients that add up to 1 are half of one."""
+    one, two = celo(), {**celo(), **lstm(18, 2, lr_mult=math.log(100.0)), **bank(2)}
+    halves = {name: array / 2 if name.startswith("ff_mod_stack") else array for name, array in one.items()}
+    runs = []
+    for arrays in (two, halves):
+        params = parameters()
+        run(create(params, "celo", weights=Theta.from_arrays("celo", arrays)), params, wavering(3))
+        runs.append(params)
+    assert_same(*runs, rtol=1e-12, atol=1e-14)
 
 
 # -- theta and options -----------------------------------------------------------------------------------------------

@@ -131,6 +131,13 @@ class Rule(ABC):
         """What to subtract, made of the proposed steps of whole tensors, ``(tensors, 1, *layout.shape)``."""
         return steps
 
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What ``ctx.memory``, empty before the first step, has to tell a person: tensors of one element by name.
+
+        What ``control`` decides needs no mention here: entries with one number a tensor are told anyway.
+        """
+        return {}
+
 
 def clean_gradient(block: Block, ctx: StepContext) -> Tensor:
     """Gradients under the non-finite policy, ``(tensors, 1, *box)``; may alias ``p.grad``: do not write to it."""

@@ -24,6 +24,7 @@ from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
     global_lr_mult,
     global_lstm_step_,
+    loss_telemetry,
     lstm_shapes,
     objective,
     param_squares,
@@ -96,3 +97,7 @@ class CeloAdamRule(Rule):
         root = block.load(("rms",)).div_(1 - rms_beta**taken).add_(1e-10).sqrt_()
         rate = (control["lr_mult"] * self.step_mult).view(-1, *(1,) * (momentum.dim() - 1))
         return momentum.mul_(rate).div_(root.add_(1e-8))
+
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The loss features."""
+        return loss_telemetry(memory)

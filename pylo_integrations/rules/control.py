@@ -107,6 +107,8 @@ def objective(buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext,
 def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = None) -> Tensor:
     """Horizon features, then loss features, ``(18,)``, like ``loss``; enters ``loss`` into ``ctx.memory``.
 
+    The loss features are left there too, for :func:`loss_telemetry`.
+
     Args:
         loss: From :func:`objective`.
         ctx: Of the step.
@@ -116,8 +118,14 @@ def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = Non
     decays = loss_decays(longest or ctx.num_steps, loss)
     memory = LossMemory.recall(ctx.memory, loss).observe(loss, decays, ctx.iteration)
     memory.store_(ctx.memory)
-    horizon = horizon_features(ctx.iteration, ctx.num_steps, loss)
-    return torch.cat([horizon, memory.features(decays, ctx.iteration + 1)])
+    features = memory.features(decays, ctx.iteration + 1)
+    ctx.memory["loss_features"] = features
+    return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
+
+
+def loss_telemetry(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss features of the last step by name, that of the fastest average first; nothing before the first step."""
+    return {f"loss_feature_{i}": feature for i, feature in enumerate(memory.get("loss_features", ()))}
 
 
 # -- LSTM ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, extent
 from pylo_integrations.rules.base import Control, StepContext, read_clipped_gradient
-from pylo_integrations.rules.control import lstm_shapes, param_squares
+from pylo_integrations.rules.control import loss_telemetry, lstm_shapes, param_squares
 from pylo_integrations.rules.features import channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import mlp
@@ -146,6 +146,10 @@ class MixtureRule(MomentRule):
         direction, magnitude = outputs.view(len(block), 2, *block.box.shape).chunk(2, dim=1)
         scale = block.rows(control["lr_mult"]) * block.rows(control["param_scale"]) * self.step_mult
         return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(scale.view(-1, *(1,) * (inputs.dim() - 1)))
+
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The loss features."""
+        return loss_telemetry(memory)
 
 
 def param_scales(buckets: Sequence[Bucket], sums: Sequence[Sums]) -> list[Tensor]:
