@@ -56,3 +56,72 @@ INPUTS = Golden("inputs")
 NAMES: list[str] = json.loads(INPUTS.metadata["names"])
 TRAJECTORIES = ("wild", "smooth")
 STEPS = 12
+
+
+def initial_params(trajectory: str, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+    return {n: torch.nn.Parameter(to_torch(INPUTS[f"{trajectory}/params0/{n}"]).to(dtype)) for n in NAMES}
+
+
+def feed(params: dict[str, Tensor], trajectory: str, step: int) -> None:
+    for name, param in params.items():
+        param.grad = to_torch(INPUTS[f"{trajectory}/grads/{name}"][step]).to(param.dtype)
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def assert_update(name: str, step: int, before: Tensor, after: Tensor, ref_before: Tensor, ref: Tensor) -> None:
+    got, want = after - before, ref - ref_before
+    bound = 2e-4 * largest(want) + 3e-7 * largest(ref)
+    assert largest(got - want) <= bound, f"{name} step {step}: off by {largest(got - want)}, allowed {bound}"
+
+
+def replay_float32(golden: Golden, trajectory: str, params: dict[str, Tensor], optimizer, skip=()) -> None:
+    """Take all steps; every update of every tensor but those in ``skip`` is the reference's."""
+    reference = {name: param.detach().clone() for name, param in params.items()}
+    for step in range(STEPS):
+        before = {name: param.detach().clone() for name, param in params.items()}
+        feed(params, trajectory, step)
+        optimizer.step()
+        for name, param in params.items():
+            if name not in skip:
+                ref = to_torch(golden[f"f32/{trajectory}/params/{name}"][step])
+                assert_update(name, step, before[name], param.detach(), reference[name], ref)
+                reference[name] = ref
+
+
+def replay_float64(golden: Golden, trajectory: str, params: dict[str, Tensor], optimizer) -> None:
+    """Take all steps; after the first and the last, every parameter is where the reference's is."""
+    start = {name: param.detach().clone() for name, param in params.items()}
+    for step in range(STEPS):
+        feed(params, trajectory, step)
+        optimizer.step()
+        if step + 1 in (1, STEPS):
+            for name, param in params.items():
+                ref = to_torch(golden[f"f64/{trajectory}/params/{name}"][int(step > 0)])
+                bound = 1e-9 * max(largest(ref - start[name]), largest(ref) * 1e-6)
+                assert largest(param.detach() - ref) <= bound, (name, step, largest(param.detach() - ref) / bound)
+
+
+def expected_state(golden: Golden, prefix: str, name: str, shape: torch.Size) -> dict[str, Tensor]:
+    """The reference's accumulators of one tensor under our names and axes."""
+    state = {}
+    if f"{prefix}/m/{name}" in golden:
+        for i, momentum in enumerate(golden[f"{prefix}/m/{name}"].unbind(-1)):
+            state[f"momentum_{i}"] = to_torch(momentum)
+        state["rms"] = to_torch(golden[f"{prefix}/rms/{name}"][..., 0])
+    if len(shape) < 2:
+        for i, second in enumerate(golden[f"{prefix}/v_diag/{name}"].unbind(-1)):
+            state[f"diagonal_{i}"] = second.reshape(shape)
+        return state
+    jax_shape = to_jax_shape(shape)
+    ranked = sorted(range(len(jax_shape)), key=lambda axis: jax_shape[axis])
+    for key, axis in (("row", ranked[-1]), ("col", ranked[-2])):
+        statistic = golden[f"{prefix}/v_{key}/{name}"].movedim(-1, 0).unsqueeze(axis + 1)
+        state[key] = to_torch(statistic, leading=1)
+    return state
+
+
+def to_jax_shape(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape) if len(shape) < 2 else (*shape[2:], shape[1], shape[0])
