@@ -187,6 +187,8 @@ def _optimizers() -> Iterator[_Finding]:
             before = param.detach().clone()
             optimizer.step(loss=1.0)
             moved = bool(param.isfinite().all()) and not torch.equal(param, before)
+        except FileNotFoundError as error:
+            yield _Finding(name, f"not tried, for want of weights: {error}")
         except Exception as error:  # whatever it is, a report of it is what doctor is for
             yield _Finding(name, f"{type(error).__name__}: {error}", broken=True)
         else:

@@ -198,4 +198,4 @@ class ELOCELO2(ThetaOptimizer):
     default_lr = 3e-4
     default_weight_decay = 0.1
     default_max_grad_norm = 1.0
-    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamW((0.9, 0.95), eps=1e-8, grad_bound=Celo2.grad_bound)}
+    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamW((0.9, 0.95), eps=1e-8, clips=True)}

@@ -1,7 +1,10 @@
 """Do CELO2, CELO2-base and ELO-CELO2 repeat the trajectories of the original code?
 
-Same tolerances as tests/test_golden.py; Newton-Schulz amplifies the reference's own float32 noise to 6.6e-5 of an
-update. The ``_pyloport`` files come from a PyTorch port, which was run on the JAX-layout arrays as they are.
+Tolerances are those of tests/test_golden.py, but orthogonalised updates get 4e-4 in float32: five Newton-Schulz steps
+multiply the smallest singular values, and their rounding errors, by 3.4445 ** 5 = 485. Where a matrix is ill-conditioned
+(one step each of two tensors) ours and the reference's float32 differ by up to 2.9e-4, and the reference alone is off by
+2.2e-4 from float64. In float64 they agree to 1e-9. The ``_pyloport`` files come from a PyTorch port, which was run on the
+JAX-layout arrays as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pylo_integrations import CELO2, ELOCELO2, CELO2Base
 from pylo_integrations.rules.celo2 import Celo2
 
 CASES = {"celo2_random": CELO2, "celo2base_random": CELO2Base}
+TOLERANCES = {"celo2_random": 4e-4, "celo2base_random": 2e-4}
 VECTORS = [name for name in NAMES if "vec" in name or "scalar" in name]
 DTYPES = {torch.float32: ("f32", 3e-4), torch.float64: ("f64", 1e-9)}
 
@@ -44,7 +48,8 @@ def build(case: str, params: dict[str, Tensor], **options):
 @pytest.mark.parametrize("chunk_bytes", [2**28, 20_000], ids=["whole", "chunked"])
 def test_float32_updates_match(case, trajectory, chunk_bytes):
     params = initial_params(trajectory, torch.float32)
-    replay_float32(Golden(case), trajectory, params, build(case, params, chunk_bytes=chunk_bytes))
+    optimizer = build(case, params, chunk_bytes=chunk_bytes)
+    replay_float32(Golden(case), trajectory, params, optimizer, tolerance=TOLERANCES[case])
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
@@ -61,7 +66,7 @@ def test_elo_celo2_matches(trajectory):
     hyper = golden.hyper
     options = {"lr": hyper["lr"], "weight_decay": hyper["weight_decay"], "max_grad_norm": hyper["clip_norm"]}
     optimizer = ELOCELO2(list(params.values()), weights=golden.theta, **options)
-    replay_float32(golden, trajectory, params, optimizer)
+    replay_float32(golden, trajectory, params, optimizer, tolerance=4e-4)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)

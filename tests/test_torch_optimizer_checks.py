@@ -11,7 +11,9 @@ import copy
 import itertools
 import tempfile
 import unittest
+from functools import partial
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
@@ -28,11 +30,11 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 from pylo_integrations import get_optimizer_info, list_optimizers
 
 
-def optimizer_inputs(device, dtype=None):
+def optimizer_inputs(device, dtype=None, *, default_lr):
     variants = [
         {},
-        {"lr": 0.5},
-        {"lr": torch.tensor(0.5)},
+        {"lr": 0.5 * default_lr},
+        {"lr": torch.tensor(0.5 * default_lr)},
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "weight_decay_policy": "after_independent"},
         {"maximize": True},
@@ -45,7 +47,7 @@ def optimizer_inputs(device, dtype=None):
 OPTIMIZERS = [
     OptimizerInfo(
         get_optimizer_info(name).cls,
-        optim_inputs_func=optimizer_inputs,
+        optim_inputs_func=partial(optimizer_inputs, default_lr=get_optimizer_info(name).lr),
         optim_error_inputs_func=get_error_inputs_for_all_optims,
         scheduler_inputs=(
             [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
@@ -85,6 +87,7 @@ def assert_same_tensors(test, one, other):
         test.assertEqual(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("small_thetas")
 class TestLearnedOptimizers(TestCase):
     @optims(OPTIMIZERS)
     def test_errors(self, device, dtype, optim_info):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import RMS, ema_, rounded_to_float32
-from pylo_integrations.rules.base import Control, Rule, StepContext, read_gradient
+from pylo_integrations.rules.base import Control, Rule, StepContext, read_clipped_gradient, read_gradient
 from pylo_integrations.sharding.blocks import Block, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -29,7 +29,7 @@ class AdamW(Rule):
         eps: Added to the root of the second moment.
         eps_root: Added to the second moment under the root.
         bias_correction: Whether averages are divided by ``1 - beta ** t``, ``t`` being 1 in the first step.
-        grad_bound: Gradient elements are clipped to plus or minus this.
+        clips: Whether the gradient is clipped element by element, as that of the learned rule is.
         lr_mult: Factor on the group's learning rate.
     """
 
@@ -37,7 +37,7 @@ class AdamW(Rule):
     eps: float = 1e-8
     eps_root: float = 0.0
     bias_correction: bool = True
-    grad_bound: float | None = None
+    clips: bool = False
     lr_mult: float = 1.0
 
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
@@ -51,9 +51,7 @@ class AdamW(Rule):
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update both averages."""
-        grad = read_gradient(block, ctx)
-        if self.grad_bound is not None:
-            grad = grad.clamp(-self.grad_bound, self.grad_bound)
+        grad = read_clipped_gradient(block, ctx) if self.clips else read_gradient(block, ctx)
         block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), grad, ctx.constants["momentum_weight"]))
         block.store_(RMS, ema_(block.load(RMS), grad.square(), ctx.constants["rms_weight"]))
         return {}

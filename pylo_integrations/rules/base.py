@@ -22,6 +22,9 @@ from pylo_integrations.sharding.layout import TensorLayout
 LARGEST_GRADIENT = 1e14
 """The square of this, summed over a billion elements, still fits float32."""
 
+CLIP = 1000.0
+"""VeLO and its descendants clip gradient elements to plus and minus this (spec §3 b)."""
+
 RuleChoice = Literal["learned", "adamw"]
 """Who steps the tensors of a parameter group; see :meth:`Rule.member`."""
 
@@ -158,3 +161,8 @@ def read_gradient(block: Block, ctx: StepContext) -> Tensor:
     if group["weight_decay_policy"] == "l2" and group["weight_decay"]:
         grad = grad + block.param * group["weight_decay"]
     return grad
+
+
+def read_clipped_gradient(block: Block, ctx: StepContext) -> Tensor:
+    """As :func:`read_gradient`, then every element clipped to plus and minus :data:`CLIP`."""
+    return read_gradient(block, ctx).clamp(-CLIP, CLIP)

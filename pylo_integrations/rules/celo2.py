@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.adamw import AdamW
-from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext
-from pylo_integrations.rules.features import channel_count
+from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
+from pylo_integrations.rules.features import channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import mlp, read_mlp
 from pylo_integrations.rules.newton_schulz import orthogonalise
@@ -72,7 +72,6 @@ class Celo2(MomentRule):
     """How many of :attr:`features` vectors have: those that do not repeat one another without rows and columns."""
     norm_eps: ClassVar[float] = 1e-9
     rms_eps: ClassVar[float] = 1e-8
-    grad_bound: ClassVar[float] = 1000.0
     finishes: ClassVar[bool] = True
 
     @classmethod
@@ -101,8 +100,8 @@ class Celo2(MomentRule):
         """
         rest = dict(arrays)
         first: list[Tensor] = []
-        for index, feature in enumerate(cls.features):
-            name, channels = f"{_PREFIX}w0__{index}", channel_count((feature,))
+        for index, channels in enumerate(channel_counts(cls.features)):
+            name = f"{_PREFIX}w0__{index}"
             part = rest.pop(name, None)
             if part is None:
                 raise ValueError(f"celo2 theta lacks {name}; it needs {_PREFIX}w0__0 to w0__{len(cls.features) - 1}")
@@ -113,7 +112,7 @@ class Celo2(MomentRule):
         if f"{_PREFIX}w0" in rest:
             raise ValueError(f"celo2 theta has unknown arrays ['{_PREFIX}w0']; remove them or rename them")
         rest[f"{_PREFIX}w0"] = torch.cat(first)
-        weights, biases = read_mlp(rest, "celo2", _PREFIX, channel_count(cls.features), 3)
+        weights, biases = read_mlp(rest, "celo2", _PREFIX, sum(channel_counts(cls.features)), 3)
         return cls(
             decays=Decays(
                 rounded_to_float32((0.9, 0.99, 0.999)),
@@ -159,8 +158,8 @@ class Celo2(MomentRule):
         return layout.order[-2:]
 
     def gradient(self, block: Block, ctx: StepContext) -> Tensor:
-        """The gradient, every element clipped to plus or minus 1000."""
-        return super().gradient(block, ctx).clamp(-self.grad_bound, self.grad_bound)
+        """The gradient, clipped element by element."""
+        return read_clipped_gradient(block, ctx)
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """``d * exp(a * exp_mult)``, not yet orthogonalised and normalised."""
