@@ -1,10 +1,11 @@
 """Do CELO2, CELO2-base and ELO-CELO2 repeat the trajectories of the original code?
 
 Tolerances are those of tests/test_golden.py, but orthogonalised updates get 4e-4 in float32: five Newton-Schulz steps
-multiply the smallest singular values, and their rounding errors, by 3.4445 ** 5 = 485. Where a matrix is ill-conditioned
-(one step each of two tensors) ours and the reference's float32 differ by up to 2.9e-4, and the reference alone is off by
-2.2e-4 from float64. In float64 they agree to 1e-9. The ``_pyloport`` files come from a PyTorch port, which was run on the
-JAX-layout arrays as they are.
+multiply the smallest singular values, and their rounding errors, by 3.4445 ** 5 = 485. Where a matrix is badly
+conditioned (one step each of two tensors) ours and the reference's float32 differ by up to 2.9e-4, and the reference
+alone is off by 2.2e-4 from float64. In float64 they agree to 1e-9.
+
+The ``_pyloport`` files come from a PyTorch port, which was run on the JAX-layout arrays as they are.
 """
 
 from __future__ import annotations
