@@ -118,8 +118,7 @@ def rules(model, **options) -> dict[str, str]:
 
 
 def language_model():
-    model = nn.ModuleDict({"wte": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
-    return model
+    return nn.ModuleDict({"wte": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
 
 
 def test_adamw_gets_embeddings_and_the_names_given():
@@ -132,9 +131,7 @@ def test_adamw_gets_embeddings_and_the_names_given():
 
 
 def test_adamw_gets_exactly_what_a_function_chooses():
-    chosen = rules(
-        language_model(), adamw=lambda name, param, module: module.weight.shape == (9, 4) and param.dim() > 1
-    )
+    chosen = rules(language_model(), adamw=lambda name, param, module: 9 in module.weight.shape and param.dim() > 1)
     assert {name for name, rule in chosen.items() if rule == "adamw"} == {"wte.weight", "head.weight"}
 
 
