@@ -145,7 +145,7 @@ def create_optimizer(
         model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups`; or parameters; or groups.
         name: One of :func:`list_optimizers`.
         lr: Factor on the whole update; by default that of the entry.
-        weight_decay: Decoupled weight decay; by default that of the entry, which is 0 unless its description says so.
+        weight_decay: Decoupled weight decay; by default that of the entry: 0, but for ``elo_celo2`` 0.1.
         weights: Theta, see :data:`~pylo_integrations.weights.Weights`; by default that of the entry.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         num_steps: The horizon: optimizer steps of the whole run.

@@ -89,7 +89,9 @@ def _info(args: argparse.Namespace) -> int:
     spec: OptimizerSpec = args.spec
     needs = [need for need, needed in (("the loss", spec.needs_loss), ("num_steps", spec.needs_horizon)) if needed]
     parameters = inspect.signature(spec.cls).parameters
-    defaults = {name: parameters[name].default for name in spec.options} | {"lr": spec.lr, **spec.defaults}
+    defaults = {name: parameters[name].default for name in spec.options}
+    defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
+    defaults |= spec.defaults
     _print_table(
         [
             ("name", spec.name),

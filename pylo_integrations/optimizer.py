@@ -60,6 +60,9 @@ class LearnedOptimizer(Optimizer):
     default_weight_decay: ClassVar[float] = 0.0
     """Weight decay where none is given."""
 
+    default_max_grad_norm: ClassVar[float | None] = None
+    """Gradient clipping where none is given."""
+
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
 

@@ -93,9 +93,6 @@ class ThetaOptimizer(LearnedOptimizer):
     constants: ClassVar[Mapping[str, Any]] = {}
     """Constants of the rule that make it this optimizer, whatever theta."""
 
-    default_max_grad_norm: ClassVar[float | None] = None
-    """Gradient clipping where none is given."""
-
     @classmethod
     def _load(
         cls, weights: Theta | str | os.PathLike[str] | Mapping[str, Any] | None, **constants: Any

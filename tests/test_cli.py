@@ -59,6 +59,12 @@ def test_info_tells_options_and_weights(capsys, name):
     assert "not meta-trained" in out
 
 
+def test_info_tells_the_defaults_of_the_entry(capsys):
+    cli.main(["info", "elo_celo2"])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lr", "0.0003"] in found and ["weight_decay", "0.1"] in found and ["max_grad_norm", "1.0"] in found
+
+
 def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
     cli.main(["info", toy_loss.name])
     assert "the loss and num_steps" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 ITERATIONS = 5
@@ -21,8 +22,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT  # the Gram matrix of the short side is cheaper
     a, b, c = COEFFICIENTS
-    x = matrices / (matrices.square().sum((-2, -1), keepdim=True).sqrt() + 1e-8)
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-8)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.view(matrices.shape)
