@@ -94,7 +94,9 @@ def _info(args: argparse.Namespace) -> int:
     spec: OptimizerSpec = args.spec
     needs = [need for need, needed in (("the loss", spec.needs_loss), ("num_steps", spec.needs_horizon)) if needed]
     parameters = inspect.signature(spec.cls).parameters
-    defaults = {name: parameters[name].default for name in spec.options} | {"lr": spec.lr, **spec.defaults}
+    defaults = {name: parameters[name].default for name in spec.options}
+    defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
+    defaults |= spec.defaults
     _print_table(
         [
             ("name", spec.name),
@@ -112,7 +114,7 @@ def _info(args: argparse.Namespace) -> int:
 def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
     try:
         theta = _on_one_parameter(spec)[1].theta
-    except _NotDownloaded as absent:
+    except (_NotDownloaded, FileNotFoundError) as absent:
         return [("weights", str(absent))]
     if theta is None:
         return [("weights", "none")]
@@ -204,8 +206,8 @@ def _optimizers() -> Iterator[_Finding]:
             before = param.detach().clone()
             optimizer.step(loss=1.0)
             moved = bool(param.isfinite().all()) and not torch.equal(param, before)
-        except _NotDownloaded as absent:
-            yield _Finding(name, f"not tried: its weights are {absent}")
+        except (_NotDownloaded, FileNotFoundError) as absent:
+            yield _Finding(name, f"not tried, for want of weights: {absent}")
         except Exception as error:  # whatever it is, a report of it is what doctor is for
             yield _Finding(name, f"{type(error).__name__}: {error}", broken=True)
         else:

@@ -123,7 +123,7 @@ class Engine:
     def _planned(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> _Plan:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
         stepped = [(group, p) for group in groups for p in group["params"] if p.grad is not None and p.numel()]
-        key = tuple((id(g), g["axes"], id(p), p.dtype, p.device, p.shape, id(state[p])) for g, p in stepped)
+        key = tuple((id(g), g["axes"], g["rule"], id(p), p.dtype, p.device, p.shape, id(state[p])) for g, p in stepped)
         if key != self._plan.key:
             self._plan = self._build(key, stepped, state)
         for bucket in self._plan.buckets:
@@ -194,7 +194,7 @@ class Engine:
         described = self._round(plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]))
         record = None if self.telemetry is None else StepRecord(buckets)
         for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-            keep, scale = keep_and_scale(bucket.group)
+            keep, scale = keep_and_scale(bucket.group, rule.lr_mult)
             for blocks in by_tensors(plan.blocks[i]):
                 proposed = (rule.propose(b, prepared[i], described[i], controls[i], contexts[i]) for b in blocks)
                 steps = self._finished(rule, blocks, proposed, contexts[i]) if rule.finishes else proposed

@@ -41,7 +41,6 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
-from pylo_integrations.groups import param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.telemetry import TelemetryMode
 
@@ -158,22 +157,24 @@ class _FromGroups(Optimizer):
     def __new__(
         cls, groups: Iterable[dict[str, Any]], *, name: str, owner: nn.Module, lr: float, options: dict[str, Any]
     ) -> Any:
-        optimizer = create_optimizer(_split_by_axes(groups, owner), name, lr, **options)
+        optimizer = create_optimizer(
+            _split_as_wanted(groups, get_optimizer_info(name).param_groups(owner)), name, lr, **options
+        )
         if "num_steps" not in options:
             _horizon_is_ours.add(optimizer)
         return optimizer
 
 
-def _split_by_axes(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """The Trainer's groups, divided by the order in which weights are stored, with names."""
-    known = {param: (name, group["axes"]) for group in param_groups(model) for name, param in group["params"]}
+def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Trainer's groups, divided by how weights are stored and which rule steps them in ``wanted``, with names."""
+    known = {param: (name, (group["axes"], group["rule"])) for group in wanted for name, param in group["params"]}
     divided = []
     for group in groups:
-        members: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        members: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
         for param in group["params"]:
-            name, axes = known[param]
-            members.setdefault(axes, []).append((name, param))
-        divided += [{**group, "params": params, "axes": axes} for axes, params in members.items()]
+            name, kind = known[param]
+            members.setdefault(kind, []).append((name, param))
+        divided += [{**group, "params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
     return divided
 
 

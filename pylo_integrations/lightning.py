@@ -38,7 +38,7 @@ def configure_optimizers(
     module: LightningModule,
     name: str,
     lr: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     *,
     scheduler: Schedule | None = None,
     num_steps: int | None = None,
@@ -50,7 +50,7 @@ def configure_optimizers(
         module: Its parameters are grouped by :func:`~pylo_integrations.param_groups`.
         name: One of :func:`~pylo_integrations.list_optimizers`.
         lr: Factor on the whole update; by default that of the catalogue entry.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; by default that of the catalogue entry.
         scheduler: See :data:`Schedule`; stepped after every optimizer step. By default the learning rate is constant.
         num_steps: The horizon; by default Lightning's ``trainer.estimated_stepping_batches``, which takes manual
             optimization to step once per batch.
@@ -110,7 +110,7 @@ class LearnedOptimizerMixin(LightningModule):
             self,
             hparams["optimizer"],
             hparams.get("lr"),
-            hparams.get("weight_decay", 0.0),
+            hparams.get("weight_decay"),
             scheduler=hparams.get("scheduler"),
             num_steps=hparams.get("num_steps"),
             **(hparams.get("optimizer_options") or {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -33,12 +33,14 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
-            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; see :func:`~pylo_integrations.param_groups`.
+            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
+            ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. 1 is the natural value of most theta.
         weight_decay: Decoupled weight decay.
         num_steps: The horizon, i.e. how many optimizer steps the run will take.
-        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them.
+        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
+            infinity.
         weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
         maximize: Ascend instead of descend.
         on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
@@ -52,6 +54,18 @@ class LearnedOptimizer(Optimizer):
     """
 
     rule_type: ClassVar[type[Rule]]
+
+    default_lr: ClassVar[float] = 1.0
+    """Learning rate of the catalogue entry, unless that says otherwise."""
+
+    default_weight_decay: ClassVar[float] = 0.0
+    """Weight decay where none is given."""
+
+    default_max_grad_norm: ClassVar[float | None] = None
+    """Gradient clipping where none is given."""
+
+    adamw_embeddings: ClassVar[bool] = False
+    """Whether groups made from a model leave its embeddings to AdamW."""
 
     def __init__(
         self,
@@ -79,7 +93,7 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be positive")
         self.rule = rule
         self.theta = theta
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
         self.on_nonfinite: NonFinitePolicy = on_nonfinite
         self.chunk_bytes = chunk_bytes
         self.backend = backend
@@ -94,6 +108,7 @@ class LearnedOptimizer(Optimizer):
             "weight_decay_policy": weight_decay_policy,
             "maximize": maximize,
             "axes": "out_in",
+            "rule": "learned",
         }
         super().__init__(params, defaults)
 
@@ -324,7 +339,7 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, self.rule.choices)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -438,7 +453,7 @@ class LearnedOptimizer(Optimizer):
             self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_group(group: Mapping[str, Any], rules: Collection[str]) -> None:
     """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(group['lr'].shape)}")
@@ -449,6 +464,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
     check_decay_policy(group["weight_decay_policy"])
     if group["axes"] not in get_args(AxisOrder):
         raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
+    if group["rule"] not in rules:
+        raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(rules)}")
     for position, param in enumerate(group["params"]):
         if not param.is_floating_point():
             names = group.get("param_names")

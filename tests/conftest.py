@@ -16,8 +16,8 @@ def toy_loss():
 
 @pytest.fixture
 def small_thetas(monkeypatch):
-    """Catalogue entries whose weights would have to be downloaded get small ones for one test."""
+    """Catalogue entries without weights, or whose weights would have to be downloaded, get small ones for one test."""
     for name in list_optimizers():
         cls = get_optimizer_info(name).cls
-        if str(getattr(cls, "default_weights", "")).startswith("hub:"):
+        if not str(getattr(cls, "default_weights", "")).startswith("builtin:"):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))

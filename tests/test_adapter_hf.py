@@ -510,6 +510,18 @@ def test_groups_decay_as_the_trainers_and_know_the_axes(make_args, installed, st
     }
 
 
+@both_paths
+def test_embeddings_go_to_adamw_where_the_optimizer_leaves_them_to_it(make_args, installed, small_thetas, stock):
+    args = make_args(weight_decay=0.1, **({"optim": "celo2"} if stock else {}))
+    trainer_class, options = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": "celo2"})
+    trainer = trainer_class(gpt2(), args, train_dataset=texts(), **options)
+    optimizer = fit(trainer)
+    marked = {name for g in optimizer.param_groups for name in g["param_names"] if g["rule"] == "adamw"}
+    assert marked == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["rule"] == "adamw"} == {0.1}  # the Trainer's choice
+    assert optimizer.iteration == 4
+
+
 def test_linear_layers_are_out_in(make_args):
     trainer = hf.Trainer(bert(), make_args(), train_dataset=sentences(), optimizers="small_fc_lopt")
     axes = {name: g["axes"] for g in trainer.create_optimizer().param_groups for name in g["param_names"]}

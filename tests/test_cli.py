@@ -60,7 +60,9 @@ def test_info_tells_options_and_weights(capsys, name):
     spec = get_optimizer_info(name)
     assert spec.description in out
     assert [option for option in spec.options if f"  {option} " not in out] == []
-    if spec.cls.default_weights.startswith("builtin:"):
+    if spec.cls.default_weights is None:
+        assert "weights= is needed" in out
+    elif spec.cls.default_weights.startswith("builtin:"):
         assert load_theta(spec.cls.default_weights, name).sha256[:12] in out
         assert "not meta-trained" in out
     else:
@@ -72,6 +74,12 @@ def test_info_of_downloaded_weights_tells_all_about_them(capsys, small_thetas):
     out = capsys.readouterr().out
     assert theta_for("velo").sha256[:12] in out and "tests/thetas.py" in out
     assert "the loss and num_steps" in out
+
+
+def test_info_tells_the_defaults_of_the_entry(capsys):
+    cli.main(["info", "elo_celo2"])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lr", "0.0003"] in found and ["weight_decay", "0.1"] in found and ["max_grad_norm", "1.0"] in found
 
 
 def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
@@ -88,7 +96,7 @@ def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
         (["list", "zzz"], "no optimizer matches 'zzz'; there are"),
         (["recipe", "no_such_recipe"], "invalid choice"),
         (["bench", "--shapes", "vit_ti,nope"], "unknown shapes 'nope'; available: vit_ti"),
-        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: celo"),
+        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: "),
         (["bench", "--threads", "1,0"], "'0' is not a positive integer"),
         (["bench", "--repeats", "-1"], "--repeats"),
         (["bench", "--dtype", "int8"], "--dtype"),
@@ -123,7 +131,8 @@ def test_weights_that_were_not_downloaded_are_no_defect_and_are_not_downloaded(c
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
     found = {line[0]: line[1] for line in lines if len(line) == 2}
     assert (
-        found["velo"] == "not tried: its weights are hub:amoudgl/velo-4000, not on this machine; using it downloads it"
+        found["velo"]
+        == "not tried, for want of weights: hub:amoudgl/velo-4000, not on this machine; using it downloads it"
     )
 
 

@@ -25,6 +25,7 @@ LAYERS = [
     {"optimizer"},
     {"optimizers"},
     {"groups", "attach"},
+    {"mup"},
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.celo2 import Celo2
 from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
@@ -27,11 +28,21 @@ FORMAT = "pylo_integrations.theta"
 VERSION = 1
 
 ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
-    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule}
+    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2}
 )
 """Rules that theta can be for."""
 
-_ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
+# By catalogue name, where it is not the architecture's.
+_ARCHITECTURE_OF = {
+    "small_fc_lopt": "small_fc",
+    "mulo": "small_fc",
+    "elo": "small_fc",
+    "celo2_base": "celo2",
+    "elo_celo2": "celo2",
+}
+
+# Constants that differ from the rule's own, by catalogue name: those of the published weights.
+_HYPER_OF: Mapping[str, Mapping[str, float]] = {"mulo": {"step_mult": 1e-2}, "elo": {"step_mult": 1.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +92,17 @@ class Theta:
         Args:
             name: A catalogue name (``"small_fc_lopt"``) or architecture (``"small_fc"``).
             arrays: Tensors or numpy arrays; geometry is read from their shapes.
-            hyper: Constants of the rule, each defaulting to the rule's own.
+            hyper: Constants of the rule; each defaults to that of the published weights of ``name``, else the rule's.
             about: ``provenance``, ``licence``, ``training``.
 
         Raises:
             ValueError: See :class:`Theta`.
         """
-        return cls(_ARCHITECTURE_OF.get(name, name), arrays, hyper or {}, name=name, **about)
+        return cls(
+            _ARCHITECTURE_OF.get(name, name), arrays, {**_HYPER_OF.get(name, {}), **(hyper or {})}, name=name, **about
+        )
 
-    def rule(self, **overrides: float | None) -> Rule:
+    def rule(self, **overrides: Any) -> Rule:
         """The rule with these weights; ``overrides`` replace constants of :attr:`hyper` where not None.
 
         Raises:
