@@ -18,6 +18,9 @@ from pylo_integrations.rules.base import StepContext, l2_penalty
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 
 LOSS_AVERAGES = 10
+SHORTEST_HALF_LIFE = 10
+"""Of the averages of the loss, in steps."""
+
 HORIZON_MARKS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 """Fractions of the run around which the horizon features change."""
 
@@ -74,7 +77,8 @@ class LossMemory(NamedTuple):
 
 def loss_decays(longest: int, like: Tensor) -> Tensor:
     """EMA coefficients of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps, ``(10,)``."""
-    half_lives = torch.logspace(1, math.log10(longest), LOSS_AVERAGES, dtype=torch.float64)
+    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
+    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64)
     return torch.exp(-1 / half_lives).to(like)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import MOMENTUM, RMS
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.control import (
-    LOSS_AVERAGES,
     SCHEDULE_FEATURES,
+    SHORTEST_HALF_LIFE,
     linear,
     lstm_step,
     objective,
@@ -108,7 +108,7 @@ class VeLORule(MixtureRule):
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Run the LSTM, all rows as one, and mix every tensor's MLP; moves the LSTM's states on."""
         start = ctx.constants["lstm_init_state/hidden"]
-        longest = LOSS_AVERAGES if self.use_bugged_loss_features else None
+        longest = SHORTEST_HALF_LIFE if self.use_bugged_loss_features else None
         schedule = schedule_features_(objective(buckets, sums, ctx, start), ctx, longest)
         tensors = torch.cat([_tensor_features(*pair).to(start) for pair in zip(buckets, sums, strict=True)])
         inputs = torch.cat([schedule.expand(len(tensors), -1), tensors], dim=1)
