@@ -222,10 +222,13 @@ class Engine:
     @staticmethod
     def _finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:
         """The steps of one or more whole tensors, cut into ``blocks``, as the rule finishes them."""
-        layout = blocks[0].layout
-        whole = torch.cat([step.flatten(2) for step in steps], dim=2)  # boxes come in the order of their elements
-        whole = rule.finish(whole.view(*whole.shape[:2], *layout.shape), layout, ctx)
-        return [whole[(slice(None), slice(None), *block.box.slices(layout.local.start))] for block in blocks]
+        layout, bucket = blocks[0].layout, blocks[0].bucket
+        pieces = [(slice(None), slice(None), *block.box.slices(layout.local.start)) for block in blocks]
+        whole = torch.empty(len(blocks[0]), 1, *layout.shape, dtype=bucket.dtype, device=bucket.device)
+        for piece, step in zip(pieces, steps, strict=True):
+            whole[piece] = step
+        whole = rule.finish(whole, layout, ctx)
+        return [whole[piece] for piece in pieces]
 
     @staticmethod
     def _round(plan: _Plan, stage: Callable[[int, Block], Mapping[str, PartialSum]]) -> list[Sums]:

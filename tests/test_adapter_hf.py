@@ -533,7 +533,7 @@ def test_linear_layers_are_out_in(make_args):
 
 
 @both_paths
-@pytest.mark.parametrize("name", ["small_fc_lopt", "toy_loss", "velo", "celo", "celo_adam"])
+@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
 def test_resume_is_bit_equal(make_args, toy_loss, small_thetas, installed, stock, name):
     """Dropout is on and the checkpoint lies inside an epoch."""
 

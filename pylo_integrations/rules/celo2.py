@@ -12,6 +12,7 @@ The loss and the horizon are unused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -175,5 +176,8 @@ class Celo2(MomentRule):
         axes = [axis + 2 for axis in self.norm_axes(layout)]
         if self.orthogonalises and len(axes) == 2:
             steps = orthogonalise(steps.movedim(axes, (-2, -1))).movedim((-2, -1), axes)
-        scale = (steps.square().mean(axes, keepdim=True) + self.norm_eps).rsqrt()
-        return steps * scale.mul_(self.step_mult)
+        count = math.prod(steps.shape[axis] for axis in axes)
+        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
+        scale = (mean_square + self.norm_eps).rsqrt()
+        finished: Tensor = steps * scale.mul_(self.step_mult)
+        return finished
