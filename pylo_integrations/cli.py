@@ -24,7 +24,7 @@ from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optim
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.weights import Theta, builtin_names, load_theta
-from pylo_integrations.weights.convert import KINDS, convert
+from pylo_integrations.weights.convert import OPTIMIZERS, convert
 from pylo_integrations.weights.hub import PUBLISHED
 
 DISTRIBUTION = "pylo-integrations"
@@ -66,7 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
     action = actions.add_parser("convert", help="make a theta of files in a published layout")
     action.add_argument("sources", nargs="+", metavar="SRC", help="a file, a folder or hub:<owner>/<repo>[@revision]")
     action.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
-    action.add_argument("--architecture", choices=sorted(KINDS), help="where the arrays do not tell")
+    action.add_argument("--architecture", choices=OPTIMIZERS, help="where the arrays do not tell")
     action.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     action.set_defaults(run=_weights_convert, parser=action)
 
@@ -205,10 +205,11 @@ def _weights_convert(args: argparse.Namespace) -> int:
 
 def _made(args: argparse.Namespace, make: Callable[[], Theta]) -> Theta:
     """The theta that ``make`` returns; what it raises about the user's files is misuse, in one line."""
+    parser: argparse.ArgumentParser = args.parser
     try:
         return make()
     except (ValueError, OSError) as error:
-        args.parser.error(" ".join(str(error).split()))
+        parser.error(" ".join(str(error).split()))
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------

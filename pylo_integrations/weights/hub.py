@@ -40,8 +40,8 @@ class Published:
 
     Attributes:
         name: What to call it.
-        optimizer: The optimizer it is for, a key of :data:`pylo_integrations.weights.convert.KINDS`; None if this
-            package has no rule for it.
+        optimizer: The optimizer it is for, one of :data:`pylo_integrations.weights.convert.OPTIMIZERS`; None
+            if this package has no rule for it.
         repositories: Where its parts are.
         description: One line.
     """
@@ -66,17 +66,22 @@ PUBLISHED = (
         "Google's VeLO as PyTorch modules",
     ),
     Published("velo_4000", "velo", (Repository("amoudgl/velo-4000", FLAX_FILE),), "Google's VeLO, 4000 TPU-months"),
-    Published("velo_s", "velo", (Repository("amoudgl/velo-s", FLAX_FILE),), "VeLO meta-trained at Celo's budget"),
-    Published("celo", "celo", (Repository("amoudgl/celo", FLAX_FILE),), "Celo"),
-    Published("celo_adam", "celo_adam", (Repository("amoudgl/celo-adam", FLAX_FILE),), "Celo's schedule over Adam"),
+    Published("velo_s", "velo", (Repository("amoudgl/velo-s", FLAX_FILE),), "VeLO at reduced width, by Celo's authors"),
+    Published("celo", "celo", (Repository("amoudgl/celo", FLAX_FILE),), "learned MLP and learned schedule"),
+    Published("celo_adam", "celo_adam", (Repository("amoudgl/celo-adam", FLAX_FILE),), "learned schedule over Adam"),
     Published(
         "adafac_mlp_lopt",
         "small_fc",
         (Repository("amoudgl/adafac-mlp-lopt", FLAX_FILE),),
-        "small_fc_lopt meta-trained at Celo's budget",
+        "small_fc_lopt by Celo's authors",
     ),
-    Published("rnn_mlp_lopt", None, (Repository("amoudgl/rnn-mlp-lopt", FLAX_FILE),), "per-tensor RNN and MLP"),
-    Published("elo", "elo", (Repository("DiamondXL/elo", PYTORCH_FILE),), "ELO"),
+    Published(
+        "rnn_mlp_lopt",
+        None,
+        (Repository("amoudgl/rnn-mlp-lopt", FLAX_FILE),),
+        "RNN over tensors and MLP over parameters, by Celo's authors",
+    ),
+    Published("elo", "elo", (Repository("DiamondXL/elo", PYTORCH_FILE),), "small_fc's network with plain decays"),
     Published("elo_celo2", "elo_celo2", (Repository("DiamondXL/elo-celo2", PYTORCH_FILE),), "ELO with CELO2's rule"),
 )
 """All published theta. No revision or digest is pinned: the hub could not be reached when this was written."""

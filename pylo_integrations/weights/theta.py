@@ -40,7 +40,17 @@ _RECORD = {
 }
 """What a file says besides its arrays, and of which type each entry is."""
 
-_ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
+# By catalogue name, where it is not the architecture's.
+_ARCHITECTURE_OF = {
+    "small_fc_lopt": "small_fc",
+    "mulo": "small_fc",
+    "elo": "small_fc",
+    "celo2_base": "celo2",
+    "elo_celo2": "celo2",
+}
+
+# Constants that differ from the rule's own, by catalogue name: those of the published weights.
+_HYPER_OF: Mapping[str, Mapping[str, float]] = {"mulo": {"step_mult": 1e-2}, "elo": {"step_mult": 1.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,13 +101,15 @@ class Theta:
         Args:
             name: A catalogue name (``"small_fc_lopt"``) or architecture (``"small_fc"``).
             arrays: Tensors or numpy arrays; geometry is read from their shapes.
-            hyper: Constants of the rule, each defaulting to the rule's own.
+            hyper: Constants of the rule; each defaults to that of the published weights of ``name``, else the rule's.
             about: ``provenance``, ``licence``, ``training``.
 
         Raises:
             ValueError: See :class:`Theta`.
         """
-        return cls(_ARCHITECTURE_OF.get(name, name), arrays, hyper or {}, name=name, **about)
+        return cls(
+            _ARCHITECTURE_OF.get(name, name), arrays, {**_HYPER_OF.get(name, {}), **(hyper or {})}, name=name, **about
+        )
 
     def rule(self, **overrides: float | None) -> Rule:
         """The rule with these weights; ``overrides`` replace constants of :attr:`hyper` where not None.
@@ -262,6 +274,11 @@ class Theta:
             path = self.save(Path(folder) / hub.THETA_FILE)
             message = message or f"{self.name or self.architecture}, sha256 {self.sha256[:12]}"
             return hub.upload(path, repository, hub.THETA_FILE, private=private, message=message)
+
+
+def architecture_of(name: str) -> str:
+    """The architecture that a catalogue name, or an architecture, stands for."""
+    return _ARCHITECTURE_OF.get(name, name)
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -9,9 +9,8 @@ import hashlib
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,9 @@ from pylo_integrations.weights.convert.errors import ConversionError, naming, re
 from pylo_integrations.weights.convert.flax import read_flax
 from pylo_integrations.weights.convert.pytorch import name_some, read_config, read_module
 from pylo_integrations.weights.hub import FLAX_FILE, PYTORCH_FILE
-from pylo_integrations.weights.theta import Theta
+from pylo_integrations.weights.theta import Theta, architecture_of
 
-__all__ = ["KINDS", "ConversionError", "Foreign", "Kind", "check_config", "convert", "find_file", "read_foreign"]
+__all__ = ["OPTIMIZERS", "ConversionError", "Foreign", "check_config", "convert", "find_file", "read_foreign"]
 
 CONFIG_FILE = "config.json"
 LARGEST_CONFIG = 1 << 20
@@ -33,43 +32,17 @@ VELO_INPUTS, CELO_INPUTS = 30, 18
 _RECOGNISED = {("MetaMLP",): "mulo", ("CELO2MLP",): "celo2", ("VeLO_MLP", "VeLO_RNN"): "velo"}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a file does not say and the optimizer of that name needs.
+OPTIMIZERS = ("small_fc", "mulo", "elo", "velo", "celo", "celo_adam", "celo2", "elo_celo2")
+"""Optimizers that foreign weights may be for: what ``architecture`` accepts."""
 
-    Attributes:
-        architecture: The rule.
-        hyper: Constants of the rule.
-        offsets: Learned decays that live in code beside weights without any.
-    """
-
-    architecture: str
-    hyper: Mapping[str, float] = field(default_factory=dict)
-    offsets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-
-_MULTIPLIERS = {"exp_mult": 1e-3, "step_mult": 1e-3}
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "small_fc": Kind("small_fc", _MULTIPLIERS),
-        "mulo": Kind(
-            "small_fc",
-            {"exp_mult": 1e-3, "step_mult": 1e-2},
-            {
-                "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
-                "rms_decays": (0.01079706,),
-                "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
-            },
-        ),
-        "elo": Kind("small_fc", {"exp_mult": 1e-3, "step_mult": 1.0}),
-        "velo": Kind("velo", _MULTIPLIERS),
-        "celo": Kind("celo", _MULTIPLIERS),
-        "celo_adam": Kind("celo_adam", {"step_mult": 1e-3}),
-        "celo2": Kind("celo2"),
-        "elo_celo2": Kind("celo2"),
+_LEARNED_DECAYS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+    # In the code beside the published weights, not in their file.
+    "mulo": {
+        "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
+        "rms_decays": (0.01079706,),
+        "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
     }
-)
-"""Optimizers that foreign weights may be for, by what ``architecture`` accepts."""
+}
 
 
 @dataclass(frozen=True)
@@ -77,18 +50,19 @@ class Foreign:
     """Foreign weights, understood but not yet checked by the rule.
 
     Attributes:
-        architecture: The rule they are for.
+        optimizer: The one they are for, of :data:`OPTIMIZERS`.
         arrays: By the reference's tree-path names, weights (inputs, outputs).
-        hyper: Constants of the rule.
-        name: The optimizer, a key of :data:`KINDS`.
         provenance: File names and digests.
     """
 
-    architecture: str
+    optimizer: str
     arrays: Mapping[str, Tensor]
-    hyper: Mapping[str, float]
-    name: str
     provenance: str
+
+    @property
+    def architecture(self) -> str:
+        """The rule they are for."""
+        return architecture_of(self.optimizer)
 
 
 def convert(*sources: str | os.PathLike[str], architecture: str | None = None, **about: Any) -> Theta:
@@ -97,9 +71,9 @@ def convert(*sources: str | os.PathLike[str], architecture: str | None = None, *
     Args:
         sources: A Flax checkpoint (``theta.state``), a ``model.safetensors``, or a folder with either. VeLO's two
             PyTorch modules are two sources, in any order.
-        architecture: A key of :data:`KINDS`. It is recognised from the arrays, except that MuLO's and ELO's PyTorch
+        architecture: One of :data:`OPTIMIZERS`. It is recognised from the arrays, except that MuLO's and ELO's PyTorch
             modules look the same: without it they are taken for MuLO's, with a warning.
-        about: ``name``, ``provenance``, ``licence``, ``training`` of :class:`Theta`, where not the default.
+        about: ``licence`` and ``training`` of :class:`Theta`.
 
     Raises:
         FileNotFoundError: No such file, or none of a known name in the folder.
@@ -107,22 +81,21 @@ def convert(*sources: str | os.PathLike[str], architecture: str | None = None, *
             begins with the file's name.
     """
     foreign = read_foreign(*sources, architecture=architecture)
-    about = {"name": foreign.name, "provenance": foreign.provenance, **about}
     try:
-        return Theta(foreign.architecture, foreign.arrays, foreign.hyper, **about)
+        return Theta.from_arrays(foreign.optimizer, foreign.arrays, provenance=foreign.provenance, **about)
     except ValueError as error:
         raise ConversionError(f"{' and '.join(map(str, sources))}: {error}") from error
 
 
 def read_foreign(*sources: str | os.PathLike[str], architecture: str | None = None) -> Foreign:
-    """Arrays, constants and architecture of foreign files; arguments and errors are those of :func:`convert`."""
-    if architecture is not None and architecture not in KINDS:
-        raise ConversionError(f"architecture={architecture!r} has no rule here; known: {', '.join(KINDS)}")
+    """Arrays of foreign files and what they are for; arguments and errors are those of :func:`convert`."""
+    if architecture is not None and architecture not in OPTIMIZERS:
+        raise ConversionError(f"architecture={architecture!r} has no rule here; known: {', '.join(OPTIMIZERS)}")
     paths = [find_file(source) for source in sources]
     parts = [_read(path) for path in paths]
     names = " and ".join(map(str, paths))
     kinds = tuple(sorted(part.kind for part in parts))
-    recognised = kinds[0] if len(kinds) == 1 and kinds[0] in KINDS else _RECOGNISED.get(kinds)
+    recognised = kinds[0] if len(kinds) == 1 and kinds[0] in OPTIMIZERS else _RECOGNISED.get(kinds)
     if recognised is None:
         raise ConversionError(
             f"{names}: {' and '.join(kinds) or 'no file'} does not make one theta; VeLO's PyTorch modules, VeLO_RNN "
@@ -134,15 +107,14 @@ def read_foreign(*sources: str | os.PathLike[str], architecture: str | None = No
             "architecture='mulo' or 'elo'",
             stacklevel=2,
         )
-    name = architecture or recognised
-    kind = KINDS[name]
-    if kind.architecture != KINDS[recognised].architecture:
+    optimizer = architecture or recognised
+    if architecture_of(optimizer) != architecture_of(recognised):
         raise ConversionError(f"{names}: holds weights of {recognised}, not of architecture={architecture!r}")
-    arrays = {key: torch.tensor(values) for key, values in kind.offsets.items()}
+    arrays = {name: torch.tensor(values) for name, values in _LEARNED_DECAYS.get(optimizer, {}).items()}
     for part in parts:
         arrays.update(part.arrays)
     origin = " and ".join(f"{path.name} (sha256 {part.sha256})" for path, part in zip(paths, parts, strict=True))
-    return Foreign(kind.architecture, arrays, kind.hyper, name, f"converted from {origin}")
+    return Foreign(optimizer, arrays, f"converted from {origin}")
 
 
 def find_file(source: str | os.PathLike[str]) -> Path:
@@ -171,7 +143,7 @@ def check_config(path: Path) -> None:
 
 
 class _Part(NamedTuple):
-    kind: str  # class name of a PyTorch module, or a key of KINDS
+    kind: str  # class name of a PyTorch module, or one of OPTIMIZERS
     arrays: Mapping[str, Tensor]
     sha256: str
 
