@@ -67,7 +67,7 @@ def _kind(value: Any) -> str:
 
 
 def _tensor(name: str, payload: memoryview) -> Tensor:
-    fields = msgpack.unpack(payload)
+    fields = msgpack.unpack(payload, most=4 + MOST_AXES)
     if not isinstance(fields, list) or len(fields) != 3:
         raise ConversionError(f"array {name!r} is not (shape, dtype, bytes)")
     shape, dtype, data = fields

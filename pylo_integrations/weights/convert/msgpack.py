@@ -34,27 +34,27 @@ _LENGTHS = {code: kind for first, kinds in ((0xC4, "BHI"), (0xC7, "BHI"), (0xD9,
             for code, kind in enumerate(kinds, first)}  # fmt: skip
 
 
-def unpack(data: bytes | memoryview, *, depth: int = 0) -> Any:
+def unpack(data: bytes | memoryview, most: int = MOST_VALUES) -> Any:
     """The one value that ``data`` holds.
 
     Args:
         data: All of it is used; bytes and extensions are returned as views into it.
-        depth: How deep the value lies inside another one.
+        most: How many values it may have, counting those inside others.
 
     Raises:
         ConversionError: Not msgpack, cut off, beyond the bounds above, or followed by something else.
     """
-    reader = _Reader(memoryview(data))
-    value = reader.value(depth)
+    reader = _Reader(memoryview(data), most)
+    value = reader.value(0)
     if reader.rest:
         raise ConversionError(f"{len(reader.rest)} bytes follow the end of the msgpack data")
     return value
 
 
 class _Reader:
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, most: int) -> None:
         self.rest = data
-        self.count = 0
+        self.left = most
 
     def take(self, size: int) -> memoryview:
         if size > len(self.rest):
@@ -66,9 +66,9 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self, depth: int) -> Any:
-        self.count += 1
-        if depth > DEEPEST or self.count > MOST_VALUES:
-            raise ConversionError(f"msgpack data is nested deeper than {DEEPEST} or has over {MOST_VALUES} values")
+        self.left -= 1
+        if depth > DEEPEST or self.left < 0:
+            raise ConversionError(f"msgpack data is nested deeper than {DEEPEST} or has too many values")
         code = self.number(">B")
         if code <= 0x7F or code >= 0xE0:
             return code if code <= 0x7F else code - 0x100

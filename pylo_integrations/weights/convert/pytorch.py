@@ -78,7 +78,7 @@ def read_config(data: bytes) -> dict[str, Any]:
         ConversionError: Damaged, or not of one of the published modules.
     """
     try:
-        config = json.loads(data)
+        config = json.loads(data.decode())  # bytes would be taken for UTF-16 and more
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"is not JSON: {str(error)[:200]}") from error
     if not isinstance(config, dict) or not any(layout.fields <= set(config) for layout in MODULES.values()):
