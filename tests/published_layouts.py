@@ -155,7 +155,7 @@ class MetaMLP(nn.Module):
         return self.network["output"](x)
 
 
-class VeLO_RNN(nn.Module):  # noqa: N801: published under this name
+class VeLO_RNN(nn.Module):
     config = {"input_size": 30, "lstm_hidden_size": 8, "param_inits": 6, "mix_layers": True}
 
     def __init__(self, arrays):
@@ -179,7 +179,7 @@ class VeLO_RNN(nn.Module):  # noqa: N801: published under this name
         return self.rnn_to_controls(hidden), self.step_size(hidden)
 
 
-class VeLO_MLP(nn.Module):  # noqa: N801
+class VeLO_MLP(nn.Module):
     config = {"param_inits": 6, "input_size": 30, "hidden_size": 4, "hidden_layers": 1, "output_size": 3}
 
     def __init__(self, arrays):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from golden_files import Golden
 from published_layouts import (
-    GROUPS,
     CELO2MLP,
+    GROUPS,
     MetaMLP,
     VeLO_MLP,
     VeLO_RNN,

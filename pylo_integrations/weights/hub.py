@@ -131,8 +131,8 @@ def fetch(repository: str, filenames: Sequence[str], revision: str | None = None
         raise FileNotFoundError(f"{address} has no {' or '.join(filenames)}")
     at_revision = f" --revision {revision}" if revision else ""
     raise FileNotFoundError(
-        f"{address} is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set). On "
-        f"a machine with network run `pylo weights convert {address} {THETA_FILE}`, bring the file and pass its path "
+        f"{address} is not in the local cache and the hub cannot be reached (no network, HF_HUB_OFFLINE is set, or "
+        f"HF_ENDPOINT is no hub). On a machine with network run `pylo weights convert {address} {THETA_FILE}`, bring the file and pass its path "
         f"as weights=; or, where the cache is shared, run `hf download {repository} {filenames[0]}{at_revision}`"
     ) from unreachable
 
@@ -202,4 +202,4 @@ def _naming(action: str) -> Iterator[None]:
     except ValueError as error:
         raise ValueError(f"{action} failed: {error}") from error
     except Exception as error:
-        raise OSError(f"{action} failed: {type(error).__name__}: {error}. Nothing was kept; try again") from error
+        raise OSError(f"{action} failed: {type(error).__name__}: {error}; try again") from error
