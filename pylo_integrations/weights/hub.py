@@ -132,8 +132,9 @@ def fetch(repository: str, filenames: Sequence[str], revision: str | None = None
     at_revision = f" --revision {revision}" if revision else ""
     raise FileNotFoundError(
         f"{address} is not in the local cache and the hub cannot be reached (no network, HF_HUB_OFFLINE is set, or "
-        f"HF_ENDPOINT is no hub). On a machine with network run `pylo weights convert {address} {THETA_FILE}`, bring the file and pass its path "
-        f"as weights=; or, where the cache is shared, run `hf download {repository} {filenames[0]}{at_revision}`"
+        f"HF_ENDPOINT is no hub). On a machine with network run `pylo weights convert {address} {THETA_FILE}`, bring "
+        "the file and pass its path as weights=; or, where the cache is shared, run `hf download "
+        f"{repository} {filenames[0]}{at_revision}`"
     ) from unreachable
 
 

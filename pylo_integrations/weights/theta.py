@@ -201,7 +201,9 @@ class Theta:
         try:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                # Others' files may be a language model's.
+                names = file.keys() if metadata.get("format") == FORMAT else []
+                arrays = {name: file.get_tensor(name) for name in names}
         except safetensors.SafetensorError as error:
             raise ValueError(
                 f"{path} is not a readable safetensors file: {error}. `pylo weights convert` reads some other formats"
