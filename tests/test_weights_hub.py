@@ -163,6 +163,15 @@ def test_a_first_download_a_cache_hit_and_an_offline_hit(hub, online, offline, t
     assert len(hub.log) == seen, "offline, something was asked"
 
 
+def test_who_wants_only_local_files_gets_only_those(hub, online, theta, ours):
+    hub.add("ann/local", ours)
+    code = "result = load_theta('hub:ann/local', '', local_files_only=True)"
+    assert online.run(code)["error"] == "FileNotFoundError" and hub.requests("ann/local") == []
+    online.load("hub:ann/local")
+    seen = len(hub.log)
+    assert online.run(code)["result"]["sha256"] == theta.sha256 and len(hub.log) == seen
+
+
 def test_a_new_commit_is_seen_and_a_pinned_one_stays(hub, online, theta, ours, tmp_path):
     old = hub.add("ann/moving", ours)
     assert online.load("hub:ann/moving")["result"]["sha256"] == theta.sha256

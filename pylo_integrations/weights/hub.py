@@ -92,7 +92,14 @@ def find_published(repository: str) -> Published | None:
     return next((entry for entry in PUBLISHED if repository in {part.name for part in entry.repositories}), None)
 
 
-def fetch(repository: str, filenames: Sequence[str], revision: str | None = None, sha256: str | None = None) -> Path:
+def fetch(
+    repository: str,
+    filenames: Sequence[str],
+    revision: str | None = None,
+    sha256: str | None = None,
+    *,
+    local_files_only: bool = False,
+) -> Path:
     """A file of a repository, from the cache or the hub.
 
     Args:
@@ -100,6 +107,7 @@ def fetch(repository: str, filenames: Sequence[str], revision: str | None = None
         filenames: The first of these that the repository has is fetched.
         revision: Branch, tag or commit; by default the main branch.
         sha256: Digest that the file must have.
+        local_files_only: Look in the cache only.
 
     Returns:
         Its path in the cache, ``.../snapshots/<commit>/<filename>``.
@@ -118,11 +126,10 @@ def fetch(repository: str, filenames: Sequence[str], revision: str | None = None
     for filename in filenames:
         try:
             with _naming(f"{address}: fetching {filename}"):
-                # Having once waited in vain for the hub, look for the others in the cache only.
-                offline = unreachable is not None
-                found = hf_hub_download(repository, filename, revision=revision, local_files_only=offline)
+                found = hf_hub_download(repository, filename, revision=revision, local_files_only=local_files_only)
         except LocalEntryNotFoundError as error:
             unreachable = unreachable or error
+            local_files_only = True  # having once waited in vain for the hub
         except EntryNotFoundError:
             continue
         else:

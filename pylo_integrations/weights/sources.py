@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,12 +25,13 @@ def builtin_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in _BUILTIN.iterdir() if entry.name.endswith(".safetensors"))
 
 
-def load_theta(weights: Weights, name: str) -> Theta:
+def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -> Theta:
     """Resolve a ``weights`` argument.
 
     Args:
         weights: See :data:`Weights`.
         name: Catalogue name or architecture that plain arrays are for.
+        local_files_only: Look for a hub repository in the local cache only.
 
     Raises:
         FileNotFoundError: No such file or builtin; or a hub repository that is neither cached nor reachable.
@@ -46,7 +48,7 @@ def load_theta(weights: Weights, name: str) -> Theta:
         return _from_package(weights.removeprefix("builtin:"))
     if isinstance(weights, str) and weights.startswith("hub:"):
         try:
-            return _from_hub(weights.removeprefix("hub:"))
+            return _from_hub(weights.removeprefix("hub:"), partial(hub.fetch, local_files_only=local_files_only))
         except FileNotFoundError as error:
             shipped = [f"builtin:{name}" for name in builtin_names()]
             raise FileNotFoundError(f"weights={weights!r}: {error}. Without a network there are {shipped}") from error
@@ -65,32 +67,32 @@ def _from_package(name: str) -> Theta:
         return Theta.load(path)
 
 
-def _from_hub(address: str) -> Theta:
+def _from_hub(address: str, fetch: Callable[..., Path]) -> Theta:
     repository, _, revision = address.partition("@")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"weights='hub:{address}' must read 'hub:<owner>/<repo>' or 'hub:<owner>/<repo>@<revision>'")
     if published := hub.find_published(repository):
-        return _from_published(published, repository, revision)
-    path = hub.fetch(repository, (hub.THETA_FILE, hub.FLAX_FILE, CONFIG_FILE), revision or None)
+        return _from_published(published, repository, revision, fetch)
+    path = fetch(repository, (hub.THETA_FILE, hub.FLAX_FILE, CONFIG_FILE), revision or None)
     commit = path.parent.name
     if path.name == hub.THETA_FILE:
         return Theta.load(path)
     if path.name == CONFIG_FILE:
         check_config(path)  # before fetching what may be a language model
-        path = hub.fetch(repository, (hub.PYTORCH_FILE,), commit)
+        path = fetch(repository, (hub.PYTORCH_FILE,), commit)
     return _from_repositories({repository: path}, None)
 
 
-def _from_published(published: hub.Published, repository: str, revision: str) -> Theta:
+def _from_published(published: hub.Published, repository: str, revision: str, fetch: Callable[..., Path]) -> Theta:
     """A published theta, all parts at their pinned revisions but for ``repository`` at ``revision`` if given."""
     if published.optimizer is None:
         raise ValueError(f"weights='hub:{repository}' are for {published.name}, which this package has no rule for")
     paths = {}
     for part in published.repositories:
         if revision and part.name == repository:
-            paths[part.name] = hub.fetch(part.name, (part.filename,), revision)
+            paths[part.name] = fetch(part.name, (part.filename,), revision)
         else:
-            paths[part.name] = hub.fetch(part.name, (part.filename,), part.revision, part.sha256)
+            paths[part.name] = fetch(part.name, (part.filename,), part.revision, part.sha256)
     return _from_repositories(paths, published.optimizer)
 
 
