@@ -141,9 +141,9 @@ def test_weights_convert_takes_two_sources(capsys, misuse, tmp_path):
         pytest.skip("no rule of velo yet")
     assert cli.main(["weights", "convert", *folders, str(target)]) == 0
     assert Theta.load(target) == Theta.from_arrays("velo", arrays)
-    assert "VeLO_RNN does not make one theta" in misuse(
-        "weights", "convert", folders[0], str(tmp_path / "x.safetensors")
-    )
+    capsys.readouterr()
+    said = misuse("weights", "convert", folders[0], str(tmp_path / "half.safetensors"))
+    assert "VeLO_RNN does not make one theta" in said
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------
