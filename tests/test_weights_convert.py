@@ -85,6 +85,13 @@ def test_a_flax_checkpoint_is_recognised_by_its_arrays(name, tmp_path):
         assert foreign.optimizer == foreign.architecture == name and same(foreign.arrays, arrays)
 
 
+def test_a_flax_checkpoint_of_mulo_keeps_its_own_decays(tmp_path):
+    arrays = with_decays(random_arrays("mulo"))
+    folder = write(tmp_path, {"theta.state": flax_bytes(arrays)})
+    assert convert(folder, architecture="mulo") == Theta.from_arrays("mulo", arrays, {"step_mult": 0.01})
+    assert convert(folder).rule().step_mult == 0.001
+
+
 def test_google_s_checkpoint_is_the_first_of_a_tuple(tmp_path):
     arrays = random_arrays("velo")
     write(tmp_path, {"params": pack({"0": tree(arrays), "1": None, "2": torch.tensor(3.0)})})
