@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +23,9 @@ from pylo_integrations import bench, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.weights import builtin_names, load_theta
+from pylo_integrations.weights import Theta, builtin_names, load_theta
+from pylo_integrations.weights.convert import OPTIMIZERS, convert
+from pylo_integrations.weights.hub import PUBLISHED
 
 DISTRIBUTION = "pylo-integrations"
 USER_EXTRAS = ("hf", "lightning", "accelerate", "recipes")
@@ -51,6 +55,20 @@ def _make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="all about one optimizer")
     command.add_argument("spec", type=_spec, metavar="NAME")
     command.set_defaults(run=_info)
+
+    group = commands.add_parser("weights", help="theta: what is published, what a file holds, other people's files")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("list", help="theta that their authors published")
+    action.set_defaults(run=_weights_list)
+    action = actions.add_parser("info", help="all about one theta")
+    action.add_argument("weights", metavar="FILE", help="a file, builtin:<name> or hub:<owner>/<repo>[@revision]")
+    action.set_defaults(run=_weights_info, parser=action)
+    action = actions.add_parser("convert", help="make a theta of files in a published layout")
+    action.add_argument("sources", nargs="+", metavar="SRC", help="a file, a folder or hub:<owner>/<repo>[@revision]")
+    action.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
+    action.add_argument("--architecture", choices=OPTIMIZERS, help="where the arrays do not tell")
+    action.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    action.set_defaults(run=_weights_convert, parser=action)
 
     command = commands.add_parser("doctor", help="versions, backends, weights, devices: does it work here?")
     command.set_defaults(run=_doctor)
@@ -147,6 +165,70 @@ def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:{width}}  {text}".rstrip())
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _weights_list(args: argparse.Namespace) -> int:
+    rows = []
+    for entry in PUBLISHED:
+        repositories = " + ".join(f"hub:{part.name}" for part in entry.repositories)
+        use = f"for {entry.optimizer}" if entry.optimizer else "no rule here"
+        rows.append((entry.name, f"{entry.description}; {use}"))
+        rows.append(("", f"  {repositories} ({entry.repositories[0].filename})"))
+    _print_table(rows)
+    return 0
+
+
+def _weights_info(args: argparse.Namespace) -> int:
+    theta = _made(args, lambda: load_theta(args.weights, ""))
+    _print_table(
+        [
+            ("name", theta.name or "none"),
+            ("architecture", theta.architecture),
+            ("sha256", theta.sha256),
+            ("from", theta.provenance or "unknown"),
+            ("licence", theta.licence or "unknown"),
+            ("training", json.dumps(dict(theta.training), sort_keys=True) if theta.training else "no record"),
+            ("constants", ""),
+            *((f"  {name}", repr(value)) for name, value in sorted(theta.hyper.items())),
+            ("arrays", f"{sum(array.numel() for array in theta.arrays.values())} numbers"),
+            *((f"  {name}", " x ".join(map(str, array.shape))) for name, array in theta.arrays.items()),
+        ]
+    )
+    return 0
+
+
+def _weights_convert(args: argparse.Namespace) -> int:
+    sources, destination = args.sources, args.destination
+    if destination.suffix != ".safetensors":
+        args.parser.error(f"DST must end in .safetensors, not {str(destination)!r}")
+    if destination.exists() and not args.overwrite:
+        args.parser.error(f"{destination} exists; give --overwrite to replace it")
+    if from_hub := any(source.startswith("hub:") for source in sources):
+        if len(sources) > 1 or args.architecture:
+            args.parser.error("a theta from the hub is one SRC, without --architecture")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theta = _made(
+            args,
+            lambda: load_theta(sources[0], "") if from_hub else convert(*sources, architecture=args.architecture),
+        )
+    for warning in caught:
+        print(f"{args.parser.prog}: {warning.message}", file=sys.stderr)
+    theta.save(destination, overwrite=args.overwrite)
+    print(f"{destination}: {theta!r} for {theta.architecture}")
+    return 0
+
+
+def _made(args: argparse.Namespace, make: Callable[[], Theta]) -> Theta:
+    """The theta that ``make`` returns; what it raises about the user's files is misuse, in one line."""
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from pylo_integrations import (  # noqa: E402
     SmallFCLOpt,
     get_optimizer_info,
     hf,
+    list_optimizers,
     param_groups,
     register_optimizer,
     unregister_optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from published_layouts import MetaMLP, VeLO_MLP, VeLO_RNN, module_files, random_arrays, write
 from thetas import theta_for
 
 import pylo_integrations
-from pylo_integrations import bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimizers
 from pylo_integrations.weights import bootstrap, load_theta
+from pylo_integrations.weights.hub import PUBLISHED
+from pylo_integrations.weights.theta import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,12 +106,71 @@ def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
         (["bench", "--dtype", "int8"], "--dtype"),
         (["bench", "--device", "tpu:3"], "'tpu:3' is not usable here"),
         (["bench", "--json", "no/such/folder/x.json"], "does not exist"),
+        (["weights"], "ACTION"),
+        (["weights", "info", "no/such/file"], "there is no theta file 'no/such/file'"),
+        (["weights", "info", "builtin:nothing"], "is not shipped"),
+        (["weights", "info", "hub:nothing"], "must read 'hub:<owner>/<repo>'"),
+        (["weights", "convert", "theta.state"], "DST"),
+        (["weights", "convert", "no/such/file", "x.safetensors"], "there is no file 'no/such/file'"),
+        (["weights", "convert", "theta.state", "x.pt"], "DST must end in .safetensors"),
+        (["weights", "convert", "theta.state", "x.safetensors", "--architecture", "adam"], "invalid choice: 'adam'"),
+        (["weights", "convert", "hub:a/b", "hub:c/d", "x.safetensors"], "one SRC"),
+        (["weights", "convert", "hub:a/b", "x.safetensors", "--architecture", "velo"], "without --architecture"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_misuse_is_one_line_and_exit_code_2(misuse, argv, said):
     assert said in misuse(*argv)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_list_shows_where_they_are_and_what_for(capsys):
+    assert cli.main(["weights", "list"]) == 0
+    out = capsys.readouterr().out
+    for entry in PUBLISHED:
+        assert entry.name in out and entry.description in out
+        assert all(f"hub:{part.name}" in out for part in entry.repositories)
+    assert out.count("no rule here") == 1
+
+
+@pytest.mark.parametrize("weights", ["builtin:small_fc_bootstrap", "a file"])
+def test_weights_info_tells_all_about_one(capsys, weights, tmp_path):
+    theta = bootstrap()
+    if weights == "a file":
+        weights = str(theta.save(tmp_path / "theta.safetensors"))
+    assert cli.main(["weights", "info", weights]) == 0
+    out = capsys.readouterr().out
+    assert theta.sha256 in out and theta.provenance in out and theta.licence in out
+    assert re.search(r"nn/~/w0 +39 x 32\n", out) and re.search(r"step_mult +0\.01\n", out) and "no record" in out
+
+
+def test_weights_convert_writes_a_theta_once(capsys, misuse, tmp_path):
+    folder = write(tmp_path / "elo", module_files(MetaMLP(random_arrays("elo"))))
+    target = tmp_path / "new" / "elo.safetensors"
+    assert cli.main(["weights", "convert", str(folder), str(target), "--architecture", "elo"]) == 0
+    out, err = capsys.readouterr()
+    assert Theta.load(target) == Theta.from_arrays("elo", random_arrays("elo"))
+    assert out.startswith(f"{target}: Theta('elo'") and err == ""
+    assert "--overwrite" in misuse("weights", "convert", str(folder), str(target))
+    assert cli.main(["weights", "convert", "--overwrite", str(folder), str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert Theta.load(target).name == "mulo" and "taken for MuLO's" in err and err.count("\n") == 1
+
+
+def test_weights_convert_takes_two_sources(capsys, misuse, tmp_path):
+    arrays = random_arrays("velo")
+    folders = [str(write(tmp_path / module.__name__, module_files(module(arrays)))) for module in (VeLO_RNN, VeLO_MLP)]
+    target = tmp_path / "velo.safetensors"
+    if "velo" not in ARCHITECTURES:
+        pytest.skip("no rule of velo yet")
+    assert cli.main(["weights", "convert", *folders, str(target)]) == 0
+    assert Theta.load(target) == Theta.from_arrays("velo", arrays)
+    capsys.readouterr()
+    said = misuse("weights", "convert", folders[0], str(tmp_path / "half.safetensors"))
+    assert "VeLO_RNN does not make one theta" in said
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------

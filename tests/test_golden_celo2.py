@@ -1,9 +1,8 @@
 """Do CELO2, CELO2-base and ELO-CELO2 repeat the trajectories of the original code?
 
-Tolerances are those of tests/test_golden.py, but orthogonalised updates get 4e-4 in float32: five Newton-Schulz steps
-multiply the smallest singular values, and their rounding errors, by 3.4445 ** 5 = 485. Where a matrix is badly
-conditioned (one step each of two tensors) ours and the reference's float32 differ by up to 2.9e-4, and the reference
-alone is off by 2.2e-4 from float64. In float64 they agree to 1e-9.
+Tolerances are those of tests/test_golden.py, but for one port: five Newton-Schulz steps multiply the smallest singular
+values, and their rounding errors, by 3.4445 ** 5 = 485, and for one step of one badly conditioned tensor the float32 run
+of the port of ELO-CELO2 is itself further than that from a float64 run. It gets 3e-4. In float64 all agree to 1e-9.
 
 The ``_pyloport`` files come from a PyTorch port, which was run on the JAX-layout arrays as they are.
 """
@@ -33,7 +32,6 @@ from pylo_integrations import CELO2, ELOCELO2, CELO2Base
 from pylo_integrations.rules.celo2 import Celo2
 
 CASES = {"celo2_random": CELO2, "celo2base_random": CELO2Base}
-TOLERANCES = {"celo2_random": 4e-4, "celo2base_random": 2e-4}
 VECTORS = [name for name in NAMES if "vec" in name or "scalar" in name]
 DTYPES = {torch.float32: ("f32", 3e-4), torch.float64: ("f64", 1e-9)}
 
@@ -50,7 +48,7 @@ def build(case: str, params: dict[str, Tensor], **options):
 def test_float32_updates_match(case, trajectory, chunk_bytes):
     params = initial_params(trajectory, torch.float32)
     optimizer = build(case, params, chunk_bytes=chunk_bytes)
-    replay_float32(Golden(case), trajectory, params, optimizer, tolerance=TOLERANCES[case])
+    replay_float32(Golden(case), trajectory, params, optimizer)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
@@ -67,7 +65,7 @@ def test_elo_celo2_matches(trajectory):
     hyper = golden.hyper
     options = {"lr": hyper["lr"], "weight_decay": hyper["weight_decay"], "max_grad_norm": hyper["clip_norm"]}
     optimizer = ELOCELO2(list(params.values()), weights=golden.theta, **options)
-    replay_float32(golden, trajectory, params, optimizer, tolerance=4e-4)
+    replay_float32(golden, trajectory, params, optimizer, tolerance=3e-4)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
-from pylo_integrations.rules.features import channel_counts
+from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import mlp, read_mlp
 from pylo_integrations.rules.newton_schulz import orthogonalise
@@ -53,22 +53,7 @@ class Celo2(MomentRule):
     exp_mult: float = 0.0
     step_mult: float = 1.0
 
-    features: ClassVar[tuple[str, ...]] = (
-        "grad",
-        "clipped_grad",
-        "param",
-        "momentum",
-        "rms",
-        "momentum_over_rms",
-        "inverse_rms",
-        "factored_grad",
-        "grad_over_rms",
-        "row",
-        "col",
-        "inverse_row",
-        "inverse_col",
-        "factored_momentum",
-    )
+    features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
     vector_features: ClassVar[int] = 9
     """How many of :attr:`features` vectors have: those that do not repeat one another without rows and columns."""
     norm_eps: ClassVar[float] = 1e-9
@@ -142,7 +127,7 @@ class Celo2(MomentRule):
     @property
     def workspace(self) -> int:
         """Ingredients and features, and the widest two layers of the network."""
-        return 2 * self.channels + 2 * max(len(bias) for bias in self.biases) + 16
+        return 4 * self.channels + 4 * max(len(bias) for bias in self.biases) + 16
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """EMA weights and the network."""
@@ -167,6 +152,9 @@ class Celo2(MomentRule):
         inputs = self.normalised_features(block, prepared, sums, ctx)
         weights, biases = ([ctx.constants[f"{kind}{layer}"] for layer in range(len(self.weights))] for kind in "wb")
         weights[0] = weights[0][:, : inputs.shape[1]]
+        if self.orthogonalises and inputs.device.type != "mps":  # which has no float64
+            # Orthogonalisation multiplies the rounding errors of this network by up to 485.
+            inputs, weights, biases = inputs.double(), [w.double() for w in weights], [b.double() for b in biases]
         outputs = mlp(inputs.flatten(2), weights, biases).view(len(block), 3, *block.box.shape)
         direction, magnitude = outputs[:, :1], outputs[:, 1:2]
         return direction * (magnitude * self.exp_mult).exp_() if self.exp_mult else direction
