@@ -1,8 +1,8 @@
 """Do CELO2, CELO2-base and ELO-CELO2 repeat the trajectories of the original code?
 
 Tolerances are those of tests/test_golden.py, but for one port: five Newton-Schulz steps multiply the smallest singular
-values, and their rounding errors, by 3.4445 ** 5 = 485, and for one step of one badly conditioned tensor the float32 run
-of the port of ELO-CELO2 is itself further than that from a float64 run. It gets 3e-4. In float64 all agree to 1e-9.
+values, and their rounding errors, by 3.4445 ** 5 = 485, and for one step of one badly conditioned tensor the port of
+ELO-CELO2 is in float32 further than that from a float64 run. It gets 3e-4. In float64 all agree to 1e-9.
 
 The ``_pyloport`` files come from a PyTorch port, which was run on the JAX-layout arrays as they are.
 """
