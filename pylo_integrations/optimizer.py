@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.decay import DecayPolicy, check_decay_policy
@@ -17,6 +18,15 @@ from pylo_integrations.ops.select import Backend
 from pylo_integrations.progress import Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
+from pylo_integrations.sharding.pieces import (
+    FlatSlice,
+    ShardingError,
+    is_sharded,
+    local_gradient,
+    locate,
+    read_flat_slices,
+)
+from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
@@ -85,7 +95,10 @@ class LearnedOptimizer(Optimizer):
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
-        self._engine = Engine(rule, backend, chunk_bytes)
+        self._ranks = Ranks()
+        self._flat_slices: dict[Tensor, FlatSlice] = {}
+        self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
+        self._engine = Engine(rule, backend, chunk_bytes, self._ranks, self._flat_slices)
         self.set_num_steps(num_steps)
         defaults = {
             "lr": lr,
@@ -151,6 +164,27 @@ class LearnedOptimizer(Optimizer):
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
         self._progress.window.take()
 
+    # -- distributed training --------------------------------------------------------------------------------------
+
+    def bind_model(self, model: nn.Module, process_group: ProcessGroup | None = None) -> None:
+        """Tell the optimizer what it cannot see from its parameters; idempotent.
+
+        Needed for FSDP1 (``FullyShardedDataParallel``), whose parameters are 1-D slices of unknown shape, and where not
+        all processes train together. The adapters call it.
+
+        Args:
+            model: As wrapped for training.
+            process_group: The ranks that train this model together, over which losses are averaged; by default all.
+
+        Raises:
+            ShardingError: FSDP1 flattened a parameter in an order other than row-major.
+            ValueError: This process is not in ``process_group``.
+        """
+        slices = read_flat_slices(model)
+        self._ranks.bind(process_group)
+        self._flat_slices.clear()
+        self._flat_slices.update(slices)
+
     # -- stepping --------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
@@ -168,10 +202,12 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
-            TypeError: A gradient is sparse or complex; a parameter is sharded.
+            TypeError: A gradient is sparse or complex.
+            ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
 
-        Whatever is raised, parameters and state are unchanged.
+        Whatever is raised, parameters and state are unchanged. Where several processes train together, all of them
+        have to call it.
         """
         if closure is not None and not callable(closure):
             if loss is not None:
@@ -254,13 +290,14 @@ class LearnedOptimizer(Optimizer):
 
     def _is_state_probe(self) -> bool:
         """Whether this is torch.distributed.checkpoint making us create state: a step with lr 0 and zero gradients."""
-        return (
-            self.iteration == 0
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and not any(
-                p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]
-            )
-        )
+        if self.iteration > 0 or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        with torch.no_grad():
+            nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
+        found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
+        # Shards may be zero on some ranks only, and all of them have to decide alike.
+        return not (self._ranks.any(found) if any(map(is_sharded, params)) and self._ranks.size > 1 else found)
 
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
@@ -284,16 +321,40 @@ class LearnedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group.setdefault("base_lr", float(group["lr"]))
+        self._born.append([param.dim() for param in group["params"]])
 
     def init_state(self) -> None:
-        """Create the state of every parameter that has none yet; steps do so by themselves."""
-        for group in self.param_groups:
-            for param in group["params"]:
+        """Create the state of every parameter that has none yet; steps do so by themselves.
+
+        Raises:
+            ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
+        """
+        created: dict[Tensor, dict[str, Tensor]] = {}
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
                 if param not in self.state and (param.requires_grad or param.grad is not None):
-                    self.state[param] = self._fresh_state(param, group)
+                    self._check_flattening(index, position)
+                    created[param] = self._fresh_state(param, group)
+        self.state.update(created)
+
+    def _check_flattening(self, index: int, position: int) -> None:
+        """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
+        group, born = self.param_groups[index], self._born[index]
+        param = group["params"][position]
+        replaced = len(group["params"]) != len(born) or born[position] != 1
+        if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
+            raise ShardingError(
+                f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
+                f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
+                "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+            )
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> TensorLayout:
+        shape, _ = locate(param, self._flat_slices, self._ranks.size)
+        return TensorLayout.whole(shape, group["axes"])
 
     def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        layout = TensorLayout.of(param, group["axes"])
+        layout = self._layout(param, group)
         rule = self.rule.member(layout, group)
         initial, dtype = rule.initial_state(), state_dtype(param)
         state = {
@@ -351,7 +412,7 @@ class LearnedOptimizer(Optimizer):
         for index, (param, group) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
             if not (tensors := state_dict["state"].get(index)):
                 continue
-            layout = TensorLayout.of(param, group["axes"])
+            layout = self._layout(param, group)
             shapes = self.rule.member(layout, group).state_shapes(layout)
             expected = {name: tuple(param.shape) if shape is None else shape for name, shape in shapes.items()}
             found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
@@ -385,11 +446,12 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        distributed = ("_ranks", "_flat_slices", "_born")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own + distributed}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
+        self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._ranks, self._flat_slices)
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
