@@ -88,15 +88,17 @@ def distribute(layout: str, world: int) -> Callable[[Tensor], Tensor]:
 
 def take_steps(
     place: Callable[[Tensor], Tensor], name: str, dtype: torch.dtype, steps: int, options: dict[str, Any], loss_of: Any
-) -> tuple[list[Tensor], list[str], Any]:
+) -> tuple[list[Tensor], list[list[str]], Any]:
     """Train tensors of SHAPES, wherever ``place`` puts them, on gradients that depend on nothing."""
     params = [nn.Parameter(place(random(shape, i, dtype))) for i, shape in enumerate(SHAPES)]
-    optimizer = create_optimizer(params, name, num_steps=100, **options)
+    optimizer = make(name, params, **options)
+    counted = []
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = place(random(p.shape, 1000 * step + i + 100, dtype) * 10.0 ** (i % 3))
-        with collectives() as counted:
+        with collectives() as names:
             optimizer.step(loss=loss_of(step))
+        counted.append(names)
     return [full(p) for p in params], counted, optimizer
 
 
@@ -125,3 +127,137 @@ def dtensor_case(rank: int, world: int, layouts, name: str, dtype, steps: int = 
             "digest": runs[0][2],
         }
     return results
+
+
+# -- real wrappers around a model -------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A convolution, a norm and two linear layers of uneven sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3)
+        self.norm = nn.LayerNorm(5)
+        self.up = nn.Linear(5, 14)
+        self.down = nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(self.conv(x).mean((2, 3))))))
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = random((4, 2, 5, 5), 100 * step + rank, dtype)
+    return (model(x) - x[:, 0, 0, :3]).square().mean()
+
+
+def wrap(model: nn.Module, wrapper: str, world: int) -> nn.Module:
+    """``model`` as a user of ``wrapper`` distributes it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if wrapper.startswith("fsdp1"):
+        options: dict[str, Any] = {"use_orig_params": wrapper != "fsdp1_melted", "device_id": torch.device("cpu")}
+        if wrapper == "fsdp1_hsdp":
+            options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard"))
+            options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
+        if wrapper == "fsdp1_no_shard":
+            options["sharding_strategy"] = ShardingStrategy.NO_SHARD
+        model.up = FullyShardedDataParallel(model.up, **options)
+        return FullyShardedDataParallel(model, **options)
+    meshes = {
+        "fsdp2": ((world,), ("dp",)),
+        "hsdp": ((2, world // 2), ("replica", "dp")),
+        "tp": ((world,), ("tp",)),
+        "fsdp2_tp": ((2, world // 2), ("dp", "tp")),
+    }
+    shape, names = meshes[wrapper]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if "tp" in names:
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if wrapper == "tp":
+        return model
+    dp = mesh["dp"] if "tp" in names else mesh
+    fully_shard(model.up, mesh=dp)
+    fully_shard(model, mesh=dp)
+    return model
+
+
+def full_tensors(model: nn.Module, of_gradients: bool = False) -> dict[str, Tensor]:
+    """Whole parameters, or gradients, by name, as the wrapper itself puts them together."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def read(module: nn.Module) -> dict[str, Tensor]:
+        tensors = {
+            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): p.grad if of_gradients else p
+            for name, p in module.named_parameters()
+        }
+        return {name: full(t).clone() for name, t in tensors.items() if t is not None}
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return read(model)
+    return read(model)
+
+
+def make(name: str, params: Any, **options: Any):
+    """A catalogue entry, or a toy."""
+    from toy_finish_rule import ToyFinishOpt
+    from toy_loss_rule import ToyLossOpt
+
+    toys = {"toy_loss": ToyLossOpt, "toy_finish": ToyFinishOpt}
+    if name in toys:
+        return toys[name](params, num_steps=100, **options)
+    return create_optimizer(params, name, num_steps=100, **options)
+
+
+def wrapper_case(
+    rank: int, world: int, wrapper: str, name: str, steps: int = 3, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train a wrapped model, and a plain one on the same gradients."""
+    import torch.distributed as dist
+
+    options = options or {}
+    model, plain = wrap(net(), wrapper, world), net()
+    optimizer, reference = make(name, model.parameters(), **options), make(name, plain.parameters(), **options)
+    optimizer.bind_model(model)
+    counted: list[list[str]] = []
+    # Data differs between data-parallel ranks only.
+    data_rank = {"tp": 0, "fsdp2_tp": rank // max(1, world // 2)}.get(wrapper, rank)
+    for step in range(steps):
+        loss = loss_of(model, step, data_rank)
+        loss.backward()
+        gradients = full_tensors(model, of_gradients=True)
+        for key, p in plain.named_parameters():
+            p.grad = gradients[key]
+        mean_loss = loss.detach().clone()
+        dist.all_reduce(mean_loss)
+        reference.step(loss=mean_loss / world)
+        with collectives() as names:
+            optimizer.step(loss=loss.detach())
+        counted.append(names)
+        optimizer.zero_grad()
+    trained, want = full_tensors(model), full_tensors(plain)
+    assert trained.keys() == want.keys()
+    small = [
+        value
+        for p in model.parameters()
+        for key, value in optimizer.state[p].items()
+        if key in ("row", "col") and value is not None
+    ]
+    error = max(((trained[key] - want[key]).abs().max() / want[key].abs().max()).item() for key in want)
+    moved = min((want[key] - start).abs().max().item() for key, start in full_tensors(net()).items())
+    return {
+        "error": error,
+        "moved": moved,
+        "collectives": counted,
+        "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
+    }
