@@ -12,6 +12,7 @@ from pylo_integrations.engine import NonFiniteError
 from pylo_integrations.groups import param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.optimizers import SmallFCLOpt
+from pylo_integrations.sharding.pieces import ShardingError
 from pylo_integrations.weights.theta import Theta
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "LearnedOptimizer",
     "NonFiniteError",
     "OptimizerSpec",
+    "ShardingError",
     "SmallFCLOpt",
     "Theta",
     "create_optimizer",

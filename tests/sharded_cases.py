@@ -261,3 +261,199 @@ def wrapper_case(
         "collectives": counted,
         "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
     }
+
+
+def refusal_case(rank: int, world: int, what: str) -> str:
+    """The message of the error that a step raises, after checking that nothing changed."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    from pylo_integrations import ShardingError, SmallFCLOpt
+
+    model: nn.Module | None = None
+    if what.startswith("fsdp1"):
+        model = wrap(net(), what, world)
+        params = list(model.parameters())
+    elif what == "partial":
+        mesh = init_device_mesh("cpu", (world,))
+        params = [nn.Parameter(DTensor.from_local(torch.zeros(3, 2), mesh, [Partial()]))]
+    elif what == "outside_mesh":
+        mesh = DeviceMesh("cpu", [0, 1])
+        params = [nn.Parameter(DTensor.from_local(torch.zeros(3, 2), mesh, [Replicate()], run_check=False))]
+    else:
+        mesh = DeviceMesh("cpu", [0, 1])
+        local = torch.zeros(3, 2)
+        params = [nn.Parameter(distribute_tensor(local, mesh, [Shard(0)]) if rank < 2 else local)]
+        if rank == 2:  # whatever it has, the others must not wait for it
+            return "process_group"
+    optimizer = SmallFCLOpt(params)
+    if what == "fsdp1_melted":
+        optimizer.bind_model(model)
+    try:
+        if model is not None:
+            loss_of(model, 0, rank).backward()
+        else:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+    except ShardingError as error:
+        assert not optimizer.state
+        return str(error)
+    finally:
+        dist.barrier() if what.startswith("fsdp1") else None
+    return "it was not refused"
+
+
+# -- agreement between ranks -------------------------------------------------------------------------------------------
+
+
+def train_shards(
+    place: Callable[[Tensor], Tensor], name: str, gradients: list[list[Tensor | None]], edit=None, **options: Any
+) -> tuple[list[Any], Any, list[list[str]]]:
+    """Train float64 tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first."""
+    params = [nn.Parameter(place(random(shape, i, torch.float64))) for i, shape in enumerate(SHAPES)]
+    optimizer = make(name, params, **options)
+    counted = []
+    for step, grads in enumerate(gradients):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else place(grad)
+        if edit:
+            edit(step, params)
+        with collectives() as names:
+            try:
+                optimizer.step(loss=1.0)
+            except Exception as error:
+                names.append(type(error).__name__)
+        counted.append(names)
+    return params, optimizer, counted
+
+
+def some_gradients(steps: int) -> list[list[Tensor | None]]:
+    return [[random(shape, 50 * step + i, torch.float64) for i, shape in enumerate(SHAPES)] for step in range(steps)]
+
+
+def compare(sharded: list[Any], plain: list[Any]) -> float:
+    pairs = [(full(a), full(b)) for a, b in zip(sharded, plain, strict=True)]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def nonfinite_case(rank: int, world: int, policy: str) -> dict[str, Any]:
+    """One element of one rank's gradient is not a number in the second of three steps."""
+    grads = some_gradients(3)
+    spoiled = [list(step) for step in grads]
+    spoiled[1][8] = spoiled[1][8].clone()
+    spoiled[1][8][-1, 0] = float("nan")
+    options = {"on_nonfinite": policy, "max_grad_norm": 3.0}
+    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", spoiled, **options)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", spoiled, **options)
+    return {
+        "error": compare(params, plain),
+        "collectives": counted,
+        "steps": (optimizer.iteration, optimizer.nonfinite_steps),
+        "reference": (reference.iteration, reference.nonfinite_steps),
+    }
+
+
+def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    grads = some_gradients(3)
+    norms = [torch.stack([g.square().sum() for g in step]).sum().sqrt().item() for step in grads]
+    limit = sorted(norms)[1]  # clips one step, and not the others
+    params, _, counted = train_shards(distribute(layout, world), name, grads, max_grad_norm=limit, **options)
+    plain, _, _ = train_shards(lambda t: t, name, grads, max_grad_norm=limit, **options)
+    free, _, _ = train_shards(lambda t: t, name, grads, **options)
+    return {
+        "error": compare(params, plain),
+        "effect": compare(plain, free),
+        "collectives": counted,
+        "clipped": [norm > limit for norm in norms],
+    }
+
+
+def absence_case(rank: int, world: int) -> dict[str, Any]:
+    """Some tensors have no gradient for some steps: all of them, nowhere, or on one rank only."""
+    grads = some_gradients(5)
+    grads[0] = [None if i in (3, 9) else g for i, g in enumerate(grads[0])]
+    grads[2] = [None if i in (4, 8) else g for i, g in enumerate(grads[2])]
+    grads[3] = [None] * len(SHAPES)
+    plain_grads = [list(step) for step in grads]
+    grads[4][9] = torch.zeros(SHAPES[9], dtype=torch.float64)
+    plain_grads[4][9] = grads[4][9]
+
+    def drop(step: int, params: list[Any]) -> None:
+        if step == 4 and rank == 0:
+            params[9].grad = None
+
+    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", grads, drop)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads)
+    return {
+        "error": compare(params, plain),
+        "collectives": counted,
+        "iterations": (optimizer.iteration, reference.iteration),
+    }
+
+
+def probe_case(rank: int, world: int) -> tuple[bool, bool]:
+    """With lr 0: is a step on zero gradients a probe, and one where rank 0 alone has zeros a step?"""
+    zeros = [[torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]]
+    last_row = torch.zeros(SHAPES[8], dtype=torch.float64)
+    last_row[-1] = 1.0
+    some = [[last_row if i == 8 else g for i, g in enumerate(zeros[0])]]
+    iterations = []
+    for grads in (zeros, some):
+        params = [nn.Parameter(distribute("shard0", world)(random(s, i, torch.float64))) for i, s in enumerate(SHAPES)]
+        optimizer = make("small_fc_lopt", params, lr=0.0)
+        for p, grad in zip(params, grads[0], strict=True):
+            p.grad = distribute("shard0", world)(grad)
+        optimizer.step()
+        assert len(optimizer.state) == len(params)
+        iterations.append(optimizer.iteration)
+    return iterations[0] == 0, iterations[1] == 1
+
+
+def pending_case(rank: int, world: int) -> float:
+    """Gradients that are still to be summed over ranks, as sequence parallelism leaves them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = random((5, 3), 0, torch.float64)
+    params = [nn.Parameter(distribute_tensor(whole, mesh, [Replicate()])), nn.Parameter(whole.clone())]
+    optimizers = [make("small_fc_lopt", [p]) for p in params]
+    for step in range(3):
+        shares = [random((5, 3), 10 * step + r, torch.float64) for r in range(world)]
+        params[0].grad = DTensor.from_local(shares[rank], mesh, [Partial()])
+        params[1].grad = torch.stack(shares).sum(0)
+        for optimizer in optimizers:
+            optimizer.step()
+    return compare(params[:1], params[1:])
+
+
+def two_trainings_case(rank: int, world: int) -> tuple[int, float, str]:
+    """Two halves of the ranks train two models, each with its own data and loss."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("model", "dp"))
+    half = rank // (world // 2)
+    model, plain = net(), net()
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer, reference = make("toy_loss", model.parameters()), make("toy_loss", plain.parameters())
+    group = mesh["dp"].get_group()
+    optimizer.bind_model(model, process_group=group)
+    reference.bind_model(plain, process_group=group)
+    for step in range(3):
+        if half and step == 2:
+            break  # the trainings are of different lengths
+        loss = loss_of(model, step, rank)
+        loss.backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            q.grad = full(p.grad)
+        mean = loss.detach().clone()
+        dist.all_reduce(mean, group=group)
+        reference.step(loss=mean / (world // 2))
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+    error = compare(list(model.parameters()), list(plain.parameters()))
+    return half, error, digest([full(p) for p in model.parameters()])
