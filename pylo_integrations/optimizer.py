@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, get_args
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -21,6 +22,7 @@ from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
 from pylo_integrations.sharding.pieces import (
     FlatSlice,
     ShardingError,
+    cut_like,
     is_sharded,
     local_gradient,
     locate,
@@ -31,6 +33,7 @@ from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
 _BLOB = "progress"  # key of the globals in the first parameter group of a state dict
+_SMALL = "tensor_state"  # and of statistics of FSDP1's slices that are not shaped like them
 
 
 class LearnedOptimizer(Optimizer):
@@ -353,6 +356,10 @@ class LearnedOptimizer(Optimizer):
         shape, _ = locate(param, self._flat_slices, self._ranks.size)
         return TensorLayout.whole(shape, group["axes"])
 
+    def _state_shapes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        layout = self._layout(param, group)
+        return self.rule.member(layout, group).state_shapes(layout)
+
     def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         layout = self._layout(param, group)
         rule = self.rule.member(layout, group)
@@ -370,22 +377,40 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group.
 
-        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged.
+        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the
+        row and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice.
         """
         state_dict = super().state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
         groups[0][_BLOB] = self._progress.to_bytes(self.theta.sha256 if self.theta else None)
-        return {**state_dict, "param_groups": groups}
+        state = dict(state_dict["state"])
+        slices = {
+            index: (param, self._flat_slices[param].name, self._state_shapes(param, group))
+            for index, (param, group) in enumerate(self._params())
+            if index in state and param in self._flat_slices
+        }
+        if slices:
+            small: dict[str, Tensor] = {}
+            # FSDP takes all slices to have the same states, too: those that one lacks are zeros without memory.
+            like_param = {key: None for *_, shapes in slices.values() for key in shapes if shapes[key] is None}
+            for index, (param, name, shapes) in slices.items():
+                own = state[index]
+                small |= {f"{name}/{key}": own[key].cpu() for key, shape in shapes.items() if shape is not None}
+                filler = torch.zeros((), dtype=state_dtype(param), device=param.device).expand(param.shape)
+                state[index] = {key: own.get(key, filler) for key in like_param}
+            groups[0][_SMALL] = safetensors.torch.save(small)
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
-        A horizon set on this optimizer is kept, with a warning if the checkpoint has another.
+        A horizon set on this optimizer is kept, with a warning if the checkpoint has another. State of whole tensors,
+        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part.
 
         Raises:
             ValueError: The groups or the states are not those of this optimizer; nothing was changed.
         """
-        saved: dict[Tensor, Mapping[str, Any]] = {}
+        saved: dict[Tensor, dict[str, Tensor]] = {}
 
         def check(optimizer: Optimizer, state_dict: StateDict) -> None:
             saved.update(self._match_state(state_dict))
@@ -396,34 +421,71 @@ class LearnedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for param, tensors in saved.items():
-            dtype = state_dtype(param)
-            self.state[param] = {name: value.to(param.device, dtype, copy=True) for name, value in tensors.items()}
+        self.state.update(saved)
         for group in self.param_groups:
             group.setdefault("base_lr", float(group["lr"]))
+            group.pop(_SMALL, None)
             if blob := group.pop(_BLOB, None):
                 self._read_progress(blob)
 
-    def _match_state(self, state_dict: StateDict) -> dict[Tensor, Mapping[str, Any]]:
-        """Saved state by parameter of this optimizer, checked against the shapes of its rule."""
+    def _params(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group, in the order in which torch numbers them in state dicts."""
+        return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _match_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
+        """Saved state by parameter of this optimizer, checked, copied and cut to what this rank holds."""
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        ours = [(param, group) for group in self.param_groups for param in group["params"]]
-        matched: dict[Tensor, Mapping[str, Any]] = {}
-        for index, (param, group) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
-            if not (tensors := state_dict["state"].get(index)):
+        small = self._read_small(state_dict)
+        is_of_slices = any(_SMALL in group for group in state_dict["param_groups"])
+        matched: dict[Tensor, dict[str, Tensor]] = {}
+        for index, (param, group) in zip(saved_ids, self._params(), strict=False):  # torch reports differing groups
+            shape, held = locate(param, self._flat_slices, self._ranks.size)
+            shapes, dtype = self._state_shapes(param, group), state_dtype(param)
+            tensors = {**state_dict["state"].get(index, {}), **small.get(param, {})}
+            if is_of_slices:
+                tensors = {name: value for name, value in tensors.items() if name in shapes}
+            if tensors and not held.numel:  # FSDP1 drops the state of what is not here
+                tensors = {name: param.new_zeros(0) for name in shapes if shapes[name] is None} | tensors
+            if not tensors:
                 continue
-            layout = self._layout(param, group)
-            shapes = self.rule.member(layout, group).state_shapes(layout)
-            expected = {name: tuple(param.shape) if shape is None else shape for name, shape in shapes.items()}
+            admitted = {name: [tuple(param.shape), shape] if own is None else [own] for name, own in shapes.items()}
             found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-            if found != expected:
+            if found.keys() != shapes.keys() or any(found[name] not in admitted[name] for name in found):
+                expected = {name: choices[-1] for name, choices in admitted.items()}
                 raise ValueError(
-                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {tuple(param.shape)} "
+                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {shape} "
                     f"has state {found}, expected {expected}. Was it written by another optimizer, or for a model with "
                     "other shapes or parameter order?"
                 )
-            matched[param] = tensors
+            matched[param] = {
+                name: cut_like(value, param, held, dtype)
+                if shapes[name] is None
+                else value.to(param.device, dtype, copy=True)
+                for name, value in tensors.items()
+            }
         return matched
+
+    def _read_small(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
+        """Row and column statistics that were saved apart, see :meth:`state_dict`."""
+        blob = next((group[_SMALL] for group in state_dict["param_groups"] if _SMALL in group), None)
+        if blob is None:
+            return {}
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in safetensors.torch.load(blob).items():
+            owner, _, name = key.rpartition("/")
+            by_name.setdefault(owner, {})[name] = tensor
+        names = {
+            param: name
+            for group in self.param_groups
+            for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        names |= {param: where.name for param, where in self._flat_slices.items()}
+        if missing := by_name.keys() - names.values():
+            raise ValueError(
+                f"state_dict was written under FSDP1 and names parameters {sorted(missing)}, which this optimizer does "
+                "not know: create it from named parameters, or with FSDP1 call bind_model(model) first"
+            )
+        return {param: by_name[name] for param, name in names.items() if name in by_name}
 
     def _read_progress(self, blob: bytes) -> None:
         horizon = self.num_steps

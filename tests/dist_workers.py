@@ -69,7 +69,7 @@ class Workers:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def run(self, world: int, function: Callable[..., Any], *, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *, timeout: float = 60, **kwargs: Any) -> list[Any]:
         """Call ``function(rank, world, **kwargs)`` on ``world`` processes at once; what each returned.
 
         Raises:

@@ -457,3 +457,119 @@ def two_trainings_case(rank: int, world: int) -> tuple[int, float, str]:
         optimizer.zero_grad()
     error = compare(list(model.parameters()), list(plain.parameters()))
     return half, error, digest([full(p) for p in model.parameters()])
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def train_wrapped(model: nn.Module, optimizer, gradient_steps) -> None:
+    """Steps on gradients that are the same whatever the wrapper and the number of ranks."""
+    for step in gradient_steps:
+        loss_of(model, step, 0).backward()  # every rank has the same data, so averages over ranks change nothing
+        optimizer.step(loss=float(step))
+        optimizer.zero_grad()
+
+
+def wrapped_run(wrapper: str, world: int, name: str):
+    model = net()
+    if wrapper != "plain":
+        model = wrap(model, wrapper, world)
+    optimizer = make(name, model.named_parameters())
+    optimizer.bind_model(model)
+    return model, optimizer
+
+
+def everything(model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Parameters and what can be compared of the state across wrappers: what is not sliced by FSDP1."""
+    found = full_tensors(model)
+    names = [name.replace("_fsdp_wrapped_module.", "") for name, _ in model.named_parameters()]
+    for name, p in zip(names, model.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            if not getattr(p, "_fsdp_flattened", False) or key in ("row", "col"):
+                found[f"{name}/{key}"] = full(value)
+    return found
+
+
+def save_case(rank: int, world: int, wrapper: str, name: str, folder: str, how: str) -> None:
+    """Train two steps and save."""
+    model, optimizer = wrapped_run(wrapper, world, name)
+    train_wrapped(model, optimizer, range(2))
+    before = everything(model, optimizer)
+    checkpoint(model, optimizer, folder, how, rank, save=True)
+    after = everything(model, optimizer)
+    assert all(torch.equal(before[key], after[key]) for key in before) and optimizer.iteration == 2
+
+
+def load_case(rank: int, world: int, wrapper: str, name: str, folder: str, how: str) -> float:
+    """Load into a new model and optimizer, go on, and compare with a plain run that never stopped."""
+    model, optimizer = wrapped_run(wrapper, world, name)
+    checkpoint(model, optimizer, folder, how, rank, save=False)
+    assert optimizer.iteration == 2
+    train_wrapped(model, optimizer, range(2, 4))
+    plain, reference = wrapped_run("plain", 1, name)
+    train_wrapped(plain, reference, range(4))
+    got, want = everything(model, optimizer), everything(plain, reference)
+    assert len(got) >= len(full_tensors(plain)) and got.keys() <= want.keys()
+    return max(((got[key] - want[key]).abs().max() / want[key].abs().max()).item() for key in got)
+
+
+def checkpoint(model: nn.Module, optimizer, folder: str, how: str, rank: int, save: bool) -> None:
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+        set_state_dict,
+    )
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    path = f"{folder}/checkpoint.pt"
+    if how == "dcp":
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        if save:
+            dcp.save(state, checkpoint_id=folder)
+            return
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return
+    if how in ("full", "broadcast"):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast" and not save)
+        if save:
+            state = get_state_dict(model, optimizer, options=options)
+            if rank == 0:
+                torch.save(state, path)
+            dist.barrier()
+            return
+        state = ({}, {})
+        if how == "full" or rank == 0:
+            state = torch.load(path, weights_only=True)
+        # One call for both would skip the model on ranks that have nothing to give.
+        set_model_state_dict(model, state[0], options=options)
+        set_optimizer_state_dict(model, optimizer, state[1], options=options)
+        return
+    if how == "fsdp1":  # offload_to_cpu=True merges all states into one on a CPU, of torch's own Adam too
+        FSDP.set_state_dict_type(
+            model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False)
+        )
+        if save:
+            state = (model.state_dict(), FSDP.optim_state_dict(model, optimizer))
+            if rank == 0:
+                torch.save(state, path)
+            dist.barrier()
+            return
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(FSDP.optim_state_dict_to_load(model, optimizer, state[1]))
+        return
+    assert how == "local"
+    path = f"{folder}/checkpoint{rank}.pt"
+    if save:
+        torch.save((model.state_dict(), optimizer.state_dict()), path)
+    else:
+        model_state, optimizer_state = torch.load(path, weights_only=False)
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pylo_integrations.sharding.layout import Box
@@ -99,6 +100,27 @@ def local_gradient(param: Tensor) -> Tensor:
         # Sequence parallelism leaves the gradients of norms as pending sums over ranks.
         grad = grad.redistribute(param.device_mesh, placements)  # type: ignore[attr-defined]
     return local_part(grad)
+
+
+def cut_like(value: Tensor, param: Tensor, held: Held, dtype: torch.dtype) -> Tensor:
+    """A copy of ``value`` that is sharded like ``param``.
+
+    Args:
+        value: Sharded like ``param``, or whole.
+        param: The parameter.
+        held: What is here of it.
+        dtype: Of the copy.
+    """
+    if not is_sharded(param) or (
+        value.shape == param.shape and hasattr(value, "placements") == hasattr(param, "placements")
+    ):
+        return value.to(param.device, dtype, copy=True)
+    copy = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    whole = Piece(Box((), ())).view(value)
+    with torch.no_grad():
+        for piece in held.pieces:
+            piece.view(local_part(copy)).copy_(whole[piece.box.slices((0,) * whole.dim())])
+    return copy
 
 
 def is_sharded(param: Tensor) -> bool:
