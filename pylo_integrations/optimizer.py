@@ -391,13 +391,16 @@ class LearnedOptimizer(Optimizer):
         }
         if slices:
             small: dict[str, Tensor] = {}
-            # FSDP takes all slices to have the same states, too: those that one lacks are zeros without memory.
+            # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
             like_param = {key: None for *_, shapes in slices.values() for key in shapes if shapes[key] is None}
             for index, (param, name, shapes) in slices.items():
                 own = state[index]
                 small |= {f"{name}/{key}": own[key].cpu() for key, shape in shapes.items() if shape is not None}
-                filler = torch.zeros((), dtype=state_dtype(param), device=param.device).expand(param.shape)
-                state[index] = {key: own.get(key, filler) for key in like_param}
+                dtype, device = state_dtype(param), param.device
+                state[index] = {
+                    key: own[key] if key in own else torch.zeros(param.shape, dtype=dtype, device=device)
+                    for key in like_param
+                }
             groups[0][_SMALL] = safetensors.torch.save(small)
         return {**state_dict, "state": state, "param_groups": groups}
 

@@ -253,11 +253,11 @@ def wrapper_case(
         for key, value in optimizer.state[p].items()
         if key in ("row", "col") and value is not None
     ]
-    error = max(((trained[key] - want[key]).abs().max() / want[key].abs().max()).item() for key in want)
-    moved = min((want[key] - start).abs().max().item() for key, start in full_tensors(net()).items())
+    moved = {key: (want[key] - start).abs().max().item() for key, start in full_tensors(net()).items()}
+    error = max((trained[key] - want[key]).abs().max().item() / moved[key] for key in want)
     return {
         "error": error,
-        "moved": moved,
+        "moved": min(moved.values()),
         "collectives": counted,
         "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
     }
