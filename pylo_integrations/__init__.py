@@ -13,6 +13,7 @@ from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.optimizers import CELO2, ELO, ELOCELO2, Celo, CELO2Base, CeloAdam, MuLO, SmallFCLOpt, VeLO
+from pylo_integrations.sharding.pieces import ShardingError
 from pylo_integrations.weights.theta import Theta
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "MuLO",
     "NonFiniteError",
     "OptimizerSpec",
+    "ShardingError",
     "SmallFCLOpt",
     "Theta",
     "VeLO",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pylo_integrations.rules.base import Control, StepContext, read_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum
-from pylo_integrations.sharding.rounds import sum_over_ranks_
+from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
 
 TelemetryMode: TypeAlias = bool | Literal["per_parameter"]
 """Off, on for each parameter group, or on for each group and each parameter."""
@@ -57,9 +57,15 @@ class StepRecord:
         sums = {name: PartialSum.of(left * right, axes, block.box) for name, (left, right) in pairs.items()}
         self._totals[index].add_(block, sums)
 
-    def complete_(self, controls: Sequence[Control]) -> None:
+    def complete_(self, controls: Sequence[Control], ranks: Ranks) -> None:
         """Complete the sums; keep what the rule decided for each bucket, where that is one number a tensor."""
-        sum_over_ranks_(total for totals in self._totals for total in totals.sums.values())
+        shares = [
+            (total, ranks.size // bucket.parts)
+            for bucket, totals in zip(self.buckets, self._totals, strict=True)
+            if bucket.parts > 1
+            for total in totals.sums.values()
+        ]
+        sum_over_ranks_(shares, ranks)
         for bucket, control in zip(self.buckets, controls, strict=True):
             count = len(bucket)
             shown = {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from dist_workers import Workers
 from thetas import theta_for
 from toy_loss_rule import toy_loss_optimizer
 
@@ -21,3 +22,11 @@ def small_thetas(monkeypatch):
         cls = get_optimizer_info(name).cls
         if hasattr(cls, "default_weights") and not str(cls.default_weights).startswith("builtin:"):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes that tests of distributed training share."""
+    workers = Workers()
+    yield workers
+    workers.close()

@@ -655,17 +655,6 @@ def test_named_parameters(name, model):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def test_sharded_parameters_are_refused_with_the_reason():
-    p = parameter(4, 3)
-    p._fsdp_flattened = True
-    optimizer = SmallFCLOpt([p])
-    give_gradients([p])
-    old = p.detach().clone()
-    with pytest.raises(TypeError, match="sharded"):
-        optimizer.step()
-    assert torch.equal(p, old)
-
-
 # -- torch's companions ---------------------------------------------------------------------------------------------
 
 

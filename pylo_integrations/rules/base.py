@@ -101,6 +101,14 @@ class Rule(ABC):
         return 1.0
 
     @property
+    def gradient_power(self) -> int | None:
+        """``k`` if a factor ``c`` on all gradients puts ``c**k`` on all sums of :meth:`collect`; None if it does not.
+
+        With it, clipping the gradient norm costs no exchange between ranks of its own.
+        """
+        return None
+
+    @property
     def workspace(self) -> int:
         """Temporaries of the hungriest stage, in elements of the compute dtype per parameter element."""
         return 16

@@ -49,6 +49,11 @@ class MomentRule(Rule):
         """Number of feature channels."""
         return channel_count(self.features)
 
+    @property
+    def gradient_power(self) -> int | None:
+        """Two: sums of squares; unless a subclass changes the gradient."""
+        return 2 if type(self).gradient is MomentRule.gradient else None
+
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Parameter-shaped momenta and second moments; small ``row`` and ``col`` from rank 2 on."""
         return accumulator_shapes(layout, self.decays)
