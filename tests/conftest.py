@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from dist_workers import Workers
-from thetas import theta_for
+from thetas import is_absent, theta_for
 from toy_loss_rule import toy_loss_optimizer
 
 from pylo_integrations import get_optimizer_info, list_optimizers
@@ -20,7 +20,7 @@ def small_thetas(monkeypatch):
     """Catalogue entries without weights, or whose weights would have to be downloaded, get small ones for one test."""
     for name in list_optimizers():
         cls = get_optimizer_info(name).cls
-        if hasattr(cls, "default_weights") and not str(cls.default_weights).startswith("builtin:"):
+        if is_absent(cls):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
 
 

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from thetas import create
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from pylo_integrations import create_optimizer
 
 # Uneven and empty shards, ties, vectors, a scalar, a kernel, an axis of extent 1.
 SHAPES = [(), (1,), (7,), (5, 3), (4, 4), (2, 3, 4), (6, 3, 2, 2), (1, 5), (9, 6), (9, 6)]
@@ -216,7 +215,7 @@ def make(name: str, params: Any, **options: Any):
     toys = {"toy_loss": ToyLossOpt, "toy_finish": ToyFinishOpt}
     if name in toys:
         return toys[name](params, num_steps=100, **options)
-    return create_optimizer(params, name, num_steps=100, **options)
+    return create(params, name, num_steps=100, **options)
 
 
 def wrapper_case(

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from thetas import create
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -205,7 +206,7 @@ def test_parameters_without_a_gradient_have_no_numbers():
 def run(name, switch, dtype=torch.float32):
     """Parameters, state and state dict after some steps, with telemetry switched by ``switch``."""
     params = parameters(dtype)
-    optimizer = create_optimizer(params, name, num_steps=4, weight_decay=0.1, max_grad_norm=1.0)
+    optimizer = create(params, name, num_steps=4, weight_decay=0.1, max_grad_norm=1.0)
     for seed in range(4):
         switch(optimizer, seed)
         give_gradients(params, seed)

@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from thetas import theta_for
+from thetas import is_absent, theta_for
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -52,7 +52,7 @@ def ready_to_step(name):
         def __init__(self, params, *args, num_steps=100 if spec.needs_horizon else None, **options):
             super().__init__(params, *args, num_steps=num_steps, **options)
 
-    if not str(spec.cls.default_weights).startswith("builtin:"):
+    if is_absent(spec.cls):
         Ready.default_weights = theta_for(name)
     Ready.__name__ = spec.cls.__name__
     return Ready

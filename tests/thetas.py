@@ -36,9 +36,19 @@ def theta_for(name: str) -> Theta:
 
 
 def create(params: Any, name: str, *args: Any, **options: Any) -> LearnedOptimizer:
-    """As ``create_optimizer``, with a horizon where one is needed and none is given."""
-    horizon = {"num_steps": 1000} if get_optimizer_info(name).needs_horizon else {}
-    return create_optimizer(params, name, *args, **horizon | options)
+    """As ``create_optimizer``, with a horizon and weights where they are needed and not given."""
+    spec = get_optimizer_info(name)
+    if spec.needs_horizon:
+        options.setdefault("num_steps", 1000)
+    if is_absent(spec.cls):
+        options.setdefault("weights", theta_for(name))
+    return create_optimizer(params, name, *args, **options)
+
+
+def is_absent(cls: type[LearnedOptimizer]) -> bool:
+    """Whether the default weights of an optimizer have to be downloaded, or do not exist."""
+    default = getattr(cls, "default_weights", "builtin:")
+    return default is None or (isinstance(default, str) and not default.startswith("builtin:"))
 
 
 def small_fc() -> dict[str, Tensor]:
