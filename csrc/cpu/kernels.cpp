@@ -468,16 +468,23 @@ PYLO_FN void multiply(const float *in, int inputs, const float *weights, int64_t
     }
 }
 
-// A layer of `Units` at a time. init(unit, i) is what vector i of a unit starts from.
-template <int V, int Units, class Init>
-PYLO_FN void relu_layer(
-    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, Init &&init, float *out) {
+// A hidden layer, `Units` at a time. A unit starts from its bias and, if there is one, its row of `table`. Not inlined:
+// a call costs nothing beside the work, and every kernel would have its own copies.
+template <int V, int Units>
+__attribute__((noinline)) void relu_units(
+    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, const float *bias,
+    const float (*table)[TILE], float *out) {
     for (int unit = 0; unit < outputs; unit += Units) {
         Vec acc[Units][V];
 #pragma GCC unroll 8
         for (int j = 0; j < Units; ++j)
 #pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) acc[j][i] = init(unit + j, i);
+            for (int i = 0; i < V; ++i) acc[j][i] = Vec(bias[unit + j]);
+        if (table)
+#pragma GCC unroll 8
+            for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 4
+                for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] + Vec::load(table[unit + j] + i * Vec::lanes);
         multiply<V, Units>(in, inputs, weights + unit, weights_step, acc);
 #pragma GCC unroll 8
         for (int j = 0; j < Units; ++j)
@@ -486,14 +493,15 @@ PYLO_FN void relu_layer(
     }
 }
 
-template <int V, class Init>
+template <int V>
 PYLO_FN void relu_layer(
-    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, Init &&init, float *out) {
+    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, const float *bias,
+    const float (*table)[TILE], float *out) {
     // One vector leaves most registers idle and waits for the latency of its additions: take twice the units.
     if (V < 2 && outputs % 8 == 0)
-        relu_layer<V, V < 2 ? 8 : 4>(in, inputs, weights, weights_step, outputs, init, out);
+        relu_units<V, V < 2 ? 8 : 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
     else
-        relu_layer<V, 4>(in, inputs, weights, weights_step, outputs, init, out);
+        relu_units<V, 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
 }
 
 // -- apply --------------------------------------------------------------------------------------------------------------
@@ -574,21 +582,15 @@ PYLO_FN void apply_tile(
             f.store(in + (channel * V + i) * Vec::lanes);
         });
     }
-    const auto first = [&](int unit, int i) __attribute__((always_inline)) {
-        if constexpr (Factored)
-            return Vec::load(table->preactivation[unit] + i * Vec::lanes) + Vec(work.fixed_preactivation[unit]);
-        else
-            return Vec(network.bias[unit]);
-    };
-    relu_layer<V>(in, network.channels, network.element[0], PYLO_MAX_WIDTH, network.padded[0], first, out);
+    relu_layer<V>(in, network.channels, network.element[0], PYLO_MAX_WIDTH, network.padded[0],
+                  Factored ? work.fixed_preactivation : network.bias, Factored ? table->preactivation : nullptr, out);
     int layer = 1;
     for (; layer < network.layers - 1; ++layer) {
         float *swap = in;
         in = out;
         out = swap;
-        const float *bias = network.biases[layer];
         relu_layer<V>(in, network.width[layer - 1], network.weights[layer], network.padded[layer], network.padded[layer],
-                      [&](int unit, int) __attribute__((always_inline)) { return Vec(bias[unit]); }, out);
+                      network.biases[layer], nullptr, out);
     }
     Vec acc[2][V];
 #pragma GCC unroll 2

@@ -54,6 +54,14 @@ int best_isa() {
     return best;
 }
 
+// The kernels for one record. Those of AVX-512 and AVX2 give the same bits, so a run of few lanes may take the narrower
+// vectors if they leave fewer lanes idle.
+const Kernels *kernels_for(int isa, const Geometry &g) {
+    if (isa != PYLO_BEST) return kernels_of(isa);
+    const bool narrow = best_isa() == PYLO_AVX512 && g.lanes < 64 && round_up(g.lanes, 8) < round_up(g.lanes, 16);
+    return kernels_of(narrow ? (int)PYLO_AVX2 : best_isa());
+}
+
 // -- checks -------------------------------------------------------------------------------------------------------------
 
 // Four interleaved multiplicative hashes over 64-bit words. It guards against mistakes, not against malice.
@@ -388,7 +396,6 @@ int run(Stage stage, void (*Kernels::*kernel)(const Job &), const pylo_call *cal
         if (plan.doubles > call.workspace_bytes / (int64_t)sizeof(double))
             return fail(PYLO_BAD_ARGUMENT, "workspace_bytes is %lld, must be at least %lld",
                         (long long)call.workspace_bytes, (long long)(plan.doubles * (int64_t)sizeof(double)));
-        const auto function = kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa)->*kernel;
         double *scratch = (double *)call.workspace;
         const int64_t parts = (int64_t)plan.parts.size();
         const bool merges = stage == COLLECT || stage == DESCRIBE || stage == MEASURE;
@@ -405,7 +412,7 @@ int run(Stage stage, void (*Kernels::*kernel)(const Job &), const pylo_call *cal
                 const Geometry &g = plan.geometries[(size_t)part.record];
                 double *partial = scratch + part.slot;
                 std::fill_n(partial, partial_doubles(stage, t, g), 0.0);
-                function({call.rule, &t, call.steps ? &call.steps[part.record] : nullptr, g, part, partial});
+                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, call.steps ? &call.steps[part.record] : nullptr, g, part, partial});
             }
             if (merges) {
 #pragma omp for schedule(dynamic)

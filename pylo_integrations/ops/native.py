@@ -232,7 +232,6 @@ class NativeTable:
         spec: The rule.
         buckets: What to step; :func:`obstacle` must be None for each.
         isa: Instruction set, by default the best one of this machine.
-        directions: Leave the step of every parameter in :attr:`directions` instead of applying it.
 
     Raises:
         NativeError: The library refuses the table.
