@@ -16,15 +16,18 @@ apply      ``p <- keep * p - scale * step``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
-from pylo_integrations.ops.select import Backend, select_stages
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.ops.select import Backend, check_backend, select_native
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
@@ -52,6 +55,11 @@ class _Plan:
     buckets: list[Bucket]  # hold every parameter, state and group, so that no id in the key can be reused
     rules: list[Rule]
     blocks: list[list[Block]]
+    native: dict[tuple[int, ...], NativeStages]  # by the buckets that it steps
+
+    @cached_property
+    def natively(self) -> frozenset[int]:
+        return frozenset(itertools.chain(*self.native))
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -69,9 +77,11 @@ class Engine:
     """
 
     def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int) -> None:
-        self._rule = select_stages(rule, backend)
+        check_backend(backend)
+        self._rule = rule
+        self._backend: Backend = backend
         self._chunk_bytes = chunk_bytes
-        self._plan = _Plan((), [], [], [])
+        self._plan = _Plan((), [], [], [], {})
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
     def step(
@@ -119,7 +129,7 @@ class Engine:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
         stepped = [(group, p) for group in groups for p in group["params"] if p.grad is not None and p.numel()]
         key = tuple((id(g), g["axes"], id(p), p.dtype, p.device, p.shape, id(state[p])) for g, p in stepped)
-        if key != self._plan.key:
+        if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
             self._plan = self._build(key, stepped, state)
         for bucket in self._plan.buckets:
             bucket.grads = [cast(Tensor, p.grad) for p in bucket.params]
@@ -143,7 +153,7 @@ class Engine:
             bucket.states.append(state[param])
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        return _Plan(key, buckets, rules, blocks)
+        return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets))
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
@@ -180,15 +190,26 @@ class Engine:
             replace(context, constants=self._constants_for(rule, bucket))
             for rule, bucket in zip(rules, buckets, strict=True)
         ]
-        collected = self._round(plan, lambda i, block: rules[i].collect(block, contexts[i]))
+        collected = self._round(
+            plan, lambda i, block: rules[i].collect(block, contexts[i]), lambda native: native.collect(context)
+        )
+        for indices, native in plan.native.items():
+            native.prepare_([collected[i] for i in indices])
         prepared = [
-            rule.prepare_(bucket, sums, ctx)
-            for rule, bucket, sums, ctx in zip(rules, buckets, collected, contexts, strict=True)
+            {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
+            for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True))
         ]
         controls = self._control(plan, collected, contexts)
-        described = self._round(plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]))
-        for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-            keep, scale = keep_and_scale(bucket.group)
+        described = self._round(
+            plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]), NativeStages.describe
+        )
+        numbers = [keep_and_scale(bucket.group) for bucket in buckets]
+        for indices, native in plan.native.items():
+            native.apply_([controls[i] for i in indices], contexts[indices[0]].constants, [numbers[i] for i in indices])
+        for i, rule in enumerate(rules):
+            if i in plan.natively:
+                continue
+            keep, scale = numbers[i]
             for blocks in by_tensors(plan.blocks[i]):
                 proposed = (rule.propose(b, prepared[i], described[i], controls[i], contexts[i]) for b in blocks)
                 steps = self._finished(rule, blocks, proposed, contexts[i]) if rule.finishes else proposed
@@ -217,11 +238,21 @@ class Engine:
         return [whole[(slice(None), slice(None), *block.box.slices(layout.local.start))] for block in blocks]
 
     @staticmethod
-    def _round(plan: _Plan, stage: Callable[[int, Block], Mapping[str, PartialSum]]) -> list[Sums]:
-        """Run a stage over every block and complete its sums, for all buckets together."""
-        totals = [Accumulator(bucket) for bucket in plan.buckets]
-        for i, blocks in enumerate(plan.blocks):
-            for block in blocks:
-                totals[i].add_(block, stage(i, block))
-        sum_over_ranks_(total for accumulator in totals for total in accumulator.sums.values())
-        return [accumulator.sums for accumulator in totals]
+    def _round(
+        plan: _Plan,
+        stage: Callable[[int, Block], Mapping[str, PartialSum]],
+        native_stage: Callable[[NativeStages], Sequence[Sums]],
+    ) -> list[Sums]:
+        """Run a stage over every block, or natively, and complete its sums, for all buckets together."""
+        sums: list[Sums] = [{}] * len(plan.buckets)
+        for indices, native in plan.native.items():
+            for i, mine in zip(indices, native_stage(native), strict=True):
+                sums[i] = mine
+        for i, (bucket, blocks) in enumerate(zip(plan.buckets, plan.blocks, strict=True)):
+            if i not in plan.natively:
+                accumulator = Accumulator(bucket)
+                for block in blocks:
+                    accumulator.add_(block, stage(i, block))
+                sums[i] = accumulator.sums
+        sum_over_ranks_(total for mine in sums for total in mine.values())
+        return sums

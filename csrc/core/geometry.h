@@ -28,9 +28,15 @@ struct Part {
     int64_t record, outer_begin, outer_end, lane_begin, lane_end, slot;
 };
 
+static inline int64_t local_numel(const pylo_tensor &t) {
+    int64_t numel = 1;
+    for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis];
+    return numel;
+}
+
 // Waste of cutting `extent` lanes into vectors of 16, and of gathering lanes that are not neighbours.
 static inline double lane_cost(int64_t extent, int64_t step) {
-    return (double)((extent + 15) / 16 * 16) / (double)extent * (step == 1 ? 1.0 : 1.4);
+    return (double)((extent + 15) / 16 * 16) / (double)(extent ? extent : 1) * (step == 1 ? 1.0 : 1.4);
 }
 
 static inline Geometry geometry(const pylo_tensor &t) {
@@ -41,7 +47,7 @@ static inline Geometry geometry(const pylo_tensor &t) {
         step[axis] = next;
         next *= t.extent[axis];
     }
-    if (t.d0_axis < 0) {
+    if (t.d0_axis < 0 || next == 0) {
         g.lanes = next;
         g.lane_step = g.outer = g.slices = 1;
         return g;

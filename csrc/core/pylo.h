@@ -4,6 +4,7 @@
  * a sharded run can complete them in between:
  *
  *   collect   sums of squared gradients along the factored axes; sum of all squared gradients
+ *   measure   sums over parameter and state as they are before the step, for rules that ask for them
  *   prepare   factored state and its inverse roots, from complete sums
  *   describe  sums of squared features; nothing is written but the sums
  *   apply     accumulators and parameters, from complete sums
@@ -31,7 +32,7 @@ extern "C" {
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
 #define PYLO_MAX_WIDTH 64 /* units of a hidden layer */
-#define PYLO_TENSOR_SUMS 9
+#define PYLO_TENSOR_SUMS 9 /* p^2, m (3), r, m^2 (3), r^2 of parameter, momenta and second moment */
 
 enum pylo_status {
     PYLO_OK = 0,
@@ -52,7 +53,8 @@ enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite,
  *
  * Parameter, gradient and the parameter-shaped state share one dense layout: axes are listed from the slowest to the
  * fastest. Factored state belongs to the whole tensor; `row` has no d0 axis and `col` no d1 axis, and an element's
- * entry is offset + sum(index[a] * stride[a]) with stride 0 along the missing axis. */
+ * entry is offset + sum(index[a] * stride[a]) with stride 0 along the missing axis. A box may be empty, extent 0: then
+ * its parameter-shaped buffers may be null, and only prepare has something to do. */
 typedef struct pylo_tensor {
     void *param;
     float *momentum[3];

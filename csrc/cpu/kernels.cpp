@@ -229,7 +229,7 @@ void collect(const Job &job) {
 
 // -- measure ------------------------------------------------------------------------------------------------------------
 
-// Sums over old state, in the order of measure: p^2, m (3), m^2 (3), r, r^2.
+// Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2.
 void measure(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
@@ -253,9 +253,9 @@ void measure(const Job &job) {
                 for (int k = 0; k < 3; ++k) {
                     const Vec m = Vec::load(stream[1 + k] + lane);
                     sums.add(1 + k, lane, m);
-                    sums.add(4 + k, lane, m * m);
+                    sums.add(5 + k, lane, m * m);
                 }
-                sums.add(7, lane, r);
+                sums.add(4, lane, r);
                 sums.add(8, lane, r * r);
             }
             sums.count(count);

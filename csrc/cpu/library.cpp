@@ -111,11 +111,12 @@ public:
         if (!known_dtype(t_.param_dtype)) return bad("param_dtype", "%d is unknown", t_.param_dtype);
         int64_t local = 1;
         for (int axis = 0; axis < t_.rank; ++axis) {
-            if (t_.extent[axis] < 1) return bad("extent", "of axis %d must be positive", axis);
-            if (local > INT64_MAX / 64 / t_.extent[axis]) return bad("extent", "the tensor is too large");
+            if (t_.extent[axis] < 0) return bad("extent", "of axis %d must not be negative", axis);
+            if (t_.extent[axis] > 0 && local > INT64_MAX / 64 / t_.extent[axis])
+                return bad("extent", "the tensor is too large");
             local *= t_.extent[axis];
         }
-        if (t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
+        if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
         if (int status = buffer("param", t_.param, local, (size_t)itemsize(t_.param_dtype))) return status;
         if (int status = buffer("rms", t_.rms, local, sizeof(float))) return status;
         for (const float *momentum : t_.momentum)
@@ -163,7 +164,7 @@ private:
         if (offset < 0 || offset >= numel) return bad(name, "the offset lies outside");
         int64_t last = offset;
         for (int axis = 0; axis < t_.rank; ++axis) {
-            const int64_t steps = t_.extent[axis] - 1;
+            const int64_t steps = std::max<int64_t>(t_.extent[axis] - 1, 0);
             if (stride[axis] < 0 || (steps > 0 && stride[axis] > (numel - 1 - last) / steps))
                 return bad(name, "axis %d leaves its %lld entries", axis, (long long)numel);
             last += steps * stride[axis];
@@ -172,6 +173,7 @@ private:
     }
 
     int buffer(const char *name, const void *pointer, int64_t count, size_t size) {
+        if (count == 0) return PYLO_OK;
         if (!pointer) return bad(name, "is null");
         if (!aligned(pointer, size)) return bad(name, "is not aligned to %d bytes", (int)size);
         const uintptr_t begin = (uintptr_t)pointer;
@@ -247,6 +249,8 @@ int64_t partial_doubles(Stage stage, const pylo_tensor &t, const Geometry &g) {
 // Calls cut(outer_begin, outer_end, lane_begin, lane_end) for every part of a record.
 template <class Cut>
 void cut_record(Stage stage, const pylo_tensor &t, const Geometry &g, Cut &&cut) {
+    if (stage == PREPARE) return cut(0, 1, 0, 1);  // the statistics of a whole tensor, whatever the box
+    if (pylo::local_numel(t) == 0) return;
     int64_t lanes = g.lanes, outer = g.outer;
     switch (stage) {
         case COLLECT:
@@ -337,7 +341,8 @@ int check_stage(Stage stage, const pylo_call &call) {
         const pylo_step &step = call.steps[i];
         if (!known_dtype(step.grad_dtype))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad_dtype %d is unknown", record, step.grad_dtype);
-        if (!step.grad || !aligned(step.grad, (size_t)itemsize(step.grad_dtype)))
+        const bool empty = pylo::local_numel(call.tensors[i]) == 0;
+        if ((!step.grad && !empty) || !aligned(step.grad, (size_t)itemsize(step.grad_dtype)))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad is null or misaligned", record);
         if (stage == APPLY && (!step.network || !aligned(step.network, sizeof(float))))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network is null or misaligned", record);

@@ -9,18 +9,19 @@ so backends may change in the middle of a run.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pylo_integrations.ops.loader import (
     ABI_VERSION,
     ISAS,
+    MAX_LAYERS,
     MAX_RANK,
     MAX_WIDTH,
     SLOTS,
@@ -29,8 +30,9 @@ from pylo_integrations.ops.loader import (
     RuleStruct,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
-from pylo_integrations.rules.base import LARGEST_GRADIENT
-from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepContext
+from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.sharding.blocks import Bucket, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -64,74 +66,63 @@ _STEP = np.dtype(
 )
 
 
-@dataclass(frozen=True)
-class NetworkSpec:
-    """A rule in the terms of the library.
+NativeRule = SmallFC
+"""The rules that the kernels know."""
 
-    Attributes:
-        features: Names of the network's inputs, in the order of its weights.
-        widths: Outputs of each layer.
-        decays: ``momentum_weight`` (3,), ``rms_weight`` (1,), ``factored_weight`` (3,): the new value's share in each EMA.
-        rms_eps, vector_momentum_eps, norm_eps, exp_mult: As in the rule.
-        grad_clip: Bound on gradient elements.
+
+def _rule_struct(rule: NativeRule, widths: Sequence[int], names: Sequence[str]) -> RuleStruct:
+    """A rule as the library reads it; ``names`` are the library's slots."""
+    weights = rule.decays.weights(torch.device("cpu"), torch.float32)
+    struct = RuleStruct(
+        features=sum(1 << slot for slot in _slots(rule.features, names)),
+        layers=len(widths),
+        rms_eps=1e-6,
+        vector_momentum_eps=rule.vector_momentum_eps,
+        norm_eps=rule.norm_eps,
+        exp_mult=rule.exp_mult,
+        grad_clip=math.inf,
+        grad_limit=LARGEST_GRADIENT,
+    )
+    struct.width[: len(widths)] = widths
+    for kind in ("momentum", "factored"):
+        weight = weights[f"{kind}_weight"]
+        getattr(struct, f"{kind}_weight")[:] = weight.tolist()
+        getattr(struct, f"{kind}_keep")[:] = (1 - weight).tolist()
+    rms = weights["rms_weight"]
+    struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()
+    return struct
+
+
+def _slots(features: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The slot of every input of a network, in the order of its weights."""
+    return [slot for feature in features for slot, name in enumerate(names) if name == feature]
+
+
+def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int]) -> Tensor:
+    """Networks as the library reads them, float32 ``(networks, floats)``.
+
+    Args:
+        layers: Weights ``(networks or 1, outputs, inputs)`` and biases ``(networks or 1, outputs)``.
+        slots: Of the inputs of the first layer.
     """
+    parts = []
+    for index, (weight, bias) in enumerate(layers):
+        matrix = weight.float().transpose(1, 2)
+        if index == 0:
+            spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
+            spread[:, slots] = matrix
+            matrix = spread
+        rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
+        parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
+    return torch.cat(parts, dim=1).contiguous()
 
-    features: tuple[str, ...]
-    widths: tuple[int, ...]
-    decays: Mapping[str, Tensor]
-    rms_eps: float = 1e-6
-    vector_momentum_eps: float = 1e-6
-    norm_eps: float = 1e-5
-    exp_mult: float = 1e-3
-    grad_clip: float = math.inf
 
-    def struct(self, names: Sequence[str]) -> RuleStruct:
-        """As the library reads it; ``names`` are its slots."""
-        rule = RuleStruct(
-            features=sum(1 << slot for slot in self.slots(names)),
-            layers=len(self.widths),
-            rms_eps=self.rms_eps,
-            vector_momentum_eps=self.vector_momentum_eps,
-            norm_eps=self.norm_eps,
-            exp_mult=self.exp_mult,
-            grad_clip=self.grad_clip,
-            grad_limit=LARGEST_GRADIENT,
-        )
-        rule.width[: len(self.widths)] = self.widths
-        for name in ("momentum", "factored"):
-            weight = self.decays[f"{name}_weight"].float()
-            getattr(rule, f"{name}_weight")[:] = weight.tolist()
-            getattr(rule, f"{name}_keep")[:] = (1 - weight).tolist()
-        rms = self.decays["rms_weight"].float()
-        rule.rms_weight, rule.rms_keep = rms.item(), (1 - rms).item()
-        return rule
-
-    def slots(self, names: Sequence[str]) -> list[int]:
-        """The slot of every input of the network, in the order of its weights."""
-        return [slot for feature in self.features for slot, name in enumerate(names) if name == feature]
-
-    def pack(self, names: Sequence[str], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-        """Networks as the library reads them.
-
-        Args:
-            names: The library's slots.
-            weights: Per layer ``(..., outputs, inputs)``; leading axes run over networks.
-            biases: Per layer ``(..., outputs)``.
-
-        Returns:
-            Float32 ``(..., floats)``.
-        """
-        parts = []
-        for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            matrix = weight.float().transpose(-1, -2)
-            if layer == 0:
-                spread = matrix.new_zeros(*matrix.shape[:-2], SLOTS, matrix.shape[-1])
-                spread[..., self.slots(names), :] = matrix
-                matrix = spread
-            padding = -matrix.shape[-1] % 4
-            layer_parts = torch.cat([matrix, bias.float().unsqueeze(-2)], dim=-2)
-            parts.append(torch.nn.functional.pad(layer_parts, (0, padding)).flatten(-2))
-        return torch.cat(parts, dim=-1).contiguous()
+def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Tensor, Tensor]]:
+    """The network of a bucket's tensors; decisions of this step go before what theta fixes."""
+    known = {**constants, **control}
+    depth = next(layer for layer in itertools.count() if f"w{layer}" not in known)
+    pairs = [(known[f"w{layer}"], known[f"b{layer}"]) for layer in range(depth)]
+    return [(w if w.dim() == 3 else w.unsqueeze(0), b if b.dim() == 2 else b.unsqueeze(0)) for w, b in pairs]
 
 
 @dataclass(frozen=True)
@@ -177,7 +168,10 @@ def record_axes(layout: TensorLayout, order: Sequence[int]) -> _Axes | None:
         return _Axes((box.numel,), (0,), (0,))
     d1, d0 = layout.factored
     row, col = _strides(layout.without(d0), d0), _strides(layout.without(d1), d1)
-    extent, row_stride, col_stride, role = [], [], [], []
+    extent: list[int] = []
+    row_stride: list[int] = []
+    col_stride: list[int] = []
+    role: list[int] = []
     for axis in [axis for axis in (d1, d0) if axis not in order] + list(order):
         n = box.shape[axis]
         other = axis not in (d1, d0)
@@ -202,8 +196,13 @@ def record_axes(layout: TensorLayout, order: Sequence[int]) -> _Axes | None:
     )
 
 
-def obstacle(bucket: Bucket) -> str | None:
+def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     """Why the native kernels cannot step a bucket, in words; None if they can."""
+    if not isinstance(rule, NativeRule):
+        return f"they do not know the rule {type(rule).__name__}"
+    widths = [len(bias) for bias in rule.biases]
+    if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
+        return f"layers of {widths} units are more or wider than they take"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
     for param, state in zip(bucket.params, bucket.states, strict=True):
@@ -216,7 +215,7 @@ def obstacle(bucket: Bucket) -> str | None:
             return f"its shape {bucket.layout.shape} has too many axes of different roles"
         for name, value in state.items():
             if name.startswith(("momentum", "rms", "diagonal")):
-                fits = value.stride() == param.stride() or (value.is_contiguous() and param.is_contiguous())
+                fits = _same_format(value, param)
             else:
                 fits = value.is_contiguous()
             if not fits:
@@ -224,50 +223,44 @@ def obstacle(bucket: Bucket) -> str | None:
     return None
 
 
-class NativeTable:
-    """Buckets of one rule as one table.
+class NativeStages:
+    """Buckets of one rule, stepped by the native kernels.
+
+    The methods are the stages of :class:`~pylo_integrations.rules.base.Rule`, over whole buckets.
 
     Args:
         library: The loaded library.
-        spec: The rule.
+        rule: The mathematics.
         buckets: What to step; :func:`obstacle` must be None for each.
         isa: Instruction set, by default the best one of this machine.
 
     Raises:
         NativeError: The library refuses the table.
-
-    Attributes:
-        collected: Float64, flat: sums of squared gradients along the factored axes. To be completed over ranks between
-            :meth:`collect` and :meth:`prepare_`.
-        described: Float64 ``(tensors, 30)``: sums of squared features. To be completed between :meth:`describe` and
-            :meth:`apply_`.
     """
 
-    def __init__(
-        self,
-        library: Library,
-        spec: NetworkSpec,
-        buckets: Sequence[Bucket],
-        *,
-        isa: str | None = None,
-    ) -> None:
+    def __init__(self, library: Library, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
         self._library = library
         self._buckets = buckets
-        self._names = library.feature_names()
-        self._spec = spec
-        self._rule = spec.struct(self._names)
+        self._slots = _slots(rule.features, library.feature_names())
+        self._step_mult = rule.step_mult
+        self._rule = _rule_struct(rule, [len(bias) for bias in rule.biases], library.feature_names())
         count = sum(map(len, buckets))
-        sizes = [_statistic_sizes(bucket.layout) for bucket in buckets for _ in bucket.params]
-        entries = sum(row + col for row, col in sizes)
-        self.collected = torch.zeros(entries, dtype=torch.float64)
-        self.described = torch.zeros(count, SLOTS, dtype=torch.float64)
+        ends = list(itertools.accumulate(map(len, buckets), initial=0))
+        self._rows = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket in the table
+        self._collected = [_empty_sums(bucket) for bucket in buckets]
+        self._scales = [
+            {name: sums.new_empty(3 * sums.numel(), dtype=torch.float32) for name, sums in c.items()}
+            for c in self._collected
+        ]
+        self._described = torch.zeros(count, SLOTS, dtype=torch.float64)
+        self._statistics = torch.zeros(count, SLOTS, dtype=torch.float64)
         self._grad_squares = torch.zeros(count, dtype=torch.float64)
-        self._scales = torch.empty(3 * entries, dtype=torch.float32)
-        self._stat_squares = torch.zeros(count, SLOTS, dtype=torch.float64)
-        self._tensors = self._describe_tensors(sizes)
-        self._steps: NDArray[np.void] = np.zeros(count, _STEP)
+        self._tensors = np.zeros(count, _TENSOR)
+        for index in range(len(buckets)):
+            self._fill_records(index)
+        self._known_addresses = self._addresses()
+        self._steps = np.zeros(count, _STEP)
         self._grads: list[Tensor] = []
-        self._networks = torch.empty(0)
         self._call = CallStruct(
             abi_version=ABI_VERSION,
             size=ctypes.sizeof(CallStruct),
@@ -284,71 +277,50 @@ class NativeTable:
         self._call.workspace = -(-self._workspace.data_ptr() // 64) * 64
         self._call.workspace_bytes = size
 
-    def _describe_tensors(self, sizes: Sequence[tuple[int, int]]) -> NDArray[np.void]:
-        table = np.zeros(len(sizes), _TENSOR)
-        sums, scales = self.collected.data_ptr(), self._scales.data_ptr()
-        index = 0
-        for bucket in self._buckets:
-            layout = bucket.layout
-            axes_of: dict[tuple[int, ...], _Axes] = {}
-            for param, state in zip(bucket.params, bucket.states, strict=True):
-                order = tuple(memory_order(param) or ())
-                if order not in axes_of:
-                    axes = record_axes(layout, order)
-                    assert axes is not None, "obstacle() says so"
-                    axes_of[order] = axes
-                axes = axes_of[order]
-                record = table[index]
-                rank = len(axes.extent)
-                for name in ("row_offset", "col_offset", "d0_axis", "d1_axis"):
-                    record[name] = getattr(axes, name)
-                for name in ("extent", "row_stride", "col_stride"):
-                    record[name][:rank] = getattr(axes, name)
-                record["rank"], record["numel"], record["param_dtype"] = rank, layout.numel, DTYPES[param.dtype]
-                record["param"], record["rms"] = param.data_ptr(), state["rms"].data_ptr()
-                record["momentum"] = [state[name].data_ptr() for name in MOMENTUM]
-                record["feature_sums"] = self.described[index].data_ptr()
-                record["stat_squares"] = self._stat_squares[index].data_ptr()
-                row, col = sizes[index]
-                if layout.factored is None:
-                    record["diagonal"] = [state[name].data_ptr() for name in DIAGONAL]
-                else:
-                    d1, d0 = layout.factored
-                    record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
-                    record["d1_row_stride"] = _strides(layout.without(d0), d0)[d1]
-                    record["row_numel"], record["col_numel"] = row, col
-                    record["row"], record["col"] = state["row"].data_ptr(), state["col"].data_ptr()
-                    record["row_sums"], record["col_sums"] = sums, sums + 8 * row
-                    record["row_scale"], record["col_scale"] = scales, scales + 12 * row
-                    sums += 8 * (row + col)
-                    scales += 12 * (row + col)
-                index += 1
-        return table
+    def _fill_records(self, index: int) -> None:
+        bucket, first = self._buckets[index], self._rows[index].start
+        layout, sums, scales = bucket.layout, self._collected[index], self._scales[index]
+        for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            record = self._tensors[first + position]
+            axes = record_axes(layout, memory_order(param) or ())
+            assert axes is not None, "see obstacle()"
+            rank = len(axes.extent)
+            for name in ("row_offset", "col_offset", "d0_axis", "d1_axis"):
+                record[name] = getattr(axes, name)
+            for name in ("extent", "row_stride", "col_stride"):
+                record[name][:rank] = getattr(axes, name)
+            record["rank"], record["numel"], record["param_dtype"] = rank, layout.numel, DTYPES[param.dtype]
+            record["param"], record["rms"] = param.data_ptr(), state["rms"].data_ptr()
+            record["momentum"] = [state[name].data_ptr() for name in MOMENTUM]
+            record["feature_sums"] = self._described[first + position].data_ptr()
+            record["stat_squares"] = self._statistics[first + position].data_ptr()
+            if layout.factored is None:
+                record["diagonal"] = [state[name].data_ptr() for name in DIAGONAL]
+                continue
+            d1, d0 = layout.factored
+            record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
+            record["d1_row_stride"] = _strides(layout.without(d0), d0)[d1]
+            for name in ("row", "col"):
+                numel = sums[name][position].numel()
+                record[f"{name}_numel"] = numel
+                record[name] = state[name].data_ptr()
+                record[f"{name}_sums"] = sums[name][position].data_ptr()
+                record[f"{name}_scale"] = scales[name][3 * numel * position :].data_ptr()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The library's feature slots."""
-        return self._names
+    def _addresses(self) -> list[int]:
+        return [
+            tensor.data_ptr()
+            for bucket in self._buckets
+            for param, state in zip(bucket.params, bucket.states, strict=True)
+            for tensor in (param, *state.values())
+        ]
 
-    def set_step(
-        self, name: str, values: float | NDArray[np.float32] | Sequence[float], bucket: int | None = None
-    ) -> None:
-        """Set ``keep``, ``scale``, ``step_mult``, ``grad_scale``, ``l2`` or ``flags`` of one bucket's or all tensors."""
-        column = self._steps[name]
-        if bucket is None:
-            column[:] = values
-        else:
-            first = sum(map(len, self._buckets[:bucket]))
-            column[first : first + len(self._buckets[bucket])] = values
+    def is_current(self) -> bool:
+        """Whether all memory is where it was when the table was built. Other code may give a parameter new storage."""
+        return self._known_addresses == self._addresses()
 
-    def set_networks(self, networks: Tensor) -> None:
-        """Set the network of all tensors, ``(floats,)``, or of each, ``(tensors, floats)``; see NetworkSpec.pack."""
-        self._networks = networks
-        step = networks.stride(0) * networks.element_size() if networks.dim() == 2 else 0
-        self._steps["network"] = networks.data_ptr() + step * np.arange(len(self._steps), dtype=np.uint64)
-
-    def refresh(self) -> None:
-        """Take over the gradients of the buckets."""
+    def collect(self, ctx: StepContext) -> list[Sums]:
+        """Sums of squared gradients along the factored axes, for every bucket; float64. Changes nothing else."""
         self._grads = [
             _in_format_of(param, grad)
             for bucket in self._buckets
@@ -356,48 +328,79 @@ class NativeTable:
         ]
         self._steps["grad"] = [grad.data_ptr() for grad in self._grads]
         self._steps["grad_dtype"] = [DTYPES[grad.dtype] for grad in self._grads]
-
-    def collect(self) -> None:
-        """Fill :attr:`collected`; changes nothing else."""
+        self._steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
+        clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
+        for bucket, rows in zip(self._buckets, self._rows, strict=True):
+            group = bucket.group
+            self._steps["grad_scale"][rows] = -clip_scale if group["maximize"] else clip_scale
+            self._steps["l2"][rows] = group["weight_decay"] if group["weight_decay_policy"] == "l2" else 0.0
         self._run("collect")
+        return [dict(sums) for sums in self._collected]
 
-    def prepare_(self) -> None:
-        """Update factored state from :attr:`collected`."""
+    def prepare_(self, collected: Sequence[Sums]) -> None:
+        """Update factored state from the complete sums of :meth:`collect`."""
+        for ours, sums in zip(self._collected, collected, strict=True):
+            for name, total in ours.items():
+                if sums[name] is not total:
+                    total.copy_(sums[name])
         self._run("prepare")
 
-    def describe(self) -> None:
-        """Fill :attr:`described`; changes nothing else."""
+    def describe(self) -> list[Sums]:
+        """Sums of squared features for every bucket, float64 ``(tensors, 30, *ones)``. Changes nothing else."""
         self._run("describe")
+        return [
+            {"features": self._described[rows].view(-1, SLOTS, *(1,) * len(bucket.layout.shape))}
+            for bucket, rows in zip(self._buckets, self._rows, strict=True)
+        ]
 
-    def apply_(self) -> None:
-        """Update parameter-shaped state and parameters from :attr:`described`."""
+    def apply_(
+        self,
+        controls: Sequence[Control],
+        constants: Mapping[str, Tensor],
+        keep_and_scale: Sequence[tuple[float | Tensor, float | Tensor]],
+    ) -> None:
+        """Update parameter-shaped state and parameters from the complete sums of :meth:`describe`, in place.
+
+        Args:
+            controls: Of every bucket.
+            constants: Of the rule.
+            keep_and_scale: Of every bucket, see :mod:`pylo_integrations.decay`.
+        """
+        networks = []
+        for rows, control, (keep, scale) in zip(self._rows, controls, keep_and_scale, strict=True):
+            network = _pack(_layers(constants, control), self._slots)
+            step = network.element_size() * network.shape[1] if len(network) > 1 else 0
+            self._steps["network"][rows] = network.data_ptr() + step * np.arange(
+                rows.stop - rows.start, dtype=np.uint64
+            )
+            networks.append(network)  # alive until the call returns
+            self._steps["keep"][rows], self._steps["scale"][rows] = float(keep), float(scale)
+            self._steps["step_mult"][rows] = self._step_mult
         self._run("apply")
-
-    @property
-    def grad_squares(self) -> Tensor:
-        """Float64 ``(tensors,)``: sums of squares of the gradients as they are stored, by :meth:`collect`."""
-        return self._grad_squares
 
     def _run(self, stage: str) -> None:
         self._call.threads = torch.get_num_threads()
         self._library.run(stage, self._call)
 
 
-def _statistic_sizes(layout: TensorLayout) -> tuple[int, int]:
-    if layout.factored is None:
-        return 0, 0
-    d1, d0 = layout.factored
-    return math.prod(layout.without(d0)), math.prod(layout.without(d1))
+def _empty_sums(bucket: Bucket) -> dict[str, Tensor]:
+    if bucket.layout.factored is None:
+        return {}
+    d1, d0 = bucket.layout.factored
+    return {
+        name: torch.zeros(len(bucket), 1, *bucket.layout.without(axis), dtype=torch.float64)
+        for name, axis in (("row", d0), ("col", d1))
+    }
 
 
 def _in_format_of(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient in the memory format of its parameter and a type that the library reads; a copy if need be."""
-    if grad.dtype in DTYPES and (
-        grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous())
-    ):
+    if grad.dtype in DTYPES and _same_format(grad, param):
         return grad
     dtype = grad.dtype if grad.dtype in DTYPES else torch.float32
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(grad)
 
 
-__all__ = ["DTYPES", "MAX_WIDTH", "NativeTable", "NetworkSpec", "obstacle", "record_axes"]
+def _same_format(tensor: Tensor, param: Tensor) -> bool:
+    """Whether equal offsets are equal elements; strides of axes with one element mean nothing."""
+    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())

@@ -279,7 +279,7 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rms = t.tensors[7].momentum[1]; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rms = t.tensors[8].rms + 3; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rank = 7; });
-    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = -1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = INT64_MAX / 2; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] += 1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d0_axis = 5; });
