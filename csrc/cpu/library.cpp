@@ -9,6 +9,12 @@
 
 #include "../core/geometry.h"
 
+// Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
+static_assert(sizeof(pylo_tensor) == 368, "");
+static_assert(sizeof(pylo_step) == 48, "");
+static_assert(sizeof(pylo_rule) == 104, "");
+static_assert(sizeof(pylo_call) == 80, "");
+
 namespace {
 
 using pylo::Geometry;
