@@ -13,6 +13,7 @@ import torch
 
 import pylo_integrations
 from pylo_integrations import bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations.ops import loader
 from pylo_integrations.weights import bootstrap, load_theta
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,12 @@ def test_doctor_finds_nothing_wrong_here(capsys):
 def test_doctor_steps_optimizers_that_need_loss_and_horizon(capsys, toy_loss):
     assert cli.main(["doctor"]) == 0
     assert f"{toy_loss.name} " in capsys.readouterr().out
+
+
+def test_doctor_tells_why_there_are_no_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(loader, "load", lambda: "nothing was compiled")
+    assert cli.main(["doctor"]) == 0
+    assert "native: missing; nothing was compiled" in capsys.readouterr().out
 
 
 def test_doctor_reports_damaged_weights(capsys, monkeypatch):

@@ -22,7 +22,8 @@ TENSOR_SUMS = 9
 ISAS = {"baseline": 1, "avx2": 2, "avx512": 3}
 """Instruction sets by name; 0 stands for the best one of this machine."""
 
-_FILE = {"darwin": "libpylo_cpu.dylib", "win32": "pylo_cpu.dll"}.get(sys.platform, "libpylo_cpu.so")
+FILE = {"darwin": "libpylo_cpu.dylib", "win32": "pylo_cpu.dll"}.get(sys.platform, "libpylo_cpu.so")
+"""Name of the shared library."""
 
 
 class NativeError(RuntimeError):
@@ -146,14 +147,14 @@ class Library:
 
 def find_library() -> Path | None:
     """The shared library: beside this module, or where an editable install put it."""
-    beside = Path(__file__).with_name(_FILE)
+    beside = Path(__file__).with_name(FILE)
     if beside.exists():
         return beside
     try:
         files = importlib.metadata.files("pylo-integrations") or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    located = (Path(str(file.locate())) for file in files if file.name == _FILE)
+    located = (Path(str(file.locate())) for file in files if file.name == FILE)
     return next((path for path in located if path.exists()), None)
 
 
@@ -163,7 +164,7 @@ def load() -> Library | str:
     path = find_library()
     if path is None:
         return (
-            f"{_FILE} is not part of this installation: it is built when pip finds a C++ compiler; "
+            f"{FILE} is not part of this installation: it is built when pip finds a C++ compiler; "
             'the reference backend does all the work ("pip install --force-reinstall" builds it again)'
         )
     try:

@@ -33,6 +33,14 @@ def check_backend(backend: str) -> None:
         raise RuntimeError(f"backend='native' is not available: {reason}")
 
 
+def native_report() -> str:
+    """The native kernels in words: what they run on, or why there are none."""
+    library = loader.load()
+    if isinstance(library, str):
+        return f"missing; {library}"
+    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used"
+
+
 def select_native(
     backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]
 ) -> dict[tuple[int, ...], NativeStages]:
