@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch.optim import AdamW, Optimizer
 
 import pylo_integrations
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.ops.select import Backend
 from pylo_integrations.sharding.layout import AxisOrder
 
 P = ParamSpec("P")
@@ -113,9 +114,11 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
     "vit_ti": lambda: vit_shapes(192),
     "vit_b16": lambda: vit_shapes(768),
     "gpt2": gpt2_shapes,
+    "matrix": lambda: [ParamShape((768, 3072))],
     "tiny": lambda: vit_shapes(16, 1, patch=4, image=8, classes=10),
 }
-"""Parameter shapes by the name that ``--shapes`` takes; ``tiny`` is for trying things out."""
+"""Parameter shapes by the name that ``--shapes`` takes; ``matrix`` is one layer of a transformer,
+``tiny`` is for trying things out."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) ->
     """An optimizer over ``parameters`` and the call that steps it.
 
     Args:
-        name: A key of :data:`BASELINES` or a catalogue name.
+        name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend.
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
     """
     lr = 1e-4
@@ -159,8 +162,10 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) ->
     for param, axes in parameters:
         by_axes.setdefault(axes, []).append(param)
     groups = [{"params": params, "axes": axes} for axes, params in by_axes.items()]
+    name, _, backend = name.partition(":")
     num_steps = 1_000_000 if get_optimizer_info(name).needs_horizon else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps)
+    chosen = cast(Backend, backend or "auto")
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 
@@ -345,9 +350,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--optimizers",
-        type=_names_of("optimizer", list_optimizers),
+        type=_names_of("optimizer", _contenders),
         default=["small_fc_lopt"],
-        help="comma-separated catalogue names (default: small_fc_lopt); AdamW always runs beside them",
+        help="comma-separated catalogue names, with :reference or :native for one backend (default: small_fc_lopt); "
+        "AdamW always runs beside them",
     )
     parser.add_argument(
         "--threads",
@@ -388,6 +394,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _load_average() -> list[float] | None:
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
+def _contenders() -> list[str]:
+    names = list_optimizers()
+    backends = [backend for backend in get_args(Backend) if backend != "auto"]
+    return names + [f"{name}:{backend}" for name in names for backend in backends]
 
 
 def _names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[str]]:

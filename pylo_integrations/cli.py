@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 from packaging.requirements import Requirement
@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import pylo_integrations
 from pylo_integrations import bench, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
-from pylo_integrations.ops.select import Backend
+from pylo_integrations.ops.select import native_report
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.weights import Theta, builtin_names, load_theta
 from pylo_integrations.weights.convert import OPTIMIZERS, convert
@@ -267,7 +267,7 @@ def _devices() -> Iterator[_Finding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(count)]
     yield _Finding("devices", ", ".join(["cpu", *gpus]))
-    yield _Finding("backends", ", ".join(name for name in get_args(Backend) if name != "auto"))
+    yield _Finding("backends", "; ".join(("reference: torch on any device", f"native: {native_report()}")))
 
 
 def _builtin_weights() -> Iterator[_Finding]:

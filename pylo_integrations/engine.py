@@ -17,16 +17,19 @@ apply      ``p <- keep * p - scale * step``
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
-from pylo_integrations.ops.select import Backend, select_stages
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.ops.select import Backend, check_backend, select_native
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
@@ -57,12 +60,17 @@ class _Plan:
     buckets: list[Bucket] = field(default_factory=list)  # hold what the key refers to, so that no id can be reused
     rules: list[Rule] = field(default_factory=list)
     blocks: list[list[Block]] = field(default_factory=list)
+    native: dict[tuple[int, ...], NativeStages] = field(default_factory=dict)  # by the buckets that it steps
     candidates: list[tuple[Mapping[str, Any], Tensor]] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
 
     @property
     def device(self) -> torch.device:
         return self.candidates[0][1].device
+
+    @cached_property
+    def natively(self) -> frozenset[int]:
+        return frozenset(itertools.chain(*self.native))
 
 
 @dataclass
@@ -128,7 +136,9 @@ class Engine:
         self, rule: Rule, backend: Backend, chunk_bytes: int, ranks: Ranks, flat_slices: Mapping[Tensor, FlatSlice]
     ) -> None:
         self.telemetry: Telemetry | None = None
-        self._rule = select_stages(rule, backend)
+        check_backend(backend)
+        self._rule = rule
+        self._backend: Backend = backend
         self._chunk_bytes = chunk_bytes
         self._ranks = ranks
         self._flat_slices = flat_slices
@@ -201,7 +211,7 @@ class Engine:
             for g, p in candidates
         )
         key = (self._ranks.size, self._present, *tensors)
-        if key != self._plan.key:
+        if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
             self._plan = self._build(key, candidates, state)
         for bucket in self._plan.buckets:
             bucket.grads = [local_gradient(p) for p in bucket.params]
@@ -239,7 +249,7 @@ class Engine:
             bucket.held.append(held)
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        return _Plan(key, buckets, rules, blocks, candidates, sharded)
+        return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets), candidates, sharded)
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
@@ -272,7 +282,12 @@ class Engine:
 
     def _collect(self, plan: _Plan, context: StepContext, facts: _Facts | None = None) -> list[Sums]:
         contexts = self._contexts(plan, context)
-        return self._round(plan, lambda i, block: plan.rules[i].collect(block, contexts[i]), facts)
+        return self._round(
+            plan,
+            lambda i, block: plan.rules[i].collect(block, contexts[i]),
+            lambda native: native.collect(context),
+            facts,
+        )
 
     def _rescaled(self, plan: _Plan, collected: list[Sums], context: StepContext) -> list[Sums] | None:
         """Sums that were collected before the gradients' scale was known; None if they cannot be scaled."""
@@ -291,20 +306,33 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
+        for indices, native in plan.native.items():
+            native.prepare_([collected[i] for i in indices], context)
         prepared = [
-            rule.prepare_(bucket, sums, ctx)
-            for rule, bucket, sums, ctx in zip(rules, buckets, collected, contexts, strict=True)
+            {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
+            for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True))
         ]
         controls = self._control(plan, collected, contexts)
-        described = self._round(plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]))
+        described = self._round(
+            plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]), NativeStages.describe
+        )
 
         def propose(i: int, block: Block) -> Tensor:
             return rules[i].propose(block, prepared[i], described[i], controls[i], contexts[i])
 
         finished = self._finish_sharded(plan, propose, contexts)
         record = None if self.telemetry is None else StepRecord(buckets)
-        for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-            keep, scale = keep_and_scale(bucket.group, rule.lr_mult)
+        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
+        for indices, native in plan.native.items():
+            before = [] if record is None else [[p.clone() for p in buckets[i].params] for i in indices]
+            native.apply_([controls[i] for i in indices], contexts[indices[0]].constants, [numbers[i] for i in indices])
+            if record is not None:
+                for i, params in zip(indices, before, strict=True):
+                    record.add_applied(i, params, plan.blocks[i], numbers[i][0], contexts[i])
+        for i, rule in enumerate(rules):
+            if i in plan.natively:
+                continue
+            keep, scale = numbers[i]
             for blocks in by_tensors(plan.blocks[i]):
                 if i in finished:
                     steps: Iterable[Tensor] = [next(finished[i]) for _ in blocks]
@@ -368,17 +396,27 @@ class Engine:
         return {i: iter(steps) for i, steps in zip(mine, returned, strict=True)}
 
     def _round(
-        self, plan: _Plan, stage: Callable[[int, Block], Mapping[str, PartialSum]], facts: _Facts | None = None
+        self,
+        plan: _Plan,
+        stage: Callable[[int, Block], Mapping[str, PartialSum]],
+        native_stage: Callable[[NativeStages], Sequence[Sums]],
+        facts: _Facts | None = None,
     ) -> list[Sums]:
-        """Run a stage over every block and complete its sums, and ``facts``, for all buckets together."""
-        totals = [Accumulator(bucket) for bucket in plan.buckets]
-        for i, blocks in enumerate(plan.blocks):
-            for block in blocks:
-                totals[i].add_(block, stage(i, block))
+        """Run a stage over every block, or natively, and complete its sums, and ``facts``, for all buckets together."""
+        sums: list[Sums] = [{}] * len(plan.buckets)
+        for indices, native in plan.native.items():
+            for i, mine in zip(indices, native_stage(native), strict=True):
+                sums[i] = mine
+        for i, (bucket, blocks) in enumerate(zip(plan.buckets, plan.blocks, strict=True)):
+            if i not in plan.natively:
+                accumulator = Accumulator(bucket)
+                for block in blocks:
+                    accumulator.add_(block, stage(i, block))
+                sums[i] = accumulator.sums
         shares = [] if facts is None else facts.shares(self._ranks)
-        for bucket, accumulator in zip(plan.buckets, totals, strict=True):
+        for bucket, mine in zip(plan.buckets, sums, strict=True):
             if bucket.parts > 1:
                 copies = self._ranks.size // bucket.parts
-                shares += [(total, copies) for total in accumulator.sums.values()]
+                shares += [(total, copies) for total in mine.values()]
         sum_over_ranks_(shares, self._ranks)
-        return [accumulator.sums for accumulator in totals]
+        return sums

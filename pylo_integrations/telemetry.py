@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -56,6 +56,18 @@ class StepRecord:
         axes = range(len(block.box.shape))
         sums = {name: PartialSum.of(left * right, axes, block.box) for name, (left, right) in pairs.items()}
         self._totals[index].add_(block, sums)
+
+    def add_applied(
+        self, index: int, before: list[Tensor], blocks: Sequence[Block], keep: float | Tensor, ctx: StepContext
+    ) -> None:
+        """Add all blocks of a bucket whose parameters were stored already; ``before`` are the old ones.
+
+        The update is then told as the dtype of the parameters rounded it.
+        """
+        old = replace(self.buckets[index], params=before)
+        for block in blocks:
+            earlier = replace(block, bucket=old)
+            self.add(index, earlier, earlier.param * keep - block.param, ctx)
 
     def complete_(self, controls: Sequence[Control], ranks: Ranks) -> None:
         """Complete the sums; keep what the rule decided for each bucket, where that is one number a tensor."""

@@ -2,10 +2,30 @@ from __future__ import annotations
 
 import pytest
 from dist_workers import Workers
+from native_library import library_or_skip
 from thetas import is_absent, theta_for
 from toy_loss_rule import toy_loss_optimizer
 
 from pylo_integrations import get_optimizer_info, list_optimizers
+from pylo_integrations.ops import loader
+
+# Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
+BOTH_BACKENDS = {"test_golden", "test_optimizer_contract", "test_torch_optimizer_checks"}
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in BOTH_BACKENDS:
+        metafunc.fixturenames.append("auto_backend")
+        metafunc.parametrize("auto_backend", ["native", "reference"], indirect=True)
+
+
+@pytest.fixture
+def auto_backend(request, monkeypatch):
+    """What ``backend="auto"`` finds."""
+    if request.param == "native":
+        library_or_skip()
+    else:
+        monkeypatch.setattr(loader, "load", lambda: "left out by the test")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from thetas import theta_for
 
 import pylo_integrations
 from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations.ops import loader
 from pylo_integrations.weights import bootstrap, load_theta
 from pylo_integrations.weights.hub import PUBLISHED
 from pylo_integrations.weights.theta import ARCHITECTURES
@@ -209,6 +210,12 @@ def test_doctor_steps_optimizers_whose_weights_are_here(capsys, small_thetas):
 def test_doctor_steps_optimizers_that_need_loss_and_horizon(capsys, toy_loss):
     assert cli.main(["doctor"]) == 0
     assert f"{toy_loss.name} " in capsys.readouterr().out
+
+
+def test_doctor_tells_why_there_are_no_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(loader, "load", lambda: "nothing was compiled")
+    assert cli.main(["doctor"]) == 0
+    assert "native: missing; nothing was compiled" in capsys.readouterr().out
 
 
 def test_doctor_reports_damaged_weights(capsys, monkeypatch):

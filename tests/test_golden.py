@@ -94,7 +94,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
         return features
 
     monkeypatch.setattr(SmallFC, "normalised_features", record)
-    optimizer = small_fc(golden, list(params.values()))
+    optimizer = small_fc(golden, list(params.values()), backend="reference")
     precision, tolerance = ("f32", 3e-4) if dtype == torch.float32 else ("f64", 1e-9)
     compared = 0
     for step in range(STEPS):

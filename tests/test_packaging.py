@@ -5,29 +5,49 @@ from __future__ import annotations
 import email
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pylo_integrations
+from pylo_integrations.ops import loader
 
 ROOT = Path(__file__).parent.parent
+LIBRARY = f"pylo_integrations/ops/{loader.FILE}"
 TEST_MARK = "<!-- command: tests -->"
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """As an installer does, with the tools of this environment."""
+    pytest.importorskip("scikit_build_core")
+    code = f"import scikit_build_core.build as backend; print(backend.build_wheel({str(folder)!r}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return folder / run.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    hatchling = pytest.importorskip("hatchling.build")
-    folder = tmp_path_factory.mktemp("wheel")
-    before = os.getcwd()
-    os.chdir(ROOT)  # the build hooks of PEP 517 work on the current directory
-    try:
-        return folder / hatchling.build_wheel(str(folder))
-    finally:
-        os.chdir(before)
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory):
+    """What is built where nothing compiles."""
+    return build_wheel(tmp_path_factory.mktemp("pure"), CXX="/nonexistent/c++")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +64,11 @@ def wheel_metadata(wheel):
     return email.message_from_bytes(archive.read(name))
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel):
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
+def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(kind, request):
+    names = zipfile.ZipFile(request.getfixturevalue(kind)).namelist()
+    packed = {name for name in names if ".dist-info/" not in name} - {LIBRARY}
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "pylo_integrations", "recipes"],
         cwd=ROOT,
@@ -56,6 +79,20 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel):
     if not expected:
         pytest.skip("not a git checkout")
     assert packed == expected
+
+
+@pytest.mark.timeout(900)
+def test_the_wheel_carries_the_kernels_where_they_compile(wheel):
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    assert LIBRARY in zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
+
+
+@pytest.mark.timeout(900)
+def test_without_a_compiler_the_wheel_is_pure_python(pure_wheel):
+    assert LIBRARY not in zipfile.ZipFile(pure_wheel).namelist()
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
 
 
 def test_the_wheel_is_typed_and_has_weights_and_recipes_but_no_tests(wheel):
@@ -96,7 +133,7 @@ def test_version_has_one_source(wheel_metadata):
 def test_extras_and_dependencies(wheel_metadata):
     assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
     requirements = wheel_metadata.get_all("Requires-Dist")
-    core = {re.match(r"[\w-]+", line)[0] for line in requirements if "extra ==" not in line}
+    core = {canonicalize_name(Requirement(line).name) for line in requirements if "extra ==" not in line}
     assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging"}
     assert not [line for line in requirements if "<" in line.partition(";")[0] or "==" in line.partition(";")[0]]
 

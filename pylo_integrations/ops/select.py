@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+from pylo_integrations.ops import loader
+from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.blocks import Bucket
 
-Backend = Literal["auto", "reference"]
-"""``"reference"`` runs a rule's own torch functions on any device; ``"auto"`` picks the fastest one available."""
+Backend = Literal["auto", "reference", "native"]
+"""What computes a step.
+
+``"reference"`` runs a rule's own torch functions on any device; ``"native"`` the compiled kernels, and raises where
+they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16 on a
+CPU) and the reference for the others. State is the same, so the backend may change in the middle of a run.
+"""
 
 
-def select_stages(rule: Rule, backend: Backend) -> Rule:
-    """The implementation of ``rule``'s stages that ``backend`` names.
+def check_backend(backend: str) -> None:
+    """Raise unless ``backend`` can be had.
 
     Raises:
         ValueError: Unknown backend.
+        RuntimeError: The native library was asked for and is missing; the message says why.
     """
     if backend not in get_args(Backend):
         choices = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"backend={backend!r} is not available; choose one of {choices}")
-    return rule
+    if backend == "native" and isinstance(reason := loader.load(), str):
+        raise RuntimeError(f"backend='native' is not available: {reason}")
+
+
+def native_report() -> str:
+    """The native kernels in words: what they run on, or why there are none."""
+    library = loader.load()
+    if isinstance(library, str):
+        return f"missing; {library}"
+    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used"
+
+
+def select_native(
+    backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]
+) -> dict[tuple[int, ...], NativeStages]:
+    """Native stages by the indices of the buckets that they step; the rest is left to the rules' own functions.
+
+    Raises:
+        RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it.
+    """
+    library = None if backend == "reference" else loader.load()
+    if library is None or isinstance(library, str):
+        return {}
+    able: dict[NativeRule, list[int]] = {}
+    for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
+        reason = obstacle(rule, bucket)
+        if reason is None and isinstance(rule, NativeRule):
+            able.setdefault(rule, []).append(index)
+        elif backend == "native":
+            raise RuntimeError(
+                f"backend='native' cannot step a tensor of shape {bucket.layout.shape}: {reason}; use backend='auto'"
+            )
+    return {
+        tuple(indices): NativeStages(library, rule, [buckets[i] for i in indices]) for rule, indices in able.items()
+    }

@@ -110,13 +110,13 @@ class SmallFC(MomentRule):
         """Fold the time features, equal for all parameters, into the bias of the first layer."""
         weight = ctx.constants["w_time"]
         bias = ctx.constants["b0"] + weight @ time_features(ctx.iteration, weight.dtype, weight.device)
-        return [{"bias": bias}] * len(buckets)
+        return [{"b0": bias}] * len(buckets)
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """``d * exp(a * exp_mult) * step_mult`` for every parameter."""
         inputs = self.normalised_features(block, prepared, sums, ctx)
         depth = range(len(self.weights))
-        biases = [control["bias"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
+        biases = [control["b0"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
         outputs = mlp(inputs.flatten(2), [ctx.constants[f"w{layer}"] for layer in depth], biases)
         direction, magnitude = outputs.view(len(block), 2, *block.box.shape).chunk(2, dim=1)
         return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(self.step_mult)

@@ -1,0 +1,119 @@
+// The axes of a record as the kernels walk them.
+//
+// One factored axis is the *lane* axis: vectors run along it, with a step in memory if it is not the fastest axis. The
+// remaining axes, in memory order, are the *outer* axes, counted by one flat index. Among them is the other factored
+// axis; the rest number the *slices*, each a matrix with row and column statistics of its own. A vector or scalar is all
+// lanes. Of row and col, the one without the lane axis is constant along lanes (`fixed`); the other varies (`lane`).
+#pragma once
+
+#include "pylo.h"
+
+// Functions here are static: see scalar.h on what must not be merged by the linker.
+
+namespace pylo {
+
+struct Geometry {
+    int64_t lanes, lane_step;       // extent and distance in memory
+    int64_t lane_stat_step;         // distance in the statistic that varies along lanes
+    bool row_varies;                // whether that is row
+    int outer_axes;
+    int64_t outer, slices;          // products of extents
+    int64_t extent[PYLO_MAX_RANK];  // of the outer axes
+    int64_t step[PYLO_MAX_RANK], row_step[PYLO_MAX_RANK], col_step[PYLO_MAX_RANK], slice_step[PYLO_MAX_RANK];
+};
+
+// A part of a record, the unit of work: outer indices and lanes from begin to end. How a record is cut depends on the
+// record alone, never on threads or instruction set, so neither do sums over parts.
+struct Part {
+    int64_t record, outer_begin, outer_end, lane_begin, lane_end, slot;
+};
+
+static inline int64_t local_numel(const pylo_tensor &t) {
+    int64_t numel = 1;
+    for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis];
+    return numel;
+}
+
+// Waste of cutting `extent` lanes into vectors of 16, and of gathering lanes that are not neighbours.
+static inline double lane_cost(int64_t extent, int64_t step) {
+    return (double)((extent + 15) / 16 * 16) / (double)(extent ? extent : 1) * (step == 1 ? 1.0 : 1.4);
+}
+
+static inline Geometry geometry(const pylo_tensor &t) {
+    Geometry g = {};
+    int64_t step[PYLO_MAX_RANK];
+    int64_t next = 1;
+    for (int axis = t.rank - 1; axis >= 0; --axis) {
+        step[axis] = next;
+        next *= t.extent[axis];
+    }
+    if (t.d0_axis < 0 || next == 0) {
+        g.lanes = next;
+        g.lane_step = g.outer = g.slices = 1;
+        return g;
+    }
+    const int d0 = t.d0_axis, d1 = t.d1_axis;
+    const double cost0 = lane_cost(t.extent[d0], step[d0]), cost1 = lane_cost(t.extent[d1], step[d1]);
+    const bool take_d0 = cost0 < cost1 || (cost0 == cost1 && step[d0] < step[d1]);
+    const int lane = take_d0 ? d0 : d1;
+    g.lanes = t.extent[lane];
+    g.lane_step = step[lane];
+    g.row_varies = lane == d1;  // row keeps d1
+    g.lane_stat_step = g.row_varies ? t.row_stride[lane] : t.col_stride[lane];
+    g.outer = g.slices = 1;
+    for (int axis = t.rank - 1; axis >= 0; --axis) {
+        if (axis == lane) continue;
+        g.outer *= t.extent[axis];
+        if (axis != d0 && axis != d1) g.slices *= t.extent[axis];
+    }
+    int64_t slice_step = g.slices;
+    for (int axis = 0; axis < t.rank; ++axis) {
+        if (axis == lane) continue;
+        const int i = g.outer_axes++;
+        g.extent[i] = t.extent[axis];
+        g.step[i] = step[axis];
+        g.row_step[i] = t.row_stride[axis];
+        g.col_step[i] = t.col_stride[axis];
+        if (axis != d0 && axis != d1) g.slice_step[i] = slice_step /= t.extent[axis];
+    }
+    return g;
+}
+
+static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Floats behind pylo_step.network, 0 for a geometry that the kernels do not evaluate.
+static inline int64_t network_floats(const pylo_rule &rule) {
+    if (rule.layers < 2 || rule.layers > PYLO_MAX_LAYERS) return 0;
+    int64_t inputs = PYLO_SLOTS, total = 0;
+    for (int layer = 0; layer < rule.layers; ++layer) {
+        const bool last = layer == rule.layers - 1;
+        const int64_t width = rule.width[layer];
+        if (width < (last ? 2 : 1) || width > (last ? 4 : PYLO_MAX_WIDTH)) return 0;
+        total += (inputs + 1) * round_up(width, 4);
+        inputs = width;
+    }
+    return total;
+}
+
+// What a kernel needs to know about the call besides the part. `partial` is the part's own scratch for sums.
+struct Job {
+    const pylo_rule *rule;
+    const pylo_tensor *tensor;
+    const pylo_step *step;
+    Geometry geometry;
+    Part part;
+    double *partial;
+};
+
+// One instruction set's kernels.
+struct Kernels {
+    void (*collect)(const Job &);
+    void (*measure)(const Job &);
+    void (*prepare)(const Job &);
+    void (*describe)(const Job &);
+    void (*apply)(const Job &);
+};
+
+extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
+
+}  // namespace pylo

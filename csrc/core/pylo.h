@@ -1,0 +1,159 @@
+/* C interface of the native kernels: one call per stage for all tensors of an optimizer step.
+ *
+ * The stages are those of the reference rule (docs/architecture.md); sums leave one stage and enter the next, so that
+ * a sharded run can complete them in between:
+ *
+ *   collect   sums of squared gradients along the factored axes; sum of all squared gradients
+ *   measure   sums over parameter and state as they are before the step, for rules that ask for them
+ *   prepare   factored state and its inverse roots, from complete sums
+ *   describe  sums of squared features; nothing is written but the sums
+ *   apply     accumulators and parameters, from complete sums
+ *
+ * Every function returns a pylo_status and, unless it is PYLO_OK, has changed nothing; pylo_last_error() then says
+ * which argument was wrong. All memory belongs to the caller. Structs have no padding; zero their reserved fields.
+ */
+#ifndef PYLO_H
+#define PYLO_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define PYLO_API __declspec(dllexport)
+#else
+#define PYLO_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PYLO_ABI_VERSION 1u
+#define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
+#define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
+#define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
+#define PYLO_MAX_WIDTH 64 /* units of a hidden layer */
+#define PYLO_TENSOR_SUMS 9 /* p^2, m (3), r, m^2 (3), r^2 of parameter, momenta and second moment */
+
+enum pylo_status {
+    PYLO_OK = 0,
+    PYLO_WRONG_ABI = 1,
+    PYLO_BAD_ARGUMENT = 2,
+    PYLO_UNCHECKED = 3, /* the table is not the one that pylo_check() passed */
+    PYLO_NO_SUCH_ISA = 4,
+    PYLO_OUT_OF_MEMORY = 5
+};
+
+enum pylo_dtype { PYLO_FLOAT32 = 0, PYLO_FLOAT16 = 1, PYLO_BFLOAT16 = 2 };
+
+enum pylo_isa { PYLO_BEST = 0, PYLO_BASELINE = 1, PYLO_AVX2 = 2, PYLO_AVX512 = 3 };
+
+enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite, or larger than the limit, as 0 */ };
+
+/* One box of one tensor: its buffers and axes. Fixed from step to step.
+ *
+ * Parameter, gradient and the parameter-shaped state share one dense layout: axes are listed from the slowest to the
+ * fastest. Factored state belongs to the whole tensor; `row` has no d0 axis and `col` no d1 axis, and an element's
+ * entry is offset + sum(index[a] * stride[a]) with stride 0 along the missing axis. A box may be empty, extent 0: then
+ * its parameter-shaped buffers may be null, and only prepare has something to do. */
+typedef struct pylo_tensor {
+    void *param;
+    float *momentum[3];
+    float *rms;
+    float *diagonal[3];   /* full-size second moments of an unfactored tensor, else null */
+    float *row, *col;     /* (3, row_numel) and (3, col_numel); null if unfactored, as are the next four */
+    float *row_scale;     /* like row: written by prepare, read by describe and apply */
+    float *col_scale;
+    double *row_sums;     /* (row_numel): written by collect, read by prepare */
+    double *col_sums;
+    double *feature_sums; /* (PYLO_SLOTS): written by describe, read by apply */
+    double *stat_squares; /* (PYLO_SLOTS): mean squares of row and column features, by prepare for apply */
+    double *tensor_sums;  /* (PYLO_TENSOR_SUMS) or null: written by measure */
+    float *direction;     /* null, or where apply leaves the step instead of updating the parameter */
+    int64_t extent[PYLO_MAX_RANK];
+    int64_t row_stride[PYLO_MAX_RANK];
+    int64_t col_stride[PYLO_MAX_RANK];
+    int64_t row_offset, col_offset;
+    int64_t row_numel, col_numel;
+    int64_t d0_extent, d1_extent; /* of the whole tensor */
+    int64_t d1_row_stride;        /* distance of neighbours along d1 in row */
+    int64_t numel;                /* of the whole tensor */
+    int32_t rank;
+    int32_t d0_axis, d1_axis; /* -1 if unfactored */
+    int32_t param_dtype;
+} pylo_tensor;
+
+/* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step. */
+typedef struct pylo_step {
+    const void *grad;
+    const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs */
+    float keep, scale;
+    float step_mult;  /* factor on the step */
+    float grad_scale; /* factor on the gradient: sign and clipping */
+    float l2;         /* multiple of the parameter added to the gradient */
+    int32_t grad_dtype;
+    int32_t flags;
+    int32_t reserved;
+} pylo_step;
+
+/* The rule. An exponential moving average is  keep * old + weight * new. */
+typedef struct pylo_rule {
+    uint32_t features;               /* bit i: the network reads slot i */
+    int32_t layers;                  /* weight matrices, at least 2 */
+    int32_t width[PYLO_MAX_LAYERS];  /* outputs of each; those of the last are direction, magnitude, ... */
+    float momentum_keep[3], momentum_weight[3];
+    float factored_keep[3], factored_weight[3];
+    float rms_keep, rms_weight;
+    float rms_eps;                   /* added to the second moment before its inverse root */
+    float vector_momentum_eps;       /* added to diagonal before the inverse root that scales momentum */
+    float norm_eps;                  /* added to the mean square of a feature */
+    float exp_mult;                  /* step = direction * exp(magnitude * exp_mult) */
+    float grad_clip;                 /* bound on gradient elements, infinity for none */
+    float grad_limit;                /* largest gradient element that PYLO_ZERO_NONFINITE keeps */
+} pylo_rule;
+
+typedef struct pylo_call {
+    uint32_t abi_version; /* PYLO_ABI_VERSION */
+    uint32_t size;        /* sizeof(pylo_call) */
+    const pylo_rule *rule;
+    const pylo_tensor *tensors;
+    const pylo_step *steps;
+    int64_t count;
+    double *grad_squares; /* (count): written by collect, sums of squares of the gradients as they are stored */
+    void *workspace;      /* aligned to 64 bytes */
+    int64_t workspace_bytes;
+    uint64_t token; /* from pylo_check() */
+    int32_t threads;
+    int32_t isa;
+} pylo_call;
+
+PYLO_API uint32_t pylo_abi_version(void);
+
+/* Message about the last failure in this thread; never null. */
+PYLO_API const char *pylo_last_error(void);
+
+/* Name of a feature channel ("momentum_over_rms"; channels of one feature share its name), null beyond PYLO_SLOTS. */
+PYLO_API const char *pylo_feature_name(int32_t slot);
+
+/* The instruction set in use for PYLO_BEST, and whether another is compiled in and runs on this machine. */
+PYLO_API int32_t pylo_best_isa(void);
+PYLO_API int32_t pylo_has_isa(int32_t isa);
+
+/* Number of floats behind pylo_step.network; 0 if the geometry is not supported. */
+PYLO_API int64_t pylo_network_floats(const pylo_rule *rule);
+
+/* Validate rule and table: null, misaligned and overlapping buffers, sizes that do not fit. Ignores `steps`, `token`
+ * and the workspace. On success `token` receives what the stages ask for; it covers rule and table, so any change of
+ * them needs another check. `workspace_bytes` receives what the stages need. */
+PYLO_API int32_t pylo_check(const pylo_call *call, uint64_t *token, int64_t *workspace_bytes);
+
+/* The stages. Results do not depend on `threads`. */
+PYLO_API int32_t pylo_cpu_collect(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_measure(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_prepare(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_describe(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_apply(const pylo_call *call);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,40 @@
+// The operations that core formulas need of a number, for float and double; a SIMD type brings its own (cpu/simd.h).
+//
+// Multiply-adds are explicit and -ffp-contract is off, so every instruction set with FMA rounds alike: a run gives the
+// same bits on AVX2, AVX-512 and NEON machines. Included once per instruction set, in a namespace of its own: a
+// function compiled for AVX-512 must never be the one that the linker keeps for a baseline machine.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define PYLO_FN __host__ __device__ inline
+#else
+#define PYLO_FN inline __attribute__((always_inline))
+#endif
+
+namespace pylo {
+inline namespace PYLO_ISA {
+
+PYLO_FN float root(float x) { return __builtin_sqrtf(x); }
+PYLO_FN double root(double x) { return __builtin_sqrt(x); }
+
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
+PYLO_FN float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+PYLO_FN double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else  // the library function would be a hundred times slower
+PYLO_FN float madd(float a, float b, float c) { return a * b + c; }
+PYLO_FN double madd(double a, double b, double c) { return a * b + c; }
+#endif
+
+// Like torch's clamp_min and clamp_max these pass NaN on; the bound comes first.
+PYLO_FN float at_least(float bound, float x) { return bound > x ? bound : x; }
+PYLO_FN double at_least(double bound, double x) { return bound > x ? bound : x; }
+PYLO_FN float at_most(float bound, float x) { return bound < x ? bound : x; }
+PYLO_FN double at_most(double bound, double x) { return bound < x ? bound : x; }
+
+PYLO_FN float exponential(float x) { return __builtin_expf(x); }
+PYLO_FN double exponential(double x) { return __builtin_exp(x); }
+
+}  // namespace PYLO_ISA
+}  // namespace pylo

@@ -1,0 +1,690 @@
+// The stages for one instruction set; compiled once for each (CMakeLists.txt). Nothing from the C++ library: its
+// inline functions would be compiled for this instruction set and merged with those of others.
+#include "../core/formulas.h"
+#include "../core/geometry.h"
+#include "storage.h"
+
+namespace pylo {
+inline namespace PYLO_ISA {
+namespace {
+
+constexpr int WIDE = 512;                    // lanes of a tile where memory is the bottleneck
+constexpr int TILE_VECTORS = 3;              // x 4 units: 12 accumulators, the best blocking measured for 16 and 32 registers
+constexpr int TILE = TILE_VECTORS * Vec::lanes;
+constexpr int TABLES = 16;                   // slices whose lane statistics are kept at hand
+constexpr int MAX_CHANNELS = Channels<false>::all;
+
+// -- walking ------------------------------------------------------------------------------------------------------------
+
+// A position on the outer axes and what it means in memory and in the statistics.
+struct Position {
+    const Geometry *geometry;
+    int64_t index[PYLO_MAX_RANK];
+    int64_t memory, row, col, slice;
+
+    PYLO_FN Position(const Job &job, int64_t outer) : geometry(&job.geometry) {
+        memory = slice = 0;
+        row = job.tensor->row_offset;
+        col = job.tensor->col_offset;
+        for (int axis = geometry->outer_axes - 1; axis >= 0; --axis) {
+            index[axis] = outer % geometry->extent[axis];
+            outer /= geometry->extent[axis];
+            move(axis, index[axis]);
+        }
+    }
+
+    PYLO_FN void move(int axis, int64_t by) {
+        memory += by * geometry->step[axis];
+        row += by * geometry->row_step[axis];
+        col += by * geometry->col_step[axis];
+        slice += by * geometry->slice_step[axis];
+    }
+
+    PYLO_FN void advance() {
+        for (int axis = geometry->outer_axes - 1; axis >= 0; --axis) {
+            move(axis, 1);
+            if (++index[axis] < geometry->extent[axis]) return;
+            move(axis, -index[axis]);
+            index[axis] = 0;
+        }
+    }
+
+    // Entry of the statistic that is constant along lanes, and first entry of the one that varies.
+    PYLO_FN int64_t fixed() const { return geometry->row_varies ? col : row; }
+    PYLO_FN int64_t lane() const { return geometry->row_varies ? row : col; }
+};
+
+PYLO_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// -- streams ------------------------------------------------------------------------------------------------------------
+
+PYLO_FN Vec read_gradient(const Job &job, Vec grad, Vec param) {
+    const pylo_step &step = *job.step;
+    if (step.flags & PYLO_ZERO_NONFINITE) grad = zero_beyond(grad, Vec(job.rule->grad_limit));
+    grad = grad * Vec(step.grad_scale);
+    if (step.l2 != 0.0f) grad = madd(param, Vec(step.l2), grad);
+    return clip_gradient(*job.rule, grad);
+}
+
+// Some lanes of all streams of a record.
+template <bool Factored, int Capacity>
+struct Window {
+    const float *grad;
+    float *param, *momentum[3], *rms, *diagonal[3];
+    int count, padded;
+    int64_t index, step;
+
+    PYLO_FN void load(const Job &job, int64_t at, int lanes) {
+        const pylo_tensor &t = *job.tensor;
+        const int end = (int)round_up(lanes, Vec::lanes);
+        count = lanes, padded = end, index = at, step = job.geometry.lane_step;
+        grad = load_lanes(const_cast<void *>(job.step->grad), job.step->grad_dtype, at, step, lanes, end, 0, buffer[0]);
+        param = load_lanes(t.param, t.param_dtype, at, step, lanes, end, 0, buffer[1]);
+        rms = load_lanes(t.rms, PYLO_FLOAT32, at, step, lanes, end, 0, buffer[2]);
+        for (int k = 0; k < 3; ++k) {
+            momentum[k] = load_lanes(t.momentum[k], PYLO_FLOAT32, at, step, lanes, end, 0, buffer[3 + k]);
+            if constexpr (!Factored)
+                diagonal[k] = load_lanes(t.diagonal[k], PYLO_FLOAT32, at, step, lanes, end, 1, buffer[6 + k]);
+        }
+    }
+
+    // The element at a lane, accumulators updated.
+    PYLO_FN Element<Vec> element(const Job &job, int lane) const {
+        Element<Vec> x;
+        x.param = Vec::load(param + lane);
+        x.grad = read_gradient(job, Vec::load(grad + lane), x.param);
+        x.rms = Vec::load(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            x.momentum[k] = Vec::load(momentum[k] + lane);
+            if constexpr (!Factored) x.diagonal[k] = Vec::load(diagonal[k] + lane);
+        }
+        accumulate<Factored>(*job.rule, x);
+        return x;
+    }
+
+    PYLO_FN void keep_state(const Element<Vec> &x, int lane) {
+        x.rms.store(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            x.momentum[k].store(momentum[k] + lane);
+            if constexpr (!Factored) x.diagonal[k].store(diagonal[k] + lane);
+        }
+    }
+
+    PYLO_FN void store_state(const Job &job) const {
+        const pylo_tensor &t = *job.tensor;
+        store_lanes(t.rms, PYLO_FLOAT32, index, step, count, rms);
+        for (int k = 0; k < 3; ++k) {
+            store_lanes(t.momentum[k], PYLO_FLOAT32, index, step, count, momentum[k]);
+            if constexpr (!Factored) store_lanes(t.diagonal[k], PYLO_FLOAT32, index, step, count, diagonal[k]);
+        }
+    }
+
+    PYLO_FN void store_param(const Job &job) const {
+        store_lanes(job.tensor->param, job.tensor->param_dtype, index, step, count, param);
+    }
+
+private:
+    alignas(64) float buffer[Factored ? 6 : 9][Capacity];
+};
+
+// -- sums ---------------------------------------------------------------------------------------------------------------
+
+// Sums of N channels. Element i always goes to lane i % 16, in single precision for at most `LIMIT` rounds, so the
+// result is the same for every vector width and as good as double precision.
+template <int N>
+struct Sums {
+    static constexpr int LIMIT = 64;
+    alignas(64) float lane[N][16] = {};
+    double total[N] = {};
+    int rounds = 0;
+
+    PYLO_FN void add(int channel, int lane_index, Vec x) {
+        float *at = lane[channel] + (lane_index & 15);
+        (Vec::load(at) + x).store(at);
+    }
+
+    // To be called after every run of lanes; `count` is its length.
+    PYLO_FN void count(int64_t lanes) {
+        rounds += (int)((lanes + 15) / 16);
+        if (rounds >= LIMIT) flush();
+    }
+
+    void flush() {
+        for (int channel = 0; channel < N; ++channel) {
+            total[channel] += reduce(lane[channel]);
+            for (int i = 0; i < 16; ++i) lane[channel][i] = 0;
+        }
+        rounds = 0;
+    }
+
+    static PYLO_FN double reduce(const float *x) {
+        double sum[8];
+        for (int i = 0; i < 8; ++i) sum[i] = (double)x[i] + (double)x[i + 8];
+        for (int half = 4; half; half /= 2)
+            for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+        return sum[0];
+    }
+};
+
+PYLO_FN Vec first_lanes(int count, Vec x) {  // the others are 0
+    alignas(64) float values[Vec::lanes];
+    x.store(values);
+    for (int i = count; i < Vec::lanes; ++i) values[i] = 0;
+    return Vec::load(values);
+}
+
+// -- collect ------------------------------------------------------------------------------------------------------------
+
+// partial[0] is the sum of squares of stored gradients; from partial[1] on, (slices, lanes), are those of the gradients
+// that the rule reads, summed over the fixed axis. Their sums over lanes belong to this part alone and go to their place.
+template <bool Factored>
+void collect_part(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    const Geometry &g = job.geometry;
+    const Part &part = job.part;
+    double *fixed_sums = g.row_varies ? t.col_sums : t.row_sums;
+    Sums<2> sums;
+    alignas(64) float grads[WIDE], params[WIDE];
+    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+        const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
+        Position at(job, part.outer_begin);
+        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+            const int64_t index = at.memory + first * g.lane_step;
+            const float *grad = load_lanes(
+                const_cast<void *>(job.step->grad), job.step->grad_dtype, index, g.lane_step, count, padded, 0, grads);
+            const float *param = grad;
+            if (job.step->l2 != 0.0f)
+                param = load_lanes(t.param, t.param_dtype, index, g.lane_step, count, padded, 0, params);
+            double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
+            for (int lane = 0; lane < padded; lane += Vec::lanes) {
+                const Vec raw = Vec::load(grad + lane);
+                sums.add(0, lane, raw * raw);
+                if constexpr (Factored) {
+                    const Vec x = read_gradient(job, raw, Vec::load(param + lane));
+                    sums.add(1, lane, x * x);
+                    add_to(lane_sums + lane, x * x);
+                }
+            }
+            if constexpr (Factored) {
+                sums.flush();
+                fixed_sums[at.fixed()] += sums.total[1];
+                sums.total[1] = 0;
+            } else {
+                sums.count(count);
+            }
+        }
+    }
+    sums.flush();
+    job.partial[0] = sums.total[0];
+}
+
+void collect(const Job &job) {
+    if (job.tensor->d0_axis < 0)
+        collect_part<false>(job);
+    else
+        collect_part<true>(job);
+}
+
+// -- measure ------------------------------------------------------------------------------------------------------------
+
+// Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2.
+void measure(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    const Geometry &g = job.geometry;
+    const Part &part = job.part;
+    Sums<PYLO_TENSOR_SUMS> sums;
+    alignas(64) float buffer[5][WIDE];
+    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+        const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
+        Position at(job, part.outer_begin);
+        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+            const int64_t index = at.memory + first * g.lane_step;
+            const float *stream[5];
+            stream[0] = load_lanes(t.param, t.param_dtype, index, g.lane_step, count, padded, 0, buffer[0]);
+            for (int k = 0; k < 3; ++k)
+                stream[1 + k] =
+                    load_lanes(t.momentum[k], PYLO_FLOAT32, index, g.lane_step, count, padded, 0, buffer[1 + k]);
+            stream[4] = load_lanes(t.rms, PYLO_FLOAT32, index, g.lane_step, count, padded, 0, buffer[4]);
+            for (int lane = 0; lane < padded; lane += Vec::lanes) {
+                const Vec p = Vec::load(stream[0] + lane), r = Vec::load(stream[4] + lane);
+                sums.add(0, lane, p * p);
+                for (int k = 0; k < 3; ++k) {
+                    const Vec m = Vec::load(stream[1 + k] + lane);
+                    sums.add(1 + k, lane, m);
+                    sums.add(5 + k, lane, m * m);
+                }
+                sums.add(4, lane, r);
+                sums.add(8, lane, r * r);
+            }
+            sums.count(count);
+        }
+    }
+    sums.flush();
+    for (int i = 0; i < PYLO_TENSOR_SUMS; ++i) job.partial[i] = sums.total[i];
+}
+
+// -- prepare ------------------------------------------------------------------------------------------------------------
+
+// Mean of the squares of f(values), in eight interleaved sums so that additions overlap.
+template <class F>
+double mean_of_squares(const float *values, int64_t count, F f) {
+    double sum[8] = {};
+    for (int64_t first = 0; first < count; first += 8)
+        for (int64_t i = first; i < smaller(first + 8, count); ++i) {
+            const float x = f(values[i]);
+            sum[i - first] += (double)x * (double)x;
+        }
+    double total = 0;
+    for (double part : sum) total += part;
+    return total / (double)count;
+}
+
+void update_statistic(const Job &job, float *statistic, const double *sums, int64_t numel, int64_t extent) {
+    const pylo_rule &rule = *job.rule;
+    for (int k = 0; k < 3; ++k) {
+        float *channel = statistic + k * numel;
+        const float keep = rule.factored_keep[k], weight = rule.factored_weight[k];
+        for (int64_t i = 0; i < numel; ++i)
+            channel[i] = ema(keep, weight, channel[i], (float)mean_square(sums[i], (double)extent));
+    }
+}
+
+void prepare(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    if (t.d0_axis < 0) return;
+    update_statistic(job, t.row, t.row_sums, t.row_numel, t.d0_extent);
+    update_statistic(job, t.col, t.col_sums, t.col_numel, t.d1_extent);
+    const auto identity = [](float x) { return x; };
+    const auto inverse = [](float x) { return inverse_statistic(x); };
+    const int64_t along = t.d1_extent, step = t.d1_row_stride, before = t.row_numel / (along * step);
+    for (int k = 0; k < 3; ++k) {
+        const float *row = t.row + k * t.row_numel, *col = t.col + k * t.col_numel;
+        float *scale = t.row_scale + k * t.row_numel;
+        for (int64_t outer = 0; outer < before; ++outer)
+            for (int64_t inner = 0; inner < step; ++inner) {
+                const int64_t start = outer * along * step + inner;
+                double sum = 0;
+                for (int64_t i = 0; i < along; ++i) sum += (double)row[start + i * step];
+                const float mean = (float)(sum / (double)along);
+                for (int64_t i = 0; i < along; ++i) scale[start + i * step] = row_scale(row[start + i * step], mean);
+            }
+        for (int64_t i = 0; i < t.col_numel; ++i) t.col_scale[k * t.col_numel + i] = col_scale(col[i]);
+        t.stat_squares[ROW + k] = mean_of_squares(row, t.row_numel, identity);
+        t.stat_squares[COL + k] = mean_of_squares(col, t.col_numel, identity);
+        t.stat_squares[INVERSE_ROW + k] = mean_of_squares(row, t.row_numel, inverse);
+        t.stat_squares[INVERSE_COL + k] = mean_of_squares(col, t.col_numel, inverse);
+    }
+}
+
+// -- scales and statistics of lanes --------------------------------------------------------------------------------------
+
+// A channel of the statistic that varies along lanes, from `entry` on.
+PYLO_FN float *lane_statistic(const Job &job, float *row, float *col, int k, int64_t entry) {
+    const pylo_tensor &t = *job.tensor;
+    return job.geometry.row_varies ? row + k * t.row_numel + entry : col + k * t.col_numel + entry;
+}
+
+PYLO_FN float fixed_statistic(const Job &job, const float *row, const float *col, int k, int64_t entry) {
+    const pylo_tensor &t = *job.tensor;
+    return job.geometry.row_varies ? col[k * t.col_numel + entry] : row[k * t.row_numel + entry];
+}
+
+PYLO_FN bool has_extra(const pylo_rule &rule) { return rule.features >> CLIPPED_GRAD & 1 || rule.features >> GRAD_OVER_RMS & 1; }
+
+// -- describe -----------------------------------------------------------------------------------------------------------
+
+template <bool Factored>
+void describe_part(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    const Geometry &g = job.geometry;
+    const Part &part = job.part;
+    const bool extra = has_extra(*job.rule);
+    Sums<Channels<Factored>::all> sums;
+    Window<Factored, WIDE> window;
+    alignas(64) float gathered[3][WIDE];
+    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+        const int count = (int)smaller(WIDE, part.lane_end - first);
+        Position at(job, part.outer_begin);
+        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+            window.load(job, at.memory + first * g.lane_step, count);
+            const float *lane_scale[3] = {};
+            Vec fixed_scale[3];
+            if constexpr (Factored)
+                for (int k = 0; k < 3; ++k) {
+                    float *scale = lane_statistic(job, t.row_scale, t.col_scale, k, at.lane());
+                    lane_scale[k] = load_lanes(
+                        scale, PYLO_FLOAT32, first * g.lane_stat_step, g.lane_stat_step, count, window.padded, 0,
+                        gathered[k]);
+                    fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
+                }
+            for (int lane = 0; lane < window.padded; lane += Vec::lanes) {
+                const Element<Vec> x = window.element(job, lane);
+                Vec scale[3];
+                if constexpr (Factored)
+#pragma GCC unroll 3
+                    for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(lane_scale[k] + lane);
+                const int inside = count - lane;
+                if (inside >= Vec::lanes)
+                    features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
+                        sums.add(channel, lane, f * f);
+                    });
+                else
+                    features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) {
+                        sums.add(channel, lane, first_lanes(inside, f * f));
+                    });
+            }
+            sums.count(count);
+        }
+    }
+    sums.flush();
+    for (int channel = 0; channel < Channels<Factored>::all; ++channel)
+        job.partial[Channels<Factored>::slot(channel)] = sums.total[channel];
+}
+
+void describe(const Job &job) {
+    for (int slot = 0; slot < SLOTS; ++slot) job.partial[slot] = 0;
+    if (job.tensor->d0_axis < 0)
+        describe_part<false>(job);
+    else
+        describe_part<true>(job);
+}
+
+// -- the network --------------------------------------------------------------------------------------------------------
+
+// The network as one tensor needs it: the normalisers are folded into the first layer, whose inputs are split into
+// channels of elements, of the statistic along lanes and of the fixed one.
+struct Network {
+    int layers, channels;
+    int width[PYLO_MAX_LAYERS], padded[PYLO_MAX_LAYERS];
+    alignas(64) float element[MAX_CHANNELS][PYLO_MAX_WIDTH];
+    alignas(64) float lane[6][PYLO_MAX_WIDTH], fixed[6][PYLO_MAX_WIDTH];
+    alignas(64) float bias[PYLO_MAX_WIDTH];
+    const float *weights[PYLO_MAX_LAYERS], *biases[PYLO_MAX_LAYERS];  // of the later layers, as they are
+
+    template <bool Factored>
+    void fold(const Job &job) {
+        const pylo_rule &rule = *job.rule;
+        const pylo_tensor &t = *job.tensor;
+        layers = rule.layers;
+        channels = has_extra(rule) ? Channels<Factored>::all : Channels<Factored>::common;
+        const float *next = job.step->network;
+        int inputs = SLOTS;
+        for (int layer = 0; layer < layers; ++layer) {
+            width[layer] = rule.width[layer];
+            padded[layer] = (int)round_up(width[layer], 4);
+            weights[layer] = next;
+            biases[layer] = next + inputs * padded[layer];
+            next += (inputs + 1) * padded[layer];
+            inputs = width[layer];
+        }
+        for (int n = 0; n < PYLO_MAX_WIDTH; ++n) bias[n] = n < padded[0] ? biases[0][n] : 0;
+        for (int channel = 0; channel < channels; ++channel) {
+            const int slot = Channels<Factored>::slot(channel);
+            const double mean = t.feature_sums[slot] / (double)t.numel;
+            fold_slot(rule, slot, mean, element[channel]);
+            const int twin = slot == ROW || slot == ROW + 1 || slot == ROW + 2                         ? slot + 3
+                             : slot == INVERSE_ROW || slot == INVERSE_ROW + 1 || slot == INVERSE_ROW + 2 ? slot + 3
+                                                                                                         : -1;
+            if (!Factored && twin >= 0) {
+                float other[PYLO_MAX_WIDTH];
+                fold_slot(rule, twin, mean, other);
+                for (int n = 0; n < PYLO_MAX_WIDTH; ++n) element[channel][n] += other[n];
+            }
+        }
+        if constexpr (Factored)
+            for (int k = 0; k < 6; ++k) {
+                const int row = (k < 3 ? ROW : INVERSE_ROW - 3) + k, col = row + 3;
+                fold_slot(rule, row, t.stat_squares[row], job.geometry.row_varies ? lane[k] : fixed[k]);
+                fold_slot(rule, col, t.stat_squares[col], job.geometry.row_varies ? fixed[k] : lane[k]);
+            }
+    }
+
+private:
+    void fold_slot(const pylo_rule &rule, int slot, double mean_of_squares, float *to) const {
+        const bool used = rule.features >> slot & 1;
+        const float scale = used ? (float)inverse_root(mean_of_squares + (double)rule.norm_eps) : 0;
+        const float *from = weights[0] + slot * padded[0];
+        for (int n = 0; n < padded[0]; ++n) to[n] = used ? from[n] * scale : 0;
+        for (int n = padded[0]; n < PYLO_MAX_WIDTH; ++n) to[n] = 0;
+    }
+};
+
+// acc[j][i] += sum over inputs of weights[input][j] * in[input][i]
+template <int V, int Units>
+PYLO_FN void multiply(const float *in, int inputs, const float *weights, int64_t weights_step, Vec (&acc)[Units][V]) {
+#pragma GCC unroll 2
+    for (int k = 0; k < inputs; ++k) {
+        Vec x[V];
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) x[i] = Vec::load(in + (k * V + i) * Vec::lanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < Units; ++j) {
+            const Vec weight(weights[k * weights_step + j]);
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) acc[j][i] = madd(x[i], weight, acc[j][i]);
+        }
+    }
+}
+
+// A hidden layer, `Units` at a time. A unit starts from its bias and, if there is one, its row of `table`. Not inlined:
+// a call costs nothing beside the work, and every kernel would have its own copies.
+template <int V, int Units>
+__attribute__((noinline)) void relu_units(
+    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, const float *bias,
+    const float (*table)[TILE], float *out) {
+    for (int unit = 0; unit < outputs; unit += Units) {
+        Vec acc[Units][V];
+#pragma GCC unroll 8
+        for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) acc[j][i] = Vec(bias[unit + j]);
+        if (table)
+#pragma GCC unroll 8
+            for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 4
+                for (int i = 0; i < V; ++i) acc[j][i] = acc[j][i] + Vec::load(table[unit + j] + i * Vec::lanes);
+        multiply<V, Units>(in, inputs, weights + unit, weights_step, acc);
+#pragma GCC unroll 8
+        for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 4
+            for (int i = 0; i < V; ++i) at_least(Vec(0.0f), acc[j][i]).store(out + ((unit + j) * V + i) * Vec::lanes);
+    }
+}
+
+template <int V>
+PYLO_FN void relu_layer(
+    const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, const float *bias,
+    const float (*table)[TILE], float *out) {
+    // One vector leaves most registers idle and waits for the latency of its additions: take twice the units.
+    if (V < 2 && outputs % 8 == 0)
+        relu_units<V, V < 2 ? 8 : 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
+    else
+        relu_units<V, 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
+}
+
+// -- apply --------------------------------------------------------------------------------------------------------------
+
+// What the statistic that varies along lanes contributes to a tile, for one slice.
+struct LaneTable {
+    int64_t slice;
+    alignas(64) float scale[3][TILE];
+    alignas(64) float preactivation[PYLO_MAX_WIDTH][TILE];
+};
+
+struct Workplace {
+    Network network;
+    LaneTable tables[TABLES];
+    alignas(64) float fixed_preactivation[PYLO_MAX_WIDTH];
+    alignas(64) float a[PYLO_MAX_WIDTH][TILE], b[PYLO_MAX_WIDTH][TILE];
+};
+
+template <int V>
+void fill_table(const Job &job, const Network &network, const Position &at, int64_t first, int count, LaneTable &table) {
+    const pylo_tensor &t = *job.tensor;
+    const int64_t step = job.geometry.lane_stat_step;
+    alignas(64) float statistics[6][V * Vec::lanes];
+    for (int k = 0; k < 3; ++k) {
+        const float *value = lane_statistic(job, t.row, t.col, k, at.lane());
+        const float *scale = lane_statistic(job, t.row_scale, t.col_scale, k, at.lane());
+        for (int i = 0; i < V * Vec::lanes; ++i) {
+            const bool inside = i < count;
+            const float x = inside ? value[(first + i) * step] : 0.0f;
+            statistics[k][i] = x;
+            statistics[3 + k][i] = inverse_statistic(x);
+            table.scale[k][i] = inside ? scale[(first + i) * step] : 0.0f;
+        }
+    }
+    for (int unit = 0; unit < network.padded[0]; ++unit)
+        for (int i = 0; i < V; ++i) {
+            Vec sum(network.bias[unit]);
+            for (int k = 0; k < 6; ++k)
+                sum = madd(Vec::load(statistics[k] + i * Vec::lanes), Vec(network.lane[k][unit]), sum);
+            sum.store(table.preactivation[unit] + i * Vec::lanes);
+        }
+    table.slice = at.slice;
+}
+
+void fill_fixed(const Job &job, const Position &at, Workplace &work) {
+    const pylo_tensor &t = *job.tensor;
+    const Network &network = work.network;
+    float statistics[6];
+    for (int k = 0; k < 3; ++k) {
+        statistics[k] = fixed_statistic(job, t.row, t.col, k, at.fixed());
+        statistics[3 + k] = inverse_statistic(statistics[k]);
+    }
+    for (int unit = 0; unit < network.padded[0]; unit += Vec::lanes) {
+        Vec sum(0.0f);
+        for (int k = 0; k < 6; ++k) sum = madd(Vec(statistics[k]), Vec::load(network.fixed[k] + unit), sum);
+        sum.store(work.fixed_preactivation + unit);
+    }
+}
+
+// One tile of V vectors.
+template <bool Factored, int V>
+PYLO_FN void apply_tile(
+    const Job &job, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale) {
+    const pylo_tensor &t = *job.tensor;
+    const pylo_step &step = *job.step;
+    const Network &network = work.network;
+    const bool extra = has_extra(*job.rule);
+    float *in = work.a[0], *out = work.b[0];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        const Element<Vec> x = window.element(job, i * Vec::lanes);
+        window.keep_state(x, i * Vec::lanes);
+        Vec scale[3];
+        if constexpr (Factored)
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(table->scale[k] + i * Vec::lanes);
+        features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
+            f.store(in + (channel * V + i) * Vec::lanes);
+        });
+    }
+    relu_layer<V>(in, network.channels, network.element[0], PYLO_MAX_WIDTH, network.padded[0],
+                  Factored ? work.fixed_preactivation : network.bias, Factored ? table->preactivation : nullptr, out);
+    int layer = 1;
+    for (; layer < network.layers - 1; ++layer) {
+        float *swap = in;
+        in = out;
+        out = swap;
+        relu_layer<V>(in, network.width[layer - 1], network.weights[layer], network.padded[layer], network.padded[layer],
+                      network.biases[layer], nullptr, out);
+    }
+    Vec acc[2][V];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j)
+#pragma GCC unroll 4
+        for (int i = 0; i < V; ++i) acc[j][i] = Vec(network.biases[layer][j]);
+    multiply<V, 2>(out, network.width[layer - 1], network.weights[layer], network.padded[layer], acc);
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        float *at = window.param + i * Vec::lanes;
+        const Vec proposed = Vec(step.step_mult) * proposed_step(acc[0][i], acc[1][i], job.rule->exp_mult);
+        if (t.direction)
+            proposed.store(work.a[0] + i * Vec::lanes);
+        else
+            madd(Vec(-step.scale), proposed, Vec(step.keep) * Vec::load(at)).store(at);
+    }
+    window.store_state(job);
+    if (t.direction)
+        store_lanes(t.direction, PYLO_FLOAT32, window.index, window.step, window.count, work.a[0]);
+    else
+        window.store_param(job);
+}
+
+// The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
+PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
+    const char *line = (const char *)base + index * (dtype == PYLO_FLOAT32 ? 4 : 2);
+    const int bytes = TILE * (dtype == PYLO_FLOAT32 ? 4 : 2);
+    for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(line + offset);
+}
+
+PYLO_FN void prefetch_tile(const Job &job, int64_t index) {
+    const pylo_tensor &t = *job.tensor;
+    prefetch(job.step->grad, job.step->grad_dtype, index);
+    prefetch(t.param, t.param_dtype, index);
+    prefetch(t.rms, PYLO_FLOAT32, index);
+    for (int k = 0; k < 3; ++k) prefetch(t.momentum[k], PYLO_FLOAT32, index);
+}
+
+template <bool Factored, int V>
+void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
+    const pylo_tensor &t = *job.tensor;
+    const Geometry &g = job.geometry;
+    const int64_t tables = g.slices < TABLES ? g.slices : 1;
+    for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;
+    Window<Factored, TILE> window;
+    Position at(job, job.part.outer_begin);
+    for (int64_t outer = job.part.outer_begin; outer < job.part.outer_end; ++outer) {
+        Position next = at;
+        next.advance();
+        if (g.lane_step == 1 && outer + 1 < job.part.outer_end) prefetch_tile(job, next.memory + first);
+        LaneTable *table = nullptr;
+        Vec fixed_scale[3];
+        if constexpr (Factored) {
+            table = &work.tables[tables > 1 ? at.slice : 0];
+            if (table->slice != at.slice) fill_table<V>(job, work.network, at, first, count, *table);
+            fill_fixed(job, at, work);
+            for (int k = 0; k < 3; ++k)
+                fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
+        }
+        window.load(job, at.memory + first * g.lane_step, count);
+        apply_tile<Factored, V>(job, work, window, table, fixed_scale);
+        at = next;
+    }
+}
+
+template <bool Factored>
+void apply_part(const Job &job, Workplace &work) {
+    work.network.fold<Factored>(job);
+    for (int64_t first = job.part.lane_begin; first < job.part.lane_end;) {
+        const int64_t left = job.part.lane_end - first, vectors = (left + Vec::lanes - 1) / Vec::lanes;
+        const int take = vectors == 4 ? 2 : (int)smaller(vectors, TILE_VECTORS);  // four are better halved
+        const int count = (int)smaller(left, take * Vec::lanes);
+        if (take == 3)
+            apply_strip<Factored, 3>(job, work, first, count);
+        else if (take == 2)
+            apply_strip<Factored, 2>(job, work, first, count);
+        else
+            apply_strip<Factored, 1>(job, work, first, count);
+        first += count;
+    }
+}
+
+void apply(const Job &job) {
+    Workplace work;
+    if (job.tensor->d0_axis < 0)
+        apply_part<false>(job, work);
+    else
+        apply_part<true>(job, work);
+}
+
+}  // namespace
+}  // namespace PYLO_ISA
+
+extern const Kernels PYLO_KERNELS;
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply};
+
+}  // namespace pylo

@@ -1,0 +1,173 @@
+"""Finds the library of native kernels, loads it on first use, and says why when it cannot.
+
+The library has a plain C interface (``csrc/core/pylo.h``); the structures here and in
+:mod:`pylo_integrations.ops.native` mirror it, and its version is checked before anything is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import sys
+from functools import cache
+from pathlib import Path
+
+ABI_VERSION = 1
+MAX_RANK = 6
+SLOTS = 30
+MAX_LAYERS = 4
+MAX_WIDTH = 64
+TENSOR_SUMS = 9
+
+ISAS = {"baseline": 1, "avx2": 2, "avx512": 3}
+"""Instruction sets by name; 0 stands for the best one of this machine."""
+
+FILE = {"darwin": "libpylo_cpu.dylib", "win32": "pylo_cpu.dll"}.get(sys.platform, "libpylo_cpu.so")
+"""Name of the shared library."""
+
+
+class NativeError(RuntimeError):
+    """The native library refused a call; nothing was changed."""
+
+
+class RuleStruct(ctypes.Structure):
+    """``pylo_rule``."""
+
+    _fields_ = [
+        ("features", ctypes.c_uint32),
+        ("layers", ctypes.c_int32),
+        ("width", ctypes.c_int32 * MAX_LAYERS),
+        ("momentum_keep", ctypes.c_float * 3),
+        ("momentum_weight", ctypes.c_float * 3),
+        ("factored_keep", ctypes.c_float * 3),
+        ("factored_weight", ctypes.c_float * 3),
+        ("rms_keep", ctypes.c_float),
+        ("rms_weight", ctypes.c_float),
+        ("rms_eps", ctypes.c_float),
+        ("vector_momentum_eps", ctypes.c_float),
+        ("norm_eps", ctypes.c_float),
+        ("exp_mult", ctypes.c_float),
+        ("grad_clip", ctypes.c_float),
+        ("grad_limit", ctypes.c_float),
+    ]
+
+
+class CallStruct(ctypes.Structure):
+    """``pylo_call``."""
+
+    _fields_ = [
+        ("abi_version", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("rule", ctypes.POINTER(RuleStruct)),
+        ("tensors", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("grad_squares", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+        ("token", ctypes.c_uint64),
+        ("threads", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    ]
+
+
+class Library:
+    """The loaded library.
+
+    Args:
+        path: The shared library.
+
+    Raises:
+        NativeError: It cannot be loaded or has another interface version; the message says which.
+    """
+
+    STAGES = ("collect", "measure", "prepare", "describe", "apply")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._dll = ctypes.CDLL(str(path))
+            self._dll.pylo_abi_version.restype = ctypes.c_uint32
+            version = self._dll.pylo_abi_version()
+        except (OSError, AttributeError) as error:
+            raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
+        if version != ABI_VERSION:
+            raise NativeError(
+                f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}: "
+                "install the package again"
+            )
+        self._dll.pylo_last_error.restype = ctypes.c_char_p
+        self._dll.pylo_feature_name.restype = ctypes.c_char_p
+        self._dll.pylo_network_floats.restype = ctypes.c_int64
+        self._stages = {stage: getattr(self._dll, f"pylo_cpu_{stage}") for stage in self.STAGES}
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that is used by default."""
+        best = self._dll.pylo_best_isa()
+        return next(name for name, number in ISAS.items() if number == best)
+
+    def isas(self) -> list[str]:
+        """Instruction sets that are compiled in and run on this machine."""
+        return [name for name, number in ISAS.items() if self._dll.pylo_has_isa(number)]
+
+    def feature_names(self) -> tuple[str, ...]:
+        """The feature of every slot; the channels of one feature share its name."""
+        return tuple(self._dll.pylo_feature_name(slot).decode() for slot in range(SLOTS))
+
+    def network_floats(self, rule: RuleStruct) -> int:
+        """Size of a network in floats; 0 if the kernels cannot evaluate its geometry."""
+        return int(self._dll.pylo_network_floats(ctypes.byref(rule)))
+
+    def check(self, call: CallStruct) -> tuple[int, int]:
+        """Validate rule and table.
+
+        Returns:
+            The token that the stages ask for, and the workspace that they need, in bytes.
+
+        Raises:
+            NativeError: The message says which argument is wrong.
+        """
+        token, size = ctypes.c_uint64(), ctypes.c_int64()
+        self._raise_for(self._dll.pylo_check(ctypes.byref(call), ctypes.byref(token), ctypes.byref(size)))
+        return token.value, size.value
+
+    def run(self, stage: str, call: CallStruct) -> None:
+        """Run a stage over all tensors of a call.
+
+        Raises:
+            NativeError: The message says which argument is wrong; nothing was changed.
+        """
+        self._raise_for(self._stages[stage](ctypes.byref(call)))
+
+    def _raise_for(self, status: int) -> None:
+        if status:
+            raise NativeError(f"native kernels: {self._dll.pylo_last_error().decode()}")
+
+
+def find_library() -> Path | None:
+    """The shared library: beside this module, or where an editable install put it."""
+    beside = Path(__file__).with_name(FILE)
+    if beside.exists():
+        return beside
+    try:
+        files = importlib.metadata.files("pylo-integrations") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    located = (Path(str(file.locate())) for file in files if file.name == FILE)
+    return next((path for path in located if path.exists()), None)
+
+
+@cache
+def load() -> Library | str:
+    """The library, or the reason why there is none, in words."""
+    path = find_library()
+    if path is None:
+        return (
+            f"{FILE} is not part of this installation: it is built when pip finds a C++ compiler; "
+            'the reference backend does all the work ("pip install --force-reinstall" builds it again)'
+        )
+    try:
+        return Library(path)
+    except NativeError as error:
+        return str(error)

@@ -1,0 +1,329 @@
+// Runs every stage on buffers of exactly the promised sizes, for many shapes, types, instruction sets and thread counts,
+// and feeds the interface nonsense. Meant for a build with AddressSanitizer and UBSan, which turn any access beyond a
+// buffer into a failure; by itself it checks that results do not depend on threads and that bad input is refused.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pylo.h"
+
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            std::fprintf(stderr, "line %d: %s (%s)\n", __LINE__, #condition, pylo_last_error()); \
+            std::exit(1);                                                                 \
+        }                                                                                 \
+    } while (0)
+
+namespace {
+
+uint32_t random_state = 1;
+float uniform() {  // in [-1, 1)
+    random_state = random_state * 1664525u + 1013904223u;
+    return (float)(random_state >> 8) / 8388608.0f - 1.0f;
+}
+
+// A heap block of exactly this many bytes: no slack for an overrun to hide in.
+template <class T>
+std::unique_ptr<T[]> block(int64_t count) {
+    return std::unique_ptr<T[]>(new T[(size_t)count]());
+}
+
+struct Shape {
+    std::vector<int64_t> extent;
+    int d0, d1;  // -1 for vectors
+};
+
+struct Record {
+    std::unique_ptr<float[]> state[8], row, col, row_scale, col_scale;
+    std::unique_ptr<double[]> row_sums, col_sums, feature_sums, stat_squares, tensor_sums;
+    std::unique_ptr<char[]> param, grad;
+    int64_t numel = 1, itemsize = 4, rows = 0, cols = 0;
+
+    Record(const Shape &shape, int dtype, pylo_tensor &t, pylo_step &step) {
+        t = {};
+        t.rank = (int32_t)shape.extent.size();
+        for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis] = shape.extent[(size_t)axis];
+        t.numel = numel;
+        t.param_dtype = step.grad_dtype = dtype;
+        t.d0_axis = shape.d0;
+        t.d1_axis = shape.d1;
+        const int64_t size = itemsize = dtype == PYLO_FLOAT32 ? 4 : 2;
+        param = block<char>(numel * size);
+        grad = block<char>(numel * size);
+        for (int64_t i = 0; i < numel; ++i) {
+            const float values[2] = {uniform() * 0.1f, uniform()};
+            for (int k = 0; k < 2; ++k) {
+                uint32_t bits;
+                std::memcpy(&bits, &values[k], 4);
+                const uint16_t half = (uint16_t)(dtype == PYLO_BFLOAT16 ? bits >> 16 : 0x2C00u + (bits >> 20 & 0xFFu));
+                char *to = (k ? grad : param).get() + i * size;
+                if (size == 4)
+                    std::memcpy(to, &bits, 4);
+                else
+                    std::memcpy(to, &half, 2);
+            }
+        }
+        t.param = param.get();
+        step.grad = grad.get();
+        for (int k = 0; k < (shape.d0 < 0 ? 7 : 4); ++k) state[k] = block<float>(numel);
+        for (int k = 0; k < 3; ++k) t.momentum[k] = state[k].get();
+        t.rms = state[3].get();
+        feature_sums = block<double>(PYLO_SLOTS);
+        stat_squares = block<double>(PYLO_SLOTS);
+        tensor_sums = block<double>(PYLO_TENSOR_SUMS);
+        t.feature_sums = feature_sums.get();
+        t.stat_squares = stat_squares.get();
+        t.tensor_sums = tensor_sums.get();
+        if (shape.d0 < 0) {
+            for (int k = 0; k < 3; ++k) t.diagonal[k] = state[4 + k].get();
+            return;
+        }
+        t.d0_extent = t.extent[shape.d0];
+        t.d1_extent = t.extent[shape.d1];
+        t.row_numel = rows = numel / t.d0_extent;
+        t.col_numel = cols = numel / t.d1_extent;
+        int64_t row = 1, column = 1;
+        for (int axis = t.rank - 1; axis >= 0; --axis) {
+            if (axis != shape.d0) t.row_stride[axis] = row, row *= t.extent[axis];
+            if (axis != shape.d1) t.col_stride[axis] = column, column *= t.extent[axis];
+        }
+        t.d1_row_stride = t.row_stride[shape.d1];
+        this->row = block<float>(3 * t.row_numel);
+        col = block<float>(3 * t.col_numel);
+        row_scale = block<float>(3 * t.row_numel);
+        col_scale = block<float>(3 * t.col_numel);
+        row_sums = block<double>(t.row_numel);
+        col_sums = block<double>(t.col_numel);
+        t.row = this->row.get();
+        t.col = col.get();
+        t.row_scale = row_scale.get();
+        t.col_scale = col_scale.get();
+        t.row_sums = row_sums.get();
+        t.col_sums = col_sums.get();
+    }
+};
+
+const std::vector<Shape> shapes = {
+    {{1}, -1, -1},     {{7}, -1, -1},        {{100}, -1, -1},         {{33}, -1, -1},   {{1, 1}, 0, 1},
+    {{1, 9}, 1, 0},    {{9, 1}, 0, 1},       {{32, 10}, 0, 1},        {{8, 8}, 0, 1},   {{7, 65}, 1, 0},
+    {{3, 3, 3}, 2, 1}, {{16, 8, 9}, 0, 1},   {{5, 17, 3}, 1, 0},      {{17, 3, 4}, 0, 2}, {{2, 3, 10, 4, 6}, 2, 4},
+    {{9, 9, 9}, 2, 1}, {{3, 2, 2, 5, 1, 6}, 5, 3},
+};
+// More than one part in some stage: rows, lanes, and slices too many for tables at hand.
+const std::vector<Shape> large = {{{70000}, -1, -1}, {{4000, 70}, 0, 1}, {{3, 800}, 1, 0}, {{20, 60, 18}, 1, 0}};
+
+pylo_rule a_rule(int hidden_layers, int width, uint32_t features) {
+    pylo_rule rule = {};
+    rule.features = features;
+    rule.layers = hidden_layers + 1;
+    for (int layer = 0; layer < hidden_layers; ++layer) rule.width[layer] = width;
+    rule.width[hidden_layers] = 2 + width % 2;
+    const float keep[3] = {0.9f, 0.99f, 0.999f};
+    for (int k = 0; k < 3; ++k) {
+        rule.momentum_keep[k] = rule.factored_keep[k] = keep[k];
+        rule.momentum_weight[k] = rule.factored_weight[k] = 1 - keep[k];
+    }
+    rule.rms_keep = 0.999f;
+    rule.rms_weight = 1 - rule.rms_keep;
+    rule.rms_eps = rule.vector_momentum_eps = 1e-6f;
+    rule.norm_eps = 1e-5f;
+    rule.exp_mult = 1e-3f;
+    rule.grad_clip = HUGE_VALF;
+    rule.grad_limit = 1e14f;
+    return rule;
+}
+
+struct Table {
+    pylo_rule rule;
+    std::vector<pylo_tensor> tensors;
+    std::vector<pylo_step> steps;
+    std::vector<Record> records;
+    std::vector<double> grad_squares;
+    std::unique_ptr<float[]> network;
+    void *workspace = nullptr;
+    pylo_call call = {};
+
+    Table(const pylo_rule &rule, int dtype, int isa, int threads, const std::vector<Shape> &shapes = ::shapes)
+        : rule(rule) {
+        const int64_t network_floats = pylo_network_floats(&rule);
+        CHECK(network_floats > 0);
+        random_state = 1;
+        tensors.resize(shapes.size());
+        steps.resize(shapes.size());
+        grad_squares.resize(shapes.size());
+        network = block<float>(network_floats);
+        for (int64_t i = 0; i < network_floats; ++i) network[(size_t)i] = uniform() * 0.3f;
+        for (size_t i = 0; i < shapes.size(); ++i) {
+            records.emplace_back(shapes[i], dtype, tensors[i], steps[i]);
+            steps[i].network = network.get();
+            steps[i].keep = 0.99f;
+            steps[i].scale = steps[i].grad_scale = 1;
+            steps[i].step_mult = 0.01f;
+            steps[i].l2 = i % 2 ? 0.01f : 0;
+            steps[i].flags = i % 3 ? PYLO_ZERO_NONFINITE : 0;
+        }
+        call.abi_version = PYLO_ABI_VERSION;
+        call.size = sizeof call;
+        call.rule = &this->rule;
+        call.tensors = tensors.data();
+        call.steps = steps.data();
+        call.count = (int64_t)tensors.size();
+        call.grad_squares = grad_squares.data();
+        call.threads = threads;
+        call.isa = isa;
+    }
+    ~Table() { std::free(workspace); }
+    Table(const Table &) = delete;
+
+    int check() {
+        uint64_t token;
+        int64_t bytes;
+        if (int status = pylo_check(&call, &token, &bytes)) return status;
+        std::free(workspace);
+        CHECK(posix_memalign(&workspace, 64, (size_t)(bytes ? bytes : 64)) == 0);
+        call.workspace = workspace;
+        call.workspace_bytes = bytes;
+        call.token = token;
+        return PYLO_OK;
+    }
+
+    std::string bytes() const {
+        std::string all;
+        for (const Record &r : records) {
+            all.append(r.param.get(), (size_t)(r.numel * r.itemsize));
+            for (const auto &state : r.state)
+                if (state) all.append((const char *)state.get(), (size_t)r.numel * 4);
+            if (r.row) all.append((const char *)r.row.get(), (size_t)r.rows * 12);
+            if (r.col) all.append((const char *)r.col.get(), (size_t)r.cols * 12);
+            all.append((const char *)r.feature_sums.get(), PYLO_SLOTS * 8);
+            all.append((const char *)r.tensor_sums.get(), PYLO_TENSOR_SUMS * 8);
+        }
+        return all;
+    }
+
+    void run(int steps_to_take) {
+        for (int i = 0; i < steps_to_take; ++i) {
+            CHECK(pylo_cpu_collect(&call) == PYLO_OK);
+            CHECK(pylo_cpu_measure(&call) == PYLO_OK);
+            CHECK(pylo_cpu_prepare(&call) == PYLO_OK);
+            CHECK(pylo_cpu_describe(&call) == PYLO_OK);
+            CHECK(pylo_cpu_apply(&call) == PYLO_OK);
+        }
+    }
+};
+
+constexpr uint32_t ALL = (1u << 30) - 1, SMALL_FC = ALL & ~(1u << 1) & ~(1u << 14);
+
+void results_do_not_depend_on_threads_or_vector_width(
+    int dtype, const pylo_rule &rule, const std::vector<Shape> &shapes = ::shapes) {
+    std::string with_fma;
+    for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
+        if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
+        std::string first;
+        for (int threads : {1, 3}) {
+            Table table(rule, dtype, isa, threads, shapes);
+            CHECK(table.check() == PYLO_OK);
+            table.run(2);
+            const std::string now = table.bytes();
+            if (first.empty()) first = now;
+            CHECK(now == first);
+            for (const Record &r : table.records)
+                for (int slot = 0; slot < PYLO_SLOTS; ++slot) CHECK(std::isfinite(r.feature_sums[(size_t)slot]));
+        }
+        if (pylo_best_isa() == PYLO_BASELINE || isa == PYLO_BASELINE) continue;
+        if (with_fma.empty()) with_fma = first;
+        CHECK(first == with_fma);
+    }
+}
+
+template <class Damage>
+void refused(int status, Damage &&damage) {
+    const pylo_rule rule = a_rule(2, 8, SMALL_FC);
+    Table table(rule, PYLO_FLOAT32, PYLO_BEST, 1);
+    CHECK(table.check() == PYLO_OK);
+    const std::string before = table.bytes();
+    damage(table);
+    const int got = table.check();
+    if (got != PYLO_OK) {
+        CHECK(got == status);
+    } else {
+        for (auto stage : {pylo_cpu_collect, pylo_cpu_apply}) CHECK(stage(&table.call) == status);
+    }
+    CHECK(std::strlen(pylo_last_error()) > 0);
+    CHECK(table.bytes() == before);
+}
+
+void nonsense_is_refused() {
+    CHECK(pylo_cpu_apply(nullptr) == PYLO_BAD_ARGUMENT);
+    refused(PYLO_WRONG_ABI, [](Table &t) { t.call.abi_version = 99; });
+    refused(PYLO_WRONG_ABI, [](Table &t) { t.call.size = 8; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.tensors = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.count = -1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.count = INT64_MAX; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.steps = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.threads = 0; });
+    refused(PYLO_NO_SUCH_ISA, [](Table &t) { t.call.isa = 77; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[3].grad = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[3].grad = (const char *)t.steps[3].grad + 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].grad_dtype = 9; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].param = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].param = (char *)t.tensors[4].param + 2; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].param_dtype = -1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].row = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[1].diagonal[2] = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rms = t.tensors[7].momentum[1]; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rms = t.tensors[8].rms + 3; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].rank = 7; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = -1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = INT64_MAX / 2; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] += 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d0_axis = 5; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d1_axis = t.tensors[7].d0_axis; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].row_stride[1] = -1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].row_stride[1] = 1000; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].row_offset = 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].row_numel += 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d1_row_stride = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.layers = 9; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.width[0] = 65; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.features |= 1u << 31; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.grad_clip = NAN; });
+
+    // Changed after the check.
+    const pylo_rule rule = a_rule(2, 8, SMALL_FC);
+    Table table(rule, PYLO_FLOAT32, PYLO_BEST, 1);
+    CHECK(pylo_cpu_apply(&table.call) == PYLO_UNCHECKED);
+    CHECK(table.check() == PYLO_OK);
+    table.tensors[5].extent[0] += 1;
+    CHECK(pylo_cpu_apply(&table.call) == PYLO_UNCHECKED);
+    CHECK(table.check() == PYLO_BAD_ARGUMENT);
+    table.tensors[5].extent[0] -= 1;
+    CHECK(pylo_cpu_apply(&table.call) == PYLO_OK);
+    table.call.workspace_bytes -= 1;
+    CHECK(pylo_cpu_collect(&table.call) == PYLO_BAD_ARGUMENT);
+    table.call.workspace = (char *)table.workspace + 8;
+    CHECK(pylo_cpu_collect(&table.call) == PYLO_BAD_ARGUMENT);
+    table.call.workspace = nullptr;
+    CHECK(pylo_cpu_collect(&table.call) == PYLO_BAD_ARGUMENT);
+    table.call.count = 0;
+    CHECK(table.check() == PYLO_OK && pylo_cpu_apply(&table.call) == PYLO_OK);
+}
+
+}  // namespace
+
+int main() {
+    CHECK(pylo_abi_version() == PYLO_ABI_VERSION);
+    nonsense_is_refused();
+    for (int dtype : {PYLO_FLOAT32, PYLO_FLOAT16, PYLO_BFLOAT16})
+        results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, SMALL_FC));
+    results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 4, ALL));
+    results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(3, 5, ALL));
+    results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(2, 64, SMALL_FC));
+    results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 1, ALL), large);
+    std::puts("ok");
+}

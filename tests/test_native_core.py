@@ -1,0 +1,26 @@
+"""Does the C++ core stay inside its buffers and refuse nonsense? (tests/csrc/driver.cpp under sanitizers)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from native_library import build
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_driver_runs_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    # -O1: the checks are compiled into every access, and at -O3 that takes minutes.
+    build(
+        tmp_path,
+        "-DCMAKE_BUILD_TYPE=Sanitized",
+        "-DCMAKE_CXX_FLAGS=-O1",
+        "-DPYLO_TESTS=ON",
+        "-DPYLO_SANITIZE=address,undefined",
+    )
+    # libgomp keeps the memory of its worker threads until the process ends.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run = subprocess.run([tmp_path / "pylo_driver"], capture_output=True, text=True, timeout=600, env=environment)
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr[-3000:]
