@@ -33,7 +33,9 @@ from torch.optim import AdamW, Optimizer
 import pylo_integrations
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import Backend
+from pylo_integrations.optimizers import ThetaOptimizer
 from pylo_integrations.sharding.layout import AxisOrder
+from pylo_integrations.weights.stand_in import stand_in
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,10 +59,11 @@ METHOD = {
 
 
 class ParamShape(NamedTuple):
-    """Shape of a parameter and which of its axes is the input."""
+    """Shape of a parameter, which of its axes is the input, and whether it is an embedding."""
 
     shape: tuple[int, ...]
     axes: AxisOrder = "out_in"
+    embeds: bool = False
 
 
 def vit_shapes(
@@ -97,7 +100,7 @@ def gpt2_shapes(width: int = 768, depth: int = 12, *, vocabulary: int = 50257, c
         *_linear(width, 4 * width, "in_out"),
         *_linear(4 * width, width, "in_out"),
     ]
-    embeddings = [ParamShape((vocabulary, width), "in_out"), ParamShape((context, width), "in_out")]
+    embeddings = [ParamShape((vocabulary, width), "in_out", True), ParamShape((context, width), "in_out", True)]
     return [*embeddings, *(block * depth), *_vectors(width, 2)]
 
 
@@ -130,15 +133,15 @@ class Setting:
     device: str
     threads: int
 
-    def parameters(self) -> list[tuple[Tensor, AxisOrder]]:
+    def parameters(self) -> list[tuple[Tensor, ParamShape]]:
         """Fresh parameters with gradients."""
         torch.manual_seed(0)
         options: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device}
-        made: list[tuple[Tensor, AxisOrder]] = []
-        for shape, axes in SHAPES[self.shapes]():
-            param = torch.nn.Parameter(torch.randn(shape, **options).mul_(0.02))
-            param.grad = torch.randn(shape, **options).mul_(0.01)
-            made.append((param, axes))
+        made: list[tuple[Tensor, ParamShape]] = []
+        for kind in SHAPES[self.shapes]():
+            param = torch.nn.Parameter(torch.randn(kind.shape, **options).mul_(0.02))
+            param.grad = torch.randn(kind.shape, **options).mul_(0.01)
+            made.append((param, kind))
         return made
 
     def synchronize(self) -> None:
@@ -147,7 +150,7 @@ class Setting:
             torch.cuda.synchronize(self.device)
 
 
-def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) -> tuple[Optimizer, Callable[[], Any]]:
+def make_contender(name: str, parameters: Sequence[tuple[Tensor, ParamShape]]) -> tuple[Optimizer, Callable[[], Any]]:
     """An optimizer over ``parameters`` and the call that steps it.
 
     Args:
@@ -158,14 +161,18 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) ->
     if name in BASELINES:
         baseline = AdamW([param for param, _ in parameters], lr=lr, **BASELINES[name])
         return baseline, baseline.step
-    by_axes: dict[AxisOrder, list[Tensor]] = {}
-    for param, axes in parameters:
-        by_axes.setdefault(axes, []).append(param)
-    groups = [{"params": params, "axes": axes} for axes, params in by_axes.items()]
     name, _, backend = name.partition(":")
-    num_steps = 1_000_000 if get_optimizer_info(name).needs_horizon else None
+    spec = get_optimizer_info(name)
+    members: dict[tuple[AxisOrder, str], list[Tensor]] = {}
+    for param, kind in parameters:
+        rule = "adamw" if kind.embeds and spec.cls.adamw_embeddings else "learned"
+        members.setdefault((kind.axes, rule), []).append(param)
+    groups = [{"params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
+    num_steps = 1_000_000 if spec.needs_horizon else None
     chosen = cast(Backend, backend or "auto")
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen)
+    # Published weights may not be at hand, and no step's cost depends on their values.
+    weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen, weights=weights)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 
@@ -241,7 +248,7 @@ def run_bench(setting: Setting, optimizers: Sequence[str], repeats: int) -> list
     """Measure ``optimizers`` and the baselines; one record each, JSON-serialisable, the ratios being paired."""
     names = [*optimizers, *BASELINES]
     samples = _in_fresh_process(sample_step_seconds, setting, names, repeats)
-    shapes = [shape for shape, _ in SHAPES[setting.shapes]()]
+    shapes = [shape for shape, *_ in SHAPES[setting.shapes]()]
     numel = sum(math.prod(shape) for shape in shapes)
     records = []
     for name in names:

@@ -164,6 +164,21 @@ class Engine:
             NonFiniteError: See :data:`NonFinitePolicy`.
             ShardingError: A parameter is distributed in an unsupported way.
         """
+        try:
+            return self._step(groups, state, progress, loss, on_nonfinite, max_grad_norm)
+        finally:
+            for bucket in self._plan.buckets:
+                bucket.grads = ()  # or they would outlive zero_grad()
+
+    def _step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        progress: Progress,
+        loss: Tensor | None,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> bool:
         plan = self._planned(groups, state)
         context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they

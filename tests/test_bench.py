@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from pylo_integrations import bench, cli, create_optimizer, param_groups
+from pylo_integrations import bench, cli, create_optimizer, list_optimizers, param_groups
 
 TINY = bench.Setting("tiny", "float32", "cpu", torch.get_num_threads())
 MIB = 2**20
@@ -20,7 +20,7 @@ def signature(groups):
 
 
 def of_shapes(name):
-    return sorted(bench.SHAPES[name]())
+    return sorted((kind.shape, kind.axes) for kind in bench.SHAPES[name]())
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def of_shapes(name):
 )
 def test_parameter_counts_are_those_of_the_papers(shapes, parameters, tensors):
     made = bench.SHAPES[shapes]()
-    assert (sum(math.prod(shape) for shape, _ in made), len(made)) == (parameters, tensors)
+    assert (sum(math.prod(shape) for shape, *_ in made), len(made)) == (parameters, tensors)
 
 
 @pytest.mark.parametrize(("shapes", "model"), [("vit_ti", "vit_tiny_patch16_224"), ("vit_b16", "vit_base_patch16_224")])
@@ -61,7 +61,7 @@ def test_report_holds_every_contender_of_every_setting(tmp_path, capsys, monkeyp
     assert report["machine"]["torch"] == torch.__version__ and report["date"].endswith("+00:00")
     by_name = {record["optimizer"]: record for record in report["results"]}
     assert list(by_name) == ["small_fc_lopt", "adamw_fused", "adamw_foreach"]
-    numel = sum(math.prod(shape) for shape, _ in bench.SHAPES["tiny"]())
+    numel = sum(math.prod(shape) for shape, *_ in bench.SHAPES["tiny"]())
     for name, record in by_name.items():
         assert name in out
         assert (record["parameters"], record["threads"], record["dtype"]) == (numel, 1, "float32")
@@ -116,10 +116,21 @@ def test_every_contender_steps_every_dtype(dtype):
 
 def test_a_contender_steps_all_parameters_with_their_axes():
     parameters = bench.Setting("tiny", "float32", "cpu", 1).parameters()
-    parameters[0] = (parameters[0][0], "in_out")
+    parameters[0] = (parameters[0][0], bench.ParamShape(parameters[0][1].shape, "in_out"))
     optimizer, _ = bench.make_contender("small_fc_lopt", parameters)
     stepped = {param: group["axes"] for group in optimizer.param_groups for param in group["params"]}
-    assert stepped == dict(parameters)
+    assert stepped == {param: kind.axes for param, kind in parameters}
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_can_be_a_contender_without_its_published_weights(name):
+    parameters = TINY.parameters()
+    parameters[0] = (parameters[0][0], bench.ParamShape(parameters[0][1].shape, "in_out", embeds=True))
+    optimizer, step = bench.make_contender(name, parameters)
+    rules = {param: group["rule"] for group in optimizer.param_groups for param in group["params"]}
+    assert rules[parameters[0][0]] == ("adamw" if name == "celo2" else "learned")
+    step()
+    assert optimizer.iteration == 1
 
 
 def test_a_loss_driven_optimizer_can_be_a_contender(toy_loss):

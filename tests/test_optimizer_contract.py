@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -796,6 +797,16 @@ def test_a_compiled_training_step_around_it_matches_eager(model):
 
 
 # -- does it train? ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_not_kept_alive(name):
+    p = parameter(5, 3)
+    optimizer = create([p], name)
+    train(optimizer, [p], 1)
+    alive = weakref.ref(p.grad)
+    optimizer.zero_grad()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,7 +61,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "world", "dtype"), CASES, ids=str)
 def test_dtensors_step_as_whole_tensors_do(workers, name, world, dtype):
-    layouts = [layout for layout in LAYOUTS if world != 3 or layout in ("replicate", "shard0", "shard1", "shard_last")]
+    layouts = LAYOUTS if name in MANY else ["shard0", "both_axes"]
+    if world == 3:
+        layouts = ["replicate", "shard0", "shard1", "shard_last"]  # a mesh of two axes needs an even number
     steps = 20 if dtype == torch.float32 and world == 2 else 3
     ranks = workers.run(world, dtensor_case, layouts=layouts, name=name, dtype=dtype, steps=steps, options=EXACT)
     want = unsharded(name, dtype, world, steps, EXACT)
@@ -101,7 +103,7 @@ OTHERS = [(name, *case) for name in MANY for case in WRAPPERS if (name, *case) n
 @pytest.mark.parametrize(("name", "wrapper", "world"), [*ON_TWO, *OTHERS], ids=str)
 def test_wrapped_models_step_as_plain_ones_do(workers, name, wrapper, world):
     ranks = workers.run(world, wrapper_case, wrapper=wrapper, name=name, options=EXACT)
-    assert ranks[0]["moved"] > 1e-3
+    assert ranks[0]["moved"] > 1e-6
     assert max(rank["error"] for rank in ranks) <= 1e-12
     assert len({rank["digest"] for rank in ranks}) == 1
     for counted in ranks[0]["collectives"][1:]:

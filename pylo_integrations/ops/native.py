@@ -34,6 +34,7 @@ from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepCo
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.sharding.blocks import Bucket, Sums
 from pylo_integrations.sharding.layout import Box, TensorLayout
+from pylo_integrations.sharding.pieces import is_sharded
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Storage types of parameters and gradients, by their number in the interface; state is float32."""
@@ -204,7 +205,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     widths = [len(bias) for bias in rule.biases]
     if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
         return f"layers of {widths} units are more or wider than they take"
-    if bucket.parts > 1:
+    if any(map(is_sharded, bucket.params)):
         return "its tensors are sharded"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
@@ -390,6 +391,7 @@ class NativeStages:
             self._steps["keep"][rows], self._steps["scale"][rows] = float(keep), float(scale)
             self._steps["step_mult"][rows] = self._step_mult
         self._run("apply")
+        self._grads = []  # or they would outlive zero_grad()
 
     def _run(self, stage: str) -> None:
         self._call.threads = torch.get_num_threads()
