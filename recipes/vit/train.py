@@ -63,7 +63,8 @@ class Classifier(LightningModule):
     Args:
         optimizer: One of `pylo list`, or `adamw`.
         settings: How to use each optimizer.
-        warmup: Part of the run in which the learning rate rises linearly, before it falls to 0 as a cosine.
+        warmup: Part of the run in which the learning rate rises linearly, before it falls to 0 as a cosine; optimizers
+            with a learned schedule have neither.
         backbone: Name of the model in timm.
         options: Further arguments of `timm.create_model`.
         image_size: Height and width of the images.
@@ -114,7 +115,8 @@ class Classifier(LightningModule):
                 self.optimizer,
                 **lr,
                 weight_decay=settings.weight_decay,
-                scheduler=self.schedule,
+                # Rules that know how much of the run is left anneal by themselves.
+                scheduler=None if get_optimizer_info(self.optimizer).needs_horizon else self.schedule,
                 telemetry=self.telemetry,
                 **settings.options,
             )
@@ -206,9 +208,10 @@ class Recipe(LightningCLI):
         final = results[0] if results else {}  # none with --trainer.limit_val_batches=0
         learned = unwrap_optimizer(trainer.optimizers[0])
         theta = None if learned is None else learned.theta
+        group = trainer.optimizers[0].param_groups[0]
         return Run(
             name,
-            lr=trainer.lr_scheduler_configs[0].scheduler.base_lrs[0],
+            lr=group.get("initial_lr", group["lr"]),
             steps=trainer.global_step,
             **self.history.state_dict(),
             validation_loss=final.get("validation_loss", math.nan),
