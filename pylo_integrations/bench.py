@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) ->
     groups = [{"params": params, "axes": axes} for axes, params in by_axes.items()]
     name, _, backend = name.partition(":")
     num_steps = 1_000_000 if get_optimizer_info(name).needs_horizon else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=backend or "auto")
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=cast(Backend, backend or "auto"))
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.optimizers import SmallFCLOpt
+from pylo_integrations.optimizers import Celo, CeloAdam, SmallFCLOpt, VeLO
 from pylo_integrations.weights.sources import Weights
 
 
@@ -63,6 +63,9 @@ _CATALOG = {
         OptimizerSpec(
             "small_fc_lopt", SmallFCLOpt, "per-parameter MLP over Adafactor-style features (Metz et al., CoLLAs 2022)"
         ),
+        OptimizerSpec("velo", VeLO, "per-parameter MLP mixed by an LSTM for every tensor (Metz et al., 2022)"),
+        OptimizerSpec("celo", Celo, "per-parameter MLP under one learned schedule (Moudgil et al., 2025)"),
+        OptimizerSpec("celo_adam", CeloAdam, "Adam under one learned schedule (Moudgil et al., 2025)"),
     )
 }
 

@@ -107,8 +107,8 @@ def _info(args: argparse.Namespace) -> int:
 def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
     try:
         theta = _on_one_parameter(spec)[1].theta
-    except FileNotFoundError as error:
-        return [("weights", f"not available: {error}")]
+    except _NotDownloaded as absent:
+        return [("weights", str(absent))]
     if theta is None:
         return [("weights", "none")]
     return [
@@ -118,10 +118,22 @@ def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
     ]
 
 
+class _NotDownloaded(Exception):
+    """The weights of an optimizer would have to be downloaded first, which nobody asked for."""
+
+
 def _on_one_parameter(spec: OptimizerSpec) -> tuple[torch.Tensor, LearnedOptimizer]:
+    """One parameter and an optimizer of it; raises :class:`_NotDownloaded` rather than use the network."""
+    weights = spec.defaults.get("weights", getattr(spec.cls, "default_weights", None))
+    if isinstance(weights, str) and weights.startswith("hub:"):
+        try:
+            weights = load_theta(weights, spec.name, local_files_only=True)
+        except FileNotFoundError:
+            raise _NotDownloaded(f"{weights}, not on this machine; using it downloads it") from None
     param = torch.nn.Parameter(torch.ones(2, 3))
     param.grad = torch.ones_like(param)
-    return param, create_optimizer([param], spec.name, num_steps=1 if spec.needs_horizon else None)
+    horizon = 1 if spec.needs_horizon else None
+    return param, create_optimizer([param], spec.name, weights=weights, num_steps=horizon)
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
@@ -187,6 +199,8 @@ def _optimizers() -> Iterator[_Finding]:
             before = param.detach().clone()
             optimizer.step(loss=1.0)
             moved = bool(param.isfinite().all()) and not torch.equal(param, before)
+        except _NotDownloaded as absent:
+            yield _Finding(name, f"not tried: its weights are {absent}")
         except Exception as error:  # whatever it is, a report of it is what doctor is for
             yield _Finding(name, f"{type(error).__name__}: {error}", broken=True)
         else:

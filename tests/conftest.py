@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 from native_library import library_or_skip
+from thetas import theta_for
 from toy_loss_rule import toy_loss_optimizer
 
+from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 
 # Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
-BOTH_BACKENDS = {"test_golden", "test_optimizer_contract", "test_torch_optimizer_checks"}
+BOTH_BACKENDS = {"test_golden", "test_golden_velo", "test_optimizer_contract", "test_torch_optimizer_checks"}
 
 
 def pytest_generate_tests(metafunc):
@@ -30,3 +32,12 @@ def toy_loss():
     """The catalogue entry of a loss-driven optimizer, for one test."""
     with toy_loss_optimizer() as spec:
         yield spec
+
+
+@pytest.fixture
+def small_thetas(monkeypatch):
+    """Catalogue entries whose weights would have to be downloaded get small ones for one test."""
+    for name in list_optimizers():
+        cls = get_optimizer_info(name).cls
+        if str(getattr(cls, "default_weights", "")).startswith("hub:"):
+            monkeypatch.setattr(cls, "default_weights", theta_for(name))

@@ -294,10 +294,10 @@ def test_scheduler_steps_with_the_optimizer(toy_loss, size):
     assert run.raw.param_groups[0]["lr"] == 0
 
 
-@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt"])
+@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt", "velo", "celo", "celo_adam"])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("size", [1, 4])
-def test_resumed_run_equals_an_uninterrupted_one(toy_loss, tmp_path, name, scaler, size):
+def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, scaler, size):
     def start() -> Run:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=size)
         run = Run(with_scaler(accelerator) if scaler else accelerator, name, epochs=2, schedule=True)

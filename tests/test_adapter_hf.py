@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from toy_loss_rule import ToyLossOpt, toy_loss_optimizer
@@ -209,6 +210,14 @@ def test_small_fc_trains(make_args):
     trainer = hf.Trainer(gpt2(), args, train_dataset=texts(8), optimizers="small_fc_lopt")
     fit(trainer)
     assert logged(trainer)[-1] < 0.97 * logged(trainer)[0]
+
+
+def test_published_weights_without_network_are_the_documented_error(make_args, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    trainer = hf.Trainer(gpt2(), make_args(), train_dataset=texts(), optimizers="velo")
+    with pytest.raises(FileNotFoundError, match="hub:amoudgl/velo-4000.*not in the local cache"):
+        fit(trainer)
 
 
 def test_the_mixin_changes_nothing_without_a_name(make_args):
@@ -512,8 +521,8 @@ def test_linear_layers_are_out_in(make_args):
 
 
 @both_paths
-@pytest.mark.parametrize("name", ["small_fc_lopt", "toy_loss"])
-def test_resume_is_bit_equal(make_args, toy_loss, installed, stock, name):
+@pytest.mark.parametrize("name", ["small_fc_lopt", "toy_loss", "velo", "celo", "celo_adam"])
+def test_resume_is_bit_equal(make_args, toy_loss, small_thetas, installed, stock, name):
     """Dropout is on and the checkpoint lies inside an epoch."""
 
     def trainer():

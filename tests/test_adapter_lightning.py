@@ -535,9 +535,9 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.current_epoch == self.epoch
 
 
-@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt"])
+@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt", "velo", "celo", "celo_adam"])
 @pytest.mark.parametrize("plugin", [None, float16], ids=["32", "16-mixed"])
-def test_resumed_run_equals_an_uninterrupted_one(toy_loss, tmp_path, name, plugin):
+def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, plugin):
     def run(callbacks=(), **options):
         module = Regression(name, lr=0.5, weight_decay=0.1, scheduler="cosine")
         plugins = plugin and plugin(init_scale=256.0, growth_interval=3)

@@ -68,7 +68,7 @@ def entry():
         unregister_optimizer(name)
 
 
-def test_every_catalogue_name_is_built(registered):
+def test_every_catalogue_name_is_built(registered, small_thetas):
     for name in list_optimizers():
         assert name in timm.optim.list_optimizers() and timm.optim.list_optimizers(name) == [name]
         optimizer = timm.optim.create_optimizer_v2(Net(), name)

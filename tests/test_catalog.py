@@ -20,6 +20,8 @@ from pylo_integrations import (
     unregister_optimizer,
 )
 
+pytestmark = pytest.mark.usefixtures("small_thetas")
+
 
 @pytest.fixture
 def params():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+from thetas import theta_for
 
 import pylo_integrations
 from pylo_integrations import bench, cli, get_optimizer_info, list_optimizers
@@ -38,6 +41,12 @@ def misuse(capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    """As on a machine that never downloaded anything."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
 def test_list_shows_every_name_or_those_that_match(capsys, toy_loss):
     assert cli.main(["list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_optimizers()
@@ -52,8 +61,18 @@ def test_info_tells_options_and_weights(capsys, name):
     spec = get_optimizer_info(name)
     assert spec.description in out
     assert [option for option in spec.options if f"  {option} " not in out] == []
-    assert load_theta("builtin:small_fc_bootstrap", name).sha256[:12] in out
-    assert "not meta-trained" in out
+    if spec.cls.default_weights.startswith("builtin:"):
+        assert load_theta(spec.cls.default_weights, name).sha256[:12] in out
+        assert "not meta-trained" in out
+    else:
+        assert f"{spec.cls.default_weights}, not on this machine" in out
+
+
+def test_info_of_downloaded_weights_tells_all_about_them(capsys, small_thetas):
+    assert cli.main(["info", "velo"]) == 0
+    out = capsys.readouterr().out
+    assert theta_for("velo").sha256[:12] in out and "tests/thetas.py" in out
+    assert "the loss and num_steps" in out
 
 
 def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
@@ -70,7 +89,7 @@ def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
         (["list", "zzz"], "no optimizer matches 'zzz'; there are"),
         (["recipe", "no_such_recipe"], "invalid choice"),
         (["bench", "--shapes", "vit_ti,nope"], "unknown shapes 'nope'; available: vit_ti"),
-        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: small_fc_lopt"),
+        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: celo"),
         (["bench", "--threads", "1,0"], "'0' is not a positive integer"),
         (["bench", "--repeats", "-1"], "--repeats"),
         (["bench", "--dtype", "int8"], "--dtype"),
@@ -96,6 +115,26 @@ def test_doctor_finds_nothing_wrong_here(capsys):
     assert "small_fc_lopt" in out and "takes a step" in out
 
 
+def test_weights_that_were_not_downloaded_are_no_defect_and_are_not_downloaded(capsys, empty_cache, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("doctor used the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    assert cli.main(["doctor"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    found = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert (
+        found["velo"] == "not tried: its weights are hub:amoudgl/velo-4000, not on this machine; using it downloads it"
+    )
+
+
+def test_doctor_steps_optimizers_whose_weights_are_here(capsys, small_thetas):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not tried" not in out
+    assert out.count("takes a step") == len(list_optimizers())
+
+
 def test_doctor_steps_optimizers_that_need_loss_and_horizon(capsys, toy_loss):
     assert cli.main(["doctor"]) == 0
     assert f"{toy_loss.name} " in capsys.readouterr().out
@@ -108,7 +147,9 @@ def test_doctor_tells_why_there_are_no_kernels(capsys, monkeypatch):
 
 
 def test_doctor_reports_damaged_weights(capsys, monkeypatch):
-    def damaged(weights, name):
+    def damaged(weights, name, local_files_only=False):
+        if not weights.startswith("builtin:"):
+            raise FileNotFoundError
         raise ValueError(f"{weights} is damaged: its sha256 is 0, its record says 1")
 
     monkeypatch.setattr(cli, "load_theta", damaged)

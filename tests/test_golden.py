@@ -9,7 +9,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_files import INPUTS, NAMES, STEPS, TRAJECTORIES, Golden, to_torch
+from golden_files import (
+    NAMES,
+    STEPS,
+    TRAJECTORIES,
+    Golden,
+    expected_state,
+    feed,
+    initial_params,
+    largest,
+    replay_float32,
+    replay_float64,
+    to_torch,
+)
 from torch import Tensor
 
 from pylo_integrations import SmallFCLOpt, Theta
@@ -23,25 +35,6 @@ def small_fc(golden: Golden, params, **options) -> SmallFCLOpt:
     return SmallFCLOpt(params, weights=Theta.from_arrays("small_fc_lopt", golden.theta, hyper), **options)
 
 
-def initial_params(trajectory: str, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
-    return {n: torch.nn.Parameter(to_torch(INPUTS[f"{trajectory}/params0/{n}"]).to(dtype)) for n in NAMES}
-
-
-def feed(params: dict[str, Tensor], trajectory: str, step: int) -> None:
-    for name, param in params.items():
-        param.grad = to_torch(INPUTS[f"{trajectory}/grads/{name}"][step]).to(param.dtype)
-
-
-def largest(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def assert_update(name: str, step: int, before: Tensor, after: Tensor, ref_before: Tensor, ref: Tensor) -> None:
-    got, want = after - before, ref - ref_before
-    bound = 2e-4 * largest(want) + 3e-7 * largest(ref)
-    assert largest(got - want) <= bound, f"{name} step {step}: off by {largest(got - want)}, allowed {bound}"
-
-
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC)
 @pytest.mark.parametrize("chunk_bytes", [2**28, 4000], ids=["whole", "chunked"])
@@ -49,15 +42,7 @@ def test_float32_updates_match(case, trajectory, chunk_bytes):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float32)
     optimizer = small_fc(golden, list(params.values()), chunk_bytes=chunk_bytes)
-    reference = {name: param.detach().clone() for name, param in params.items()}
-    for step in range(STEPS):
-        before = {name: param.detach().clone() for name, param in params.items()}
-        feed(params, trajectory, step)
-        optimizer.step()
-        for name, param in params.items():
-            ref = to_torch(golden[f"f32/{trajectory}/params/{name}"][step])
-            assert_update(name, step, before[name], param.detach(), reference[name], ref)
-            reference[name] = ref
+    replay_float32(golden, trajectory, params, optimizer)
     assert optimizer.iteration == STEPS
 
 
@@ -66,39 +51,7 @@ def test_float32_updates_match(case, trajectory, chunk_bytes):
 def test_float64_parameters_match(case, trajectory):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float64)
-    start = {name: param.detach().clone() for name, param in params.items()}
-    optimizer = small_fc(golden, list(params.values()))
-    for step in range(STEPS):
-        feed(params, trajectory, step)
-        optimizer.step()
-        if step + 1 in (1, STEPS):
-            for name, param in params.items():
-                ref = to_torch(golden[f"f64/{trajectory}/params/{name}"][int(step > 0)])
-                bound = 1e-9 * max(largest(ref - start[name]), largest(ref) * 1e-6)
-                assert largest(param.detach() - ref) <= bound, (name, step)
-
-
-def expected_state(golden: Golden, prefix: str, name: str, shape: torch.Size) -> dict[str, Tensor]:
-    """The reference's accumulators of one tensor under our names and axes."""
-    state = {}
-    if f"{prefix}/m/{name}" in golden:
-        for i, momentum in enumerate(golden[f"{prefix}/m/{name}"].unbind(-1)):
-            state[f"momentum_{i}"] = to_torch(momentum)
-        state["rms"] = to_torch(golden[f"{prefix}/rms/{name}"][..., 0])
-    if len(shape) < 2:
-        for i, second in enumerate(golden[f"{prefix}/v_diag/{name}"].unbind(-1)):
-            state[f"diagonal_{i}"] = second.reshape(shape)
-        return state
-    jax_shape = to_jax_shape(shape)
-    ranked = sorted(range(len(jax_shape)), key=lambda axis: jax_shape[axis])
-    for key, axis in (("row", ranked[-1]), ("col", ranked[-2])):
-        statistic = golden[f"{prefix}/v_{key}/{name}"].movedim(-1, 0).unsqueeze(axis + 1)
-        state[key] = to_torch(statistic, leading=1)
-    return state
-
-
-def to_jax_shape(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(shape) if len(shape) < 2 else (*shape[2:], shape[1], shape[0])
+    replay_float64(golden, trajectory, params, small_fc(golden, list(params.values())))
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)

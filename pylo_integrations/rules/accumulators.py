@@ -48,8 +48,13 @@ def decays_from_offsets(initial: Sequence[float], offsets: Sequence[float]) -> t
 
     ``1 - beta = (1 - initial) * exp(10 * offset)`` (spec §1); ``initial`` is rounded to float32 as the reference's is.
     """
-    starts = torch.tensor(initial, dtype=torch.float32).tolist()
+    starts = rounded_to_float32(initial)
     return tuple(1 - (1 - start) * math.exp(10 * offset) for start, offset in zip(starts, offsets, strict=True))
+
+
+def rounded_to_float32(values: Sequence[float]) -> tuple[float, ...]:
+    """The float32 numbers nearest to ``values``: what the reference has for 0.999 in any precision."""
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
 
 
 def accumulator_shapes(layout: TensorLayout, decays: Decays) -> dict[str, tuple[int, ...] | None]:

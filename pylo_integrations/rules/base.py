@@ -22,6 +22,9 @@ from pylo_integrations.sharding.layout import TensorLayout
 LARGEST_GRADIENT = 1e14
 """The square of this, summed over a billion elements, still fits float32."""
 
+CLIP = 1000.0
+"""VeLO and its descendants clip gradient elements to plus and minus this (spec §3 b)."""
+
 Control = Mapping[str, Tensor]
 """What a rule decides for whole tensors: entries of shape ``(tensors or 1, ...)``."""
 
@@ -110,7 +113,10 @@ class Rule(ABC):
         return {}
 
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
-        """Whole-model decisions, once a step, one entry per bucket; may update ``ctx.memory``."""
+        """Whole-model decisions, once a step, one entry per bucket.
+
+        May update ``ctx.memory``, and states that are not shaped like their parameter.
+        """
         return [{}] * len(buckets)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
@@ -124,6 +130,13 @@ class Rule(ABC):
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """What to subtract, made of the proposed steps of whole tensors, ``(tensors, 1, *layout.shape)``."""
         return steps
+
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What ``ctx.memory``, empty before the first step, has to tell a person: tensors of one element by name.
+
+        What ``control`` decides needs no mention here: entries with one number a tensor are told anyway.
+        """
+        return {}
 
 
 def clean_gradient(block: Block, ctx: StepContext) -> Tensor:
@@ -142,6 +155,16 @@ def read_gradient(block: Block, ctx: StepContext) -> Tensor:
         grad = -grad
     if ctx.grad_scale is not None:
         grad = grad * ctx.grad_scale.to(grad.dtype)
-    if group["weight_decay_policy"] == "l2" and group["weight_decay"]:
-        grad = grad + block.param * group["weight_decay"]
+    if penalty := l2_penalty(group):
+        grad = grad + block.param * penalty
     return grad
+
+
+def read_clipped_gradient(block: Block, ctx: StepContext) -> Tensor:
+    """As :func:`read_gradient`, then every element clipped to plus and minus :data:`CLIP`."""
+    return read_gradient(block, ctx).clamp(-CLIP, CLIP)
+
+
+def l2_penalty(group: Mapping[str, Any]) -> float:
+    """Weight of the sum of squared parameters in the loss; 0 unless the group's decay policy is ``"l2"``."""
+    return float(group["weight_decay"]) if group["weight_decay_policy"] == "l2" else 0.0

@@ -63,9 +63,14 @@ _FORMULAS: dict[str, tuple[int, Callable[[Moments], Tensor]]] = {
 }
 
 
+def channel_counts(names: Sequence[str]) -> list[int]:
+    """Number of channels of each named feature."""
+    return [_FORMULAS[name][0] for name in names]
+
+
 def channel_count(names: Sequence[str]) -> int:
-    """Number of channels of the named features."""
-    return sum(_FORMULAS[name][0] for name in names)
+    """Number of channels of the named features together."""
+    return sum(channel_counts(names))
 
 
 def compact_features(names: Sequence[str], moments: Moments) -> list[Tensor]:

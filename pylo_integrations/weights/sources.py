@@ -22,12 +22,13 @@ def builtin_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in _BUILTIN.iterdir() if entry.name.endswith(".safetensors"))
 
 
-def load_theta(weights: Weights, name: str) -> Theta:
+def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -> Theta:
     """Resolve a ``weights`` argument.
 
     Args:
         weights: See :data:`Weights`.
         name: Catalogue name or architecture that plain arrays are for.
+        local_files_only: Look for a hub repository in the local cache only.
 
     Raises:
         FileNotFoundError: No such file or builtin; or a hub repository that is neither cached nor reachable.
@@ -41,7 +42,7 @@ def load_theta(weights: Weights, name: str) -> Theta:
     if isinstance(weights, str) and weights.startswith("builtin:"):
         return _from_package(weights.removeprefix("builtin:"))
     if isinstance(weights, str) and weights.startswith("hub:"):
-        return _from_hub(weights.removeprefix("hub:"))
+        return _from_hub(weights.removeprefix("hub:"), local_files_only)
     if isinstance(weights, (str, os.PathLike)):
         return Theta.load(weights)
     raise TypeError(
@@ -57,7 +58,7 @@ def _from_package(name: str) -> Theta:
         return Theta.load(path)
 
 
-def _from_hub(address: str) -> Theta:
+def _from_hub(address: str, local_files_only: bool) -> Theta:
     from huggingface_hub import hf_hub_download  # slow to import, and most runs never need it
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -65,7 +66,7 @@ def _from_hub(address: str) -> Theta:
     if repo.count("/") != 1:
         raise ValueError(f"weights='hub:{address}' must read 'hub:<owner>/<repo>' or 'hub:<owner>/<repo>@<revision>'")
     try:
-        path = hf_hub_download(repo, HUB_FILENAME, revision=revision or None)
+        path = hf_hub_download(repo, HUB_FILENAME, revision=revision or None, local_files_only=local_files_only)
     except LocalEntryNotFoundError as error:
         at_revision = f" --revision {revision}" if revision else ""
         raise FileNotFoundError(

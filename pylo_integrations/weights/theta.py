@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.velo import VeLORule
 
 FORMAT = "pylo_integrations.theta"
 VERSION = 1
 
-ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType({"small_fc": SmallFC})
+ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
+    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule}
+)
 """Rules that theta can be for."""
 
 _ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
@@ -36,7 +41,8 @@ class Theta:
     Attributes:
         architecture: The rule they are for, e.g. ``"small_fc"``.
         arrays: The weights by the reference's tree-path names (``nn/~/w0`` is (inputs, outputs)); float32, read-only.
-        hyper: Constants of the rule that belong to these weights, e.g. ``{"exp_mult": 1e-3, "step_mult": 1e-2}``.
+        hyper: Constants of the rule that belong to these weights, e.g. ``{"exp_mult": 1e-3, "step_mult": 1e-2}``;
+            numbers and booleans.
         name: What to call them.
         provenance: Where they come from: paper, repository and revision, or the function that made them.
         licence: SPDX identifier, or "" if unknown.

@@ -1,0 +1,196 @@
+"""Whole-model control: how the loss went, how much of the run is left, and the LSTM that decides by it (spec §3, §4).
+
+VeLO runs one LSTM row per tensor, the Celo family one for the whole model. The LSTM's weights go by the reference's
+names throughout, so ``weights["rnn_params/step_size/w"]`` is what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.rules.arrays import extent
+from pylo_integrations.rules.base import StepContext, l2_penalty
+from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
+
+LOSS_AVERAGES = 10
+SHORTEST_HALF_LIFE = 10
+"""Of the averages of the loss, in steps."""
+
+HORIZON_MARKS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+"""Fractions of the run around which the horizon features change."""
+
+SCHEDULE_FEATURES = len(HORIZON_MARKS) + LOSS_AVERAGES - 1
+
+
+# -- loss and horizon ------------------------------------------------------------------------------------------------
+
+
+class LossMemory(NamedTuple):
+    """Exponential averages of the loss, the fastest first.
+
+    Attributes:
+        means: ``(10,)``, not bias-corrected.
+        minima: ``(10,)``, the smallest bias-corrected averages so far.
+    """
+
+    means: Tensor
+    minima: Tensor
+
+    @classmethod
+    def recall(cls, memory: Mapping[str, Tensor], like: Tensor) -> LossMemory:
+        """What :meth:`store_` put into ``memory``, else a fresh one; on the device and in the dtype of ``like``."""
+        if "loss_means" in memory:
+            return cls(memory["loss_means"].to(like), memory["loss_minima"].to(like))
+        return cls(like.new_zeros(LOSS_AVERAGES), like.new_full((LOSS_AVERAGES,), 999_999_999_999))
+
+    def store_(self, memory: dict[str, Tensor]) -> None:
+        """Put it into a rule's memory."""
+        memory.update(loss_means=self.means, loss_minima=self.minima)
+
+    def observe(self, loss: Tensor, decays: Tensor, seen: int) -> LossMemory:
+        """The memory after one more loss, which counts as at most twice the largest average.
+
+        Args:
+            loss: 0-d.
+            decays: ``(10,)``, see :func:`loss_decays`.
+            seen: Losses observed before this one.
+        """
+        correction = 1 - decays ** (seen + 1)
+        if seen:
+            # By the count that includes the new loss, as the reference has it.
+            loss = torch.minimum(loss, 2 * (self.means / correction).max().abs())
+        means = decays * self.means + (1 - decays) * loss
+        return LossMemory(means, torch.minimum(self.minima, means / correction))
+
+    def features(self, decays: Tensor, seen: int) -> Tensor:
+        """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses."""
+        if seen <= 2:
+            return torch.zeros_like(self.means[1:])
+        means, floor = self.means / (1 - decays**seen), self.minima[:-1]
+        return ((means[:-1] - floor) / (means[1:] - floor).clamp_min(1e-8) - 1).clamp(-1, 1)
+
+
+def loss_decays(longest: int, like: Tensor) -> Tensor:
+    """EMA coefficients of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps, ``(10,)``."""
+    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
+    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64)
+    return torch.exp(-1 / half_lives).to(like)
+
+
+def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
+    """``tanh(10 * (t / N - mark))`` for every mark, ``(9,)``; ``t`` counts from 0 and may pass ``N``."""
+    return torch.tanh(10 * (iteration / num_steps - torch.tensor(HORIZON_MARKS, dtype=torch.float64))).to(like)
+
+
+def param_squares(block: Block) -> PartialSum:
+    """Sum of squared parameters in float64."""
+    return PartialSum.of(block.param.double().square(), range(len(block.box.shape)), block.box)
+
+
+def objective(buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext, like: Tensor) -> Tensor:
+    """The 0-d loss that falls when training goes well: plus the L2 penalty, negated where all groups maximise.
+
+    Reads ``param_squares`` from the ``sums`` of buckets whose group has an L2 penalty. Tensors without a gradient are
+    not among the buckets, and not in the penalty.
+    """
+    assert ctx.loss is not None
+    loss = ctx.loss.to(like)
+    if all(bucket.group["maximize"] for bucket in buckets):
+        loss = -loss
+    for bucket, complete in zip(buckets, sums, strict=True):
+        if penalty := l2_penalty(bucket.group):
+            loss = loss + penalty * complete["param_squares"].sum().to(like)
+    return loss
+
+
+def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = None) -> Tensor:
+    """Horizon features, then loss features, ``(18,)``, like ``loss``; enters ``loss`` into ``ctx.memory``.
+
+    The loss features are left there too, for :func:`loss_telemetry`.
+
+    Args:
+        loss: From :func:`objective`.
+        ctx: Of the step.
+        longest: The longest half-life of the loss memory in steps; by default the horizon.
+    """
+    assert ctx.num_steps is not None
+    decays = loss_decays(longest or ctx.num_steps, loss)
+    memory = LossMemory.recall(ctx.memory, loss).observe(loss, decays, ctx.iteration)
+    memory.store_(ctx.memory)
+    features = memory.features(decays, ctx.iteration + 1)
+    ctx.memory["loss_features"] = features
+    return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
+
+
+def loss_telemetry(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss features of the last step by name, that of the fastest average first; nothing before the first step."""
+    return {f"loss_feature_{i}": feature for i, feature in enumerate(memory.get("loss_features", ()))}
+
+
+# -- LSTM ------------------------------------------------------------------------------------------------------------
+
+
+def lstm_shapes(architecture: str, arrays: Mapping[str, Tensor], inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes that the LSTM's arrays must have; its width is read from ``arrays``.
+
+    Raises:
+        ValueError: The initial state is missing or has no axis.
+    """
+    hidden = extent(architecture, arrays, "lstm_init_state/hidden", -1)
+    layers = {
+        "linear": (inputs, hidden),  # dead: the reference computes it and overwrites the result
+        "linear_1": (inputs, hidden),
+        "linear_2": (inputs, hidden),
+        "rnn/linear": (2 * hidden, 4 * hidden),
+        "step_size": (hidden, 1),
+    }
+    return {
+        "lstm_init_state/hidden": (1, hidden),
+        "lstm_init_state/cell": (1, hidden),
+        **{f"rnn_params/{layer}/w": shape for layer, shape in layers.items()},
+        **{f"rnn_params/{layer}/b": shape[1:] for layer, shape in layers.items()},
+    }
+
+
+def linear(inputs: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
+    """``(tensors, inputs)`` through ``rnn_params/<layer>``, ``(tensors, outputs)``."""
+    return torch.addmm(weights[f"rnn_params/{layer}/b"], inputs, weights[f"rnn_params/{layer}/w"])
+
+
+def lstm_step(inputs: Tensor, hidden: Tensor, cell: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of all LSTM rows: the next ``(hidden, cell)``.
+
+    Rows learn of each other through a maximum over all of them, so their order is irrelevant.
+
+    Args:
+        inputs: ``(tensors, inputs)``.
+        hidden: ``(tensors, H)``.
+        cell: ``(tensors, H)``.
+        weights: By the reference's names, see :func:`lstm_shapes`.
+    """
+    common = linear(inputs, weights, "linear_1").relu_().amax(0)
+    mixed = linear(inputs, weights, "linear_2") + common
+    gates = linear(torch.cat([mixed, hidden], dim=1), weights, "rnn/linear")
+    write, candidate, forget, read = gates.chunk(4, dim=1)
+    cell = torch.sigmoid(forget + 1) * cell + torch.sigmoid(write) * torch.tanh(candidate)
+    return torch.sigmoid(read) * torch.tanh(cell), cell
+
+
+def global_lstm_step_(loss: Tensor, ctx: StepContext) -> Tensor:
+    """The Celo family's controller: its new hidden state ``(1, H)``; loss and state are kept in ``ctx.memory``."""
+    hidden, cell = (
+        ctx.memory.get(f"lstm_{part}", ctx.constants[f"lstm_init_state/{part}"]).to(loss) for part in ("hidden", "cell")
+    )
+    hidden, cell = lstm_step(schedule_features_(loss, ctx).unsqueeze(0), hidden, cell, ctx.constants)
+    ctx.memory.update(lstm_hidden=hidden, lstm_cell=cell)
+    return hidden
+
+
+def global_lr_mult(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """The Celo family's learned factor on the step of every parameter, ``(1,)``, positive."""
+    return 0.1 * linear(hidden, weights, "step_size").exp().squeeze(1)

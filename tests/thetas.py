@@ -1,0 +1,82 @@
+"""Small theta for catalogue entries whose own weights are not shipped: random around networks that are known to train.
+
+Every builder's network passes one feature on, normalised momentum, as ``weights.bootstrap()`` does; noise on all
+weights makes every other path count too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info
+from pylo_integrations.rules.control import SCHEDULE_FEATURES
+from pylo_integrations.rules.features import channel_counts
+from pylo_integrations.rules.mixture import MixtureRule
+from pylo_integrations.rules.velo import VeLORule
+
+WIDTH, CONTROLS, NOISE = 6, 3, 0.02
+
+
+def theta_for(name: str) -> Theta:
+    """Theta for a catalogue entry, the same at every call."""
+    architecture = get_optimizer_info(name).cls.architecture
+    arrays = BUILDERS[architecture]()
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: array + NOISE * (array.abs().max().item() or 1) * torch.randn(array.shape, generator=generator)
+        for name, array in sorted(arrays.items())
+    }
+    return Theta.from_arrays(architecture, noisy, provenance="tests/thetas.py; not meta-trained")
+
+
+def create(params: Any, name: str, *args: Any, **options: Any) -> LearnedOptimizer:
+    """As ``create_optimizer``, with a horizon where one is needed and none is given."""
+    horizon = {"num_steps": 1000} if get_optimizer_info(name).needs_horizon else {}
+    return create_optimizer(params, name, *args, **horizon | options)
+
+
+def velo() -> dict[str, Tensor]:
+    return lstm(VeLORule.controller_inputs, CONTROLS, lr_mult=10.0, control=1 / VeLORule.gain) | bank(CONTROLS)
+
+
+def celo() -> dict[str, Tensor]:
+    return lstm(SCHEDULE_FEATURES, 1, lr_mult=math.log(10 / 0.1)) | bank(1)
+
+
+def celo_adam() -> dict[str, Tensor]:
+    return lstm(SCHEDULE_FEATURES, 0, lr_mult=math.log(3 / 0.1))
+
+
+BUILDERS: dict[str, Callable[[], dict[str, Tensor]]] = {"velo": velo, "celo": celo, "celo_adam": celo_adam}
+"""Arrays before noise, by architecture."""
+
+
+def lstm(inputs: int, controls: int, lr_mult: float, control: float = 0.0) -> dict[str, Tensor]:
+    """An LSTM whose heads' biases are ``lr_mult`` and ``control``; no head for 0 ``controls``."""
+    layers = {"linear": inputs, "linear_1": inputs, "linear_2": inputs}
+    arrays = {f"rnn_params/{layer}/w": torch.zeros(count, WIDTH) for layer, count in layers.items()}
+    arrays |= {f"rnn_params/{layer}/b": torch.zeros(WIDTH) for layer in layers}
+    arrays |= {"rnn_params/rnn/linear/w": torch.zeros(2 * WIDTH, 4 * WIDTH)}
+    arrays |= {"rnn_params/rnn/linear/b": torch.zeros(4 * WIDTH)}
+    arrays |= {f"lstm_init_state/{part}": torch.zeros(1, WIDTH) for part in ("hidden", "cell")}
+    heads = {"step_size": (1, lr_mult)} | ({"rnn_to_controls": (controls, control)} if controls else {})
+    for head, (outputs, bias) in heads.items():
+        arrays[f"rnn_params/{head}/w"] = torch.zeros(WIDTH, outputs)
+        arrays[f"rnn_params/{head}/b"] = torch.full((outputs,), bias)
+    return arrays
+
+
+def bank(controls: int) -> dict[str, Tensor]:
+    """MLPs that copy ``momentum_over_rms`` at decay 0.9 to their first output, as ``relu(x) - relu(-x)``."""
+    signs = torch.tensor([1.0, -1.0])
+    arrays = {f"w0__{i}": torch.zeros(count, 4) for i, count in enumerate(channel_counts(MixtureRule.features))}
+    arrays[f"w0__{MixtureRule.features.index('momentum_over_rms')}"][0, :2] = signs
+    arrays |= {"w1": torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])), "w2": torch.zeros(4, 3)}
+    arrays["w2"][:2, 0] = signs
+    arrays |= {"b0": torch.zeros(4), "b1": torch.zeros(4), "b2": torch.zeros(3)}
+    return {f"ff_mod_stack/~/{name}": array.expand(controls, *array.shape).clone() for name, array in arrays.items()}
