@@ -10,8 +10,10 @@ from pylo_integrations.catalog import (
 )
 from pylo_integrations.engine import NonFiniteError
 from pylo_integrations.groups import param_groups
+from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
-from pylo_integrations.optimizers import Celo, CeloAdam, SmallFCLOpt, VeLO
+from pylo_integrations.optimizers import CELO2, ELO, ELOCELO2, Celo, CELO2Base, CeloAdam, MuLO, SmallFCLOpt, VeLO
+from pylo_integrations.sharding.pieces import ShardingError
 from pylo_integrations.weights.theta import Theta
 
 __version__ = "0.1.0"
@@ -19,15 +21,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Celo",
     "CeloAdam",
+    "CELO2",
+    "CELO2Base",
+    "ELO",
+    "ELOCELO2",
     "LearnedOptimizer",
+    "MuLO",
     "NonFiniteError",
     "OptimizerSpec",
+    "ShardingError",
     "SmallFCLOpt",
     "Theta",
     "VeLO",
     "create_optimizer",
     "get_optimizer_info",
     "list_optimizers",
+    "mup_param_groups",
     "param_groups",
     "register_optimizer",
     "unregister_optimizer",

@@ -71,3 +71,18 @@ def count_steps(accelerator: Accelerator, dataloader: Sized, epochs: int = 1) ->
     if accelerator.gradient_state.sync_with_dataloader:
         return math.ceil(len(dataloader) / accumulation) * epochs
     return len(dataloader) * epochs // accumulation
+
+
+def log_telemetry(accelerator: Accelerator, optimizer: Optimizer, step: int | None = None) -> None:
+    """Log what ``optimizer.telemetry()`` tells with the trackers of ``accelerator``; waits for the device.
+
+    Args:
+        accelerator: Of ``accelerator.log``.
+        optimizer: Before or after ``accelerator.prepare``; logs nothing while its telemetry is off.
+        step: Of ``accelerator.log``.
+
+    Raises:
+        TypeError: ``optimizer`` is not a learned optimizer.
+    """
+    if numbers := require_learned(optimizer).telemetry():
+        accelerator.log(numbers, step=step)

@@ -164,7 +164,8 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, AxisOrder]]) ->
     groups = [{"params": params, "axes": axes} for axes, params in by_axes.items()]
     name, _, backend = name.partition(":")
     num_steps = 1_000_000 if get_optimizer_info(name).needs_horizon else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=cast(Backend, backend or "auto"))
+    chosen = cast(Backend, backend or "auto")
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 

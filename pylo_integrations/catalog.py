@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,7 +17,8 @@ from torch.optim.optimizer import ParamsT
 from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.optimizers import Celo, CeloAdam, SmallFCLOpt, VeLO
+from pylo_integrations.optimizers import CELO2, ELO, ELOCELO2, Celo, CELO2Base, CeloAdam, MuLO, SmallFCLOpt, VeLO
+from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 from pylo_integrations.weights.sources import Weights
 
 
@@ -28,17 +30,19 @@ class OptimizerSpec:
         name: Lower snake case.
         cls: Called as ``cls(params, lr=..., **options)``.
         description: One line.
-        lr: Default learning rate.
+        lr: Default learning rate; if not given, that of ``cls``.
         defaults: Options that differ from those of ``cls``.
     """
 
     name: str
     cls: type[LearnedOptimizer]
     description: str
-    lr: float = 1.0
+    lr: float = math.nan  # until __post_init__
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if math.isnan(self.lr):
+            object.__setattr__(self, "lr", self.cls.default_lr)
         object.__setattr__(self, "defaults", MappingProxyType(dict(self.defaults)))
 
     @property
@@ -56,6 +60,17 @@ class OptimizerSpec:
         """Keyword arguments of ``cls``."""
         return tuple(inspect.signature(self.cls).parameters)[1:]
 
+    @property
+    def weight_decay(self) -> float:
+        """Default weight decay."""
+        decay: float = self.defaults.get("weight_decay", self.cls.default_weight_decay)
+        return decay
+
+    def param_groups(self, model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Parameter groups of a model as this optimizer wants them; see :func:`~pylo_integrations.param_groups`."""
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        return param_groups(model, decay, adamw=() if self.cls.adamw_embeddings else None)
+
 
 _CATALOG = {
     spec.name: spec
@@ -66,6 +81,11 @@ _CATALOG = {
         OptimizerSpec("velo", VeLO, "per-parameter MLP mixed by an LSTM for every tensor (Metz et al., 2022)"),
         OptimizerSpec("celo", Celo, "per-parameter MLP under one learned schedule (Moudgil et al., 2025)"),
         OptimizerSpec("celo_adam", CeloAdam, "Adam under one learned schedule (Moudgil et al., 2025)"),
+        OptimizerSpec("mulo", MuLO, "small_fc_lopt in the maximal-update parametrisation (Therien et al., 2024)"),
+        OptimizerSpec("elo", ELO, "small_fc_lopt with fixed decays, scaled by lr alone"),
+        OptimizerSpec("celo2", CELO2, "orthogonalised per-parameter MLP for matrices, Adam for vectors and embeddings"),
+        OptimizerSpec("celo2_base", CELO2Base, "the per-parameter MLP of celo2 for all tensors, not orthogonalised"),
+        OptimizerSpec("elo_celo2", ELOCELO2, "the rule of celo2 for matrices, AdamW for vectors, clipped gradients"),
     )
 }
 
@@ -114,13 +134,14 @@ def create_optimizer(
     model_or_params: nn.Module | ParamsT,
     name: str,
     lr: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     *,
     weights: Weights | None = None,
     backend: Backend = "auto",
     num_steps: int | None = None,
     step_mult: float | None = None,
     max_grad_norm: float | None = None,
+    telemetry: TelemetryMode = False,
     **kwargs: Any,
 ) -> LearnedOptimizer:
     """Create a learned optimizer by name.
@@ -129,23 +150,29 @@ def create_optimizer(
         model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups`; or parameters; or groups.
         name: One of :func:`list_optimizers`.
         lr: Factor on the whole update; by default that of the entry.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; by default that of the entry: 0, but for ``elo_celo2`` 0.1.
         weights: Theta, see :data:`~pylo_integrations.weights.Weights`; by default that of the entry.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         num_steps: The horizon: optimizer steps of the whole run.
         step_mult: Scale of the step, where the optimizer has one; by default theta's.
-        max_grad_norm: Clip the global L2 norm of the gradients to this.
+        max_grad_norm: Clip the global L2 norm of the gradients to this; by default the entry's, which infinity
+            switches off.
+        telemetry: Whether to call :meth:`LearnedOptimizer.enable_telemetry`, and how.
         **kwargs: Further options of the entry's class.
 
     Raises:
         ValueError: Unknown name, or an option out of range.
         TypeError: The entry's class has no such option.
     """
-    spec = get_optimizer_info(name)
+    spec, per_parameter = get_optimizer_info(name), is_per_parameter(telemetry)
     given = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    options = {**spec.defaults, **options, "backend": backend, "weight_decay": weight_decay, **kwargs}
+    decay = spec.weight_decay if weight_decay is None else weight_decay
+    options = {**spec.defaults, **options, "backend": backend, "weight_decay": decay, **kwargs}
     if unknown := sorted(set(options) - set(spec.options)):
         raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")
-    params = param_groups(model_or_params, weight_decay) if isinstance(model_or_params, nn.Module) else model_or_params
-    return spec.cls(params, lr=spec.lr if lr is None else lr, **options)
+    params = spec.param_groups(model_or_params, decay) if isinstance(model_or_params, nn.Module) else model_or_params
+    optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)
+    if telemetry:
+        optimizer.enable_telemetry(per_parameter)
+    return optimizer

@@ -1,13 +1,15 @@
-"""``pylo``: what there is, whether it works here, recipes and benchmarks."""
+"""``pylo``: what there is, whether it works here, recipes, pictures and benchmarks."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +19,13 @@ import torch
 from packaging.requirements import Requirement
 
 import pylo_integrations
-from pylo_integrations import bench
+from pylo_integrations import bench, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import native_report
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.weights import builtin_names, load_theta
+from pylo_integrations.weights import Theta, builtin_names, load_theta
+from pylo_integrations.weights.convert import OPTIMIZERS, convert
+from pylo_integrations.weights.hub import PUBLISHED
 
 DISTRIBUTION = "pylo-integrations"
 USER_EXTRAS = ("hf", "lightning", "accelerate", "recipes")
@@ -52,6 +56,20 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("spec", type=_spec, metavar="NAME")
     command.set_defaults(run=_info)
 
+    group = commands.add_parser("weights", help="theta: what is published, what a file holds, other people's files")
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("list", help="theta that their authors published")
+    action.set_defaults(run=_weights_list)
+    action = actions.add_parser("info", help="all about one theta")
+    action.add_argument("weights", metavar="FILE", help="a file, builtin:<name> or hub:<owner>/<repo>[@revision]")
+    action.set_defaults(run=_weights_info, parser=action)
+    action = actions.add_parser("convert", help="make a theta of files in a published layout")
+    action.add_argument("sources", nargs="+", metavar="SRC", help="a file, a folder or hub:<owner>/<repo>[@revision]")
+    action.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
+    action.add_argument("--architecture", choices=OPTIMIZERS, help="where the arrays do not tell")
+    action.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    action.set_defaults(run=_weights_convert, parser=action)
+
     command = commands.add_parser("doctor", help="versions, backends, weights, devices: does it work here?")
     command.set_defaults(run=_doctor)
 
@@ -59,6 +77,11 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("name", choices=sorted(_recipes()), help="followed by the recipe's own options")
     command.add_argument("options", nargs=argparse.REMAINDER, help="passed to the recipe, e.g. --help")
     command.set_defaults(run=_recipe, parser=command)
+
+    command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
+    command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
+    command.add_argument("--output", type=Path, help="picture to write; by default plot.png in the folder")
+    command.set_defaults(run=_plot, parser=command)
 
     command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
     bench.add_arguments(command)
@@ -89,7 +112,9 @@ def _info(args: argparse.Namespace) -> int:
     spec: OptimizerSpec = args.spec
     needs = [need for need, needed in (("the loss", spec.needs_loss), ("num_steps", spec.needs_horizon)) if needed]
     parameters = inspect.signature(spec.cls).parameters
-    defaults = {name: parameters[name].default for name in spec.options} | {"lr": spec.lr, **spec.defaults}
+    defaults = {name: parameters[name].default for name in spec.options}
+    defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
+    defaults |= spec.defaults
     _print_table(
         [
             ("name", spec.name),
@@ -107,7 +132,7 @@ def _info(args: argparse.Namespace) -> int:
 def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
     try:
         theta = _on_one_parameter(spec)[1].theta
-    except _NotDownloaded as absent:
+    except (_NotDownloaded, FileNotFoundError) as absent:
         return [("weights", str(absent))]
     if theta is None:
         return [("weights", "none")]
@@ -140,6 +165,70 @@ def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:{width}}  {text}".rstrip())
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _weights_list(args: argparse.Namespace) -> int:
+    rows = []
+    for entry in PUBLISHED:
+        repositories = " + ".join(f"hub:{part.name}" for part in entry.repositories)
+        use = f"for {entry.optimizer}" if entry.optimizer else "no rule here"
+        rows.append((entry.name, f"{entry.description}; {use}"))
+        rows.append(("", f"  {repositories} ({entry.repositories[0].filename})"))
+    _print_table(rows)
+    return 0
+
+
+def _weights_info(args: argparse.Namespace) -> int:
+    theta = _made(args, lambda: load_theta(args.weights, ""))
+    _print_table(
+        [
+            ("name", theta.name or "none"),
+            ("architecture", theta.architecture),
+            ("sha256", theta.sha256),
+            ("from", theta.provenance or "unknown"),
+            ("licence", theta.licence or "unknown"),
+            ("training", json.dumps(dict(theta.training), sort_keys=True) if theta.training else "no record"),
+            ("constants", ""),
+            *((f"  {name}", repr(value)) for name, value in sorted(theta.hyper.items())),
+            ("arrays", f"{sum(array.numel() for array in theta.arrays.values())} numbers"),
+            *((f"  {name}", " x ".join(map(str, array.shape))) for name, array in theta.arrays.items()),
+        ]
+    )
+    return 0
+
+
+def _weights_convert(args: argparse.Namespace) -> int:
+    sources, destination = args.sources, args.destination
+    if destination.suffix != ".safetensors":
+        args.parser.error(f"DST must end in .safetensors, not {str(destination)!r}")
+    if destination.exists() and not args.overwrite:
+        args.parser.error(f"{destination} exists; give --overwrite to replace it")
+    if from_hub := any(source.startswith("hub:") for source in sources):
+        if len(sources) > 1 or args.architecture:
+            args.parser.error("a theta from the hub is one SRC, without --architecture")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        theta = _made(
+            args,
+            lambda: load_theta(sources[0], "") if from_hub else convert(*sources, architecture=args.architecture),
+        )
+    for warning in caught:
+        print(f"{args.parser.prog}: {warning.message}", file=sys.stderr)
+    theta.save(destination, overwrite=args.overwrite)
+    print(f"{destination}: {theta!r} for {theta.architecture}")
+    return 0
+
+
+def _made(args: argparse.Namespace, make: Callable[[], Theta]) -> Theta:
+    """The theta that ``make`` returns; what it raises about the user's files is misuse, in one line."""
+    parser: argparse.ArgumentParser = args.parser
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------
@@ -199,8 +288,8 @@ def _optimizers() -> Iterator[_Finding]:
             before = param.detach().clone()
             optimizer.step(loss=1.0)
             moved = bool(param.isfinite().all()) and not torch.equal(param, before)
-        except _NotDownloaded as absent:
-            yield _Finding(name, f"not tried: its weights are {absent}")
+        except (_NotDownloaded, FileNotFoundError) as absent:
+            yield _Finding(name, f"not tried, for want of weights: {absent}")
         except Exception as error:  # whatever it is, a report of it is what doctor is for
             yield _Finding(name, f"{type(error).__name__}: {error}", broken=True)
         else:
@@ -282,6 +371,19 @@ def _recipe(args: argparse.Namespace) -> Any:
         return subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
     except KeyboardInterrupt:
         return 130
+
+
+# -- plot ----------------------------------------------------------------------------------------------------------
+
+
+def _plot(args: argparse.Namespace) -> int:
+    output = args.output or (args.path if args.path.is_dir() else args.path.parent) / "plot.png"
+    try:
+        plot.plot(args.path, output)
+    except (plot.PlotError, OSError) as error:
+        args.parser.error(str(error))
+    print(f"written to {output}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -26,13 +26,16 @@ def check_decay_policy(policy: str) -> None:
         raise ValueError(f"weight_decay_policy={policy!r} is unknown; choose one of {list(get_args(DecayPolicy))}")
 
 
-def keep_and_scale(group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
-    """``(keep, scale)`` of a parameter group: the new parameter is ``keep * p - scale * step``."""
-    lr, decay, policy = group["lr"], group["weight_decay"], group["weight_decay_policy"]
+def keep_and_scale(group: Mapping[str, Any], lr_mult: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
+    """``(keep, scale)`` of a parameter group: the new parameter is ``keep * p - scale * step``.
+
+    ``lr_mult`` is a rule's factor on the learning rate.
+    """
+    lr, decay, policy = group["lr"] * lr_mult, group["weight_decay"], group["weight_decay_policy"]
     if policy == "l2":
         return 1.0, lr
     if policy.endswith("_independent"):
-        base_lr = group["base_lr"]
+        base_lr = group["base_lr"] * lr_mult
         shrink = decay * (lr / base_lr) if base_lr else 0.0
     else:
         shrink = decay * lr

@@ -3,7 +3,8 @@
 =========  ======================================================================================
 plan       tensors with a gradient, bucketed by rule, layout, dtype, device and group; cached
 collect    read-only partial sums of every block
---round--  sums completed over all tensors at once; non-finite policy decided; nothing changed yet
+--round--  sums completed over all tensors and ranks at once, and with them what ranks must agree on: non-finite
+           values, loss, gradient norm, which tensors are stepped; nothing changed yet
 prepare_   factored state of every bucket
 control    whole-model decisions of each rule
 describe_  parameter-shaped state of every block; sums of squared features
@@ -17,8 +18,9 @@ apply      ``p <- keep * p - scale * step``
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -31,8 +33,11 @@ from pylo_integrations.ops.select import Backend, check_backend, select_native
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
+from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.rounds import sum_over_ranks_
+from pylo_integrations.sharding.pieces import FlatSlice, is_sharded, local_gradient, locate
+from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
+from pylo_integrations.telemetry import StepRecord, Telemetry
 
 NonFinitePolicy = Literal["error", "skip", "zero"]
 """What a step does about non-finite gradients, or a non-finite loss that the rule needs.
@@ -51,15 +56,61 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class _Plan:
-    key: tuple[Any, ...]
-    buckets: list[Bucket]  # hold every parameter, state and group, so that no id in the key can be reused
-    rules: list[Rule]
-    blocks: list[list[Block]]
-    native: dict[tuple[int, ...], NativeStages]  # by the buckets that it steps
+    key: tuple[Any, ...] = ()
+    buckets: list[Bucket] = field(default_factory=list)  # hold what the key refers to, so that no id can be reused
+    rules: list[Rule] = field(default_factory=list)
+    blocks: list[list[Block]] = field(default_factory=list)
+    native: dict[tuple[int, ...], NativeStages] = field(default_factory=dict)  # by the buckets that it steps
+    candidates: list[tuple[Mapping[str, Any], Tensor]] = field(default_factory=list)
+    sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
+
+    @property
+    def device(self) -> torch.device:
+        return self.candidates[0][1].device
 
     @cached_property
     def natively(self) -> frozenset[int]:
         return frozenset(itertools.chain(*self.native))
+
+
+@dataclass
+class _Verdict:
+    norm: float
+    grads_finite: bool
+    loss_finite: bool
+    present: tuple[bool, ...]
+
+
+@dataclass
+class _Facts:
+    """What ranks must agree on before state may change; each rank's share, until a round completes it.
+
+    Attributes:
+        squares: Sum of all squared gradients, 0-d. Not finite if a gradient is not, or if it is so large that its
+            square overflows: either would poison the state.
+        loss: Mean over the ranks, 0-d; None if the rule does not use it.
+        present: Per sharded tensor, on how many ranks it has a gradient.
+    """
+
+    squares: Tensor
+    loss: Tensor | None
+    present: Tensor
+
+    def shares(self, ranks: Ranks) -> list[tuple[Tensor, int]]:
+        loss = [] if self.loss is None else [(self.loss, ranks.size)]
+        return [(self.squares, 1), *loss, (self.present, 1)]
+
+    def read(self) -> _Verdict:
+        """The one read of the device in a step."""
+        loss = self.squares.new_zeros(()) if self.loss is None else self.loss
+        squares, loss_value, *present = torch.cat([torch.stack([self.squares, loss]), self.present]).tolist()
+        finite = math.isfinite(squares)
+        return _Verdict(
+            math.sqrt(squares) if finite else squares,
+            finite,
+            math.isfinite(loss_value),
+            tuple(count > 0 for count in present),
+        )
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -68,20 +119,32 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 class Engine:
-    """Runs a rule's stages; holds nothing but caches.
+    """Runs a rule's stages; holds nothing but caches, and what watches it.
 
     Args:
         rule: The mathematics.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
+        ranks: The processes that train together.
+        flat_slices: What is known about FSDP1's 1-D slices; may be filled later.
+
+    Attributes:
+        telemetry: Gets a record of every step that is taken; None for no such work.
     """
 
-    def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int) -> None:
+    def __init__(
+        self, rule: Rule, backend: Backend, chunk_bytes: int, ranks: Ranks, flat_slices: Mapping[Tensor, FlatSlice]
+    ) -> None:
+        self.telemetry: Telemetry | None = None
         check_backend(backend)
         self._rule = rule
         self._backend: Backend = backend
         self._chunk_bytes = chunk_bytes
-        self._plan = _Plan((), [], [], [], {})
+        self._ranks = ranks
+        self._flat_slices = flat_slices
+        self._plan = _Plan()
+        self._present: tuple[bool, ...] = ()  # which sharded tensors had a gradient on some rank in the last step
+        self._assembly: Assembly | None = None
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
     def step(
@@ -93,90 +156,116 @@ class Engine:
         on_nonfinite: NonFinitePolicy,
         max_grad_norm: float | None,
     ) -> bool:
-        """Take one step; returns False if non-finite values made it change nothing.
+        """Take one step, all ranks together; returns False if non-finite values made it change nothing.
 
         A step reads the device once: the verdict on non-finite values.
 
         Raises:
             NonFiniteError: See :data:`NonFinitePolicy`.
+            ShardingError: A parameter is distributed in an unsupported way.
         """
         plan = self._planned(groups, state)
+        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory)
+        # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
+        # find that they collected under wrong assumptions, they do it again.
+        while plan.buckets or self._exchanges(plan, loss):
+            facts = self._measure(plan, context, loss)
+            collected = self._collect(plan, context, facts) if self._exchanges(plan, loss) else None
+            verdict = facts.read()
+            if verdict.present != self._present:
+                self._present = verdict.present
+                plan = self._planned(groups, state)
+            elif (verdict.grads_finite and verdict.loss_finite) or context.zero_nonfinite:
+                break
+            else:
+                progress.nonfinite_steps += 1
+                if on_nonfinite == "error":
+                    culprit = "loss" if verdict.grads_finite else "gradient"
+                    raise NonFiniteError(
+                        f"the {culprit} of step {progress.iteration} is not finite; nothing was changed. "
+                        'Pass on_nonfinite="skip" to skip such steps, or "zero" to read the bad elements as zero'
+                    )
+                if on_nonfinite == "skip" or not verdict.loss_finite:
+                    return False
+                context.zero_nonfinite = True
         if not plan.buckets:
             return True
-        norm = self._grad_norm(plan)
-        finite = self._are_finite(norm, loss)
-        if not all(finite):
-            progress.nonfinite_steps += 1
-            if on_nonfinite == "error":
-                culprit = "loss" if finite[0] else "gradient"
-                raise NonFiniteError(
-                    f"the {culprit} of step {progress.iteration} is not finite; nothing was changed. "
-                    'Pass on_nonfinite="skip" to skip such steps, or "zero" to read the bad elements as zero'
-                )
-            if on_nonfinite == "skip" or not finite[1]:
-                return False
-        context = StepContext(
-            progress.iteration, progress.num_steps, loss, zero_nonfinite=not finite[0], memory=progress.memory
-        )
-        if max_grad_norm is not None:
-            norm = norm if finite[0] else self._grad_norm(plan, context)
-            context.grad_scale = max_grad_norm / norm.clamp_min(max_grad_norm)
-        self._run(plan, context)
+        if loss is not None and facts.loss is not None:
+            context.loss = facts.loss.to(loss)
+        if max_grad_norm is not None and verdict.norm > max_grad_norm:
+            context.grad_scale = max_grad_norm / facts.squares.sqrt()
+            collected = collected and self._rescaled(plan, collected, context)
+        self._run(plan, collected or self._collect(plan, context), context)
         progress.iteration += 1
         return True
 
+    def _exchanges(self, plan: _Plan, loss: Tensor | None) -> bool:
+        """Whether ranks talk in this step. Replicas that see no loss stay equal without."""
+        return self._ranks.size > 1 and bool(plan.candidates) and (bool(plan.sharded) or loss is not None)
+
     def _planned(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> _Plan:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
-        stepped = [(group, p) for group in groups for p in group["params"] if p.grad is not None and p.numel()]
-        key = tuple((id(g), g["axes"], id(p), p.dtype, p.device, p.shape, id(state[p])) for g, p in stepped)
+        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        tensors = (
+            (id(g), g["axes"], g["rule"], id(p), p.dtype, p.device, p.shape, p.grad is None, id(state.get(p)))
+            for g, p in candidates
+        )
+        key = (self._ranks.size, self._present, *tensors)
         if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
-            self._plan = self._build(key, stepped, state)
+            self._plan = self._build(key, candidates, state)
         for bucket in self._plan.buckets:
-            bucket.grads = [cast(Tensor, p.grad) for p in bucket.params]
+            bucket.grads = [local_gradient(p) for p in bucket.params]
         return self._plan
 
     def _build(
         self,
         key: tuple[Any, ...],
-        stepped: Sequence[tuple[Mapping[str, Any], Tensor]],
+        candidates: list[tuple[Mapping[str, Any], Tensor]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
+        located = [
+            (group, param, *locate(param, self._flat_slices, self._ranks.size))
+            for group, param in candidates
+            if param.grad is not None or is_sharded(param)
+        ]
+        sharded = [param for _, param, _, held in located if held.parts > 1]
+        if len(self._present) != len(sharded):
+            self._present = (True,) * len(sharded)
+            key = (key[0], self._present, *key[2:])
+        # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
+        absent = {param for param, present in zip(sharded, self._present, strict=True) if not present}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
-        for group, param in stepped:
-            layout = TensorLayout.of(param, group["axes"])
+        for group, param, shape, held in located:
+            layout = TensorLayout.whole(shape, group["axes"])
+            if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
+                continue
             rule = self._rule.member(layout, group)
             _, bucket = members.setdefault(
-                (id(group), rule, layout, param.dtype, param.device),
-                (rule, Bucket(layout, [], [], group, state_dtype(param))),
+                (id(group), rule, layout, held.parts, param.dtype, param.device),
+                (rule, Bucket(layout, [], [], group, state_dtype(param), held.parts)),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])
+            bucket.held.append(held)
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets))
+        return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets), candidates, sharded)
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
         return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
 
-    def _grad_norm(self, plan: _Plan, context: StepContext | None = None) -> Tensor:
-        """0-d L2 norm of all gradients, those that ``context`` reads as zero left out.
-
-        Not finite if a gradient is not, or if it is so large that its square overflows: either would poison the state.
-        """
-        device = plan.buckets[0].device
-        norms: list[Tensor] = []
+    def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None) -> _Facts:
+        dtype = max((bucket.dtype for bucket in plan.buckets), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        squares = torch.zeros((), dtype=dtype, device=plan.device)
         for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
-            grads = bucket.grads if context is None else [clean_gradient(block, context) for block in blocks]
-            norms += (norm.to(device) for norm in torch._foreach_norm(list(grads), 2, dtype=bucket.dtype))
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
-
-    @staticmethod
-    def _are_finite(norm: Tensor, loss: Tensor | None) -> tuple[bool, bool]:
-        """Whether gradients and loss are finite, in one read of the device."""
-        verdict = torch.isfinite(norm if loss is None else torch.stack([norm, loss.to(norm)])).reshape(-1).tolist()
-        return verdict[0], verdict[-1] or loss is None
+            # In the round, tensors that several ranks hold must count once.
+            copies = self._ranks.size // bucket.parts if self._exchanges(plan, loss) else 1
+            grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
+            norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype=bucket.dtype))
+            squares += (norms.square().sum() / copies).to(squares)
+        present = torch.tensor([param.grad is not None for param in plan.sharded])
+        return _Facts(squares, None if loss is None else loss.to(squares, copy=True), present.to(squares))
 
     def _constants_for(self, rule: Rule, bucket: Bucket) -> Mapping[str, Tensor]:
         key = (rule, bucket.device, bucket.dtype)
@@ -184,17 +273,41 @@ class Engine:
             self._constants[key] = rule.constants(bucket.device, bucket.dtype)
         return self._constants[key]
 
-    def _run(self, plan: _Plan, context: StepContext) -> None:
-        rules, buckets = plan.rules, plan.buckets
-        contexts = [
+    def _contexts(self, plan: _Plan, context: StepContext) -> list[StepContext]:
+        """The context with the constants of each bucket's rule."""
+        return [
             replace(context, constants=self._constants_for(rule, bucket))
-            for rule, bucket in zip(rules, buckets, strict=True)
+            for rule, bucket in zip(plan.rules, plan.buckets, strict=True)
         ]
-        collected = self._round(
-            plan, lambda i, block: rules[i].collect(block, contexts[i]), lambda native: native.collect(context)
+
+    def _collect(self, plan: _Plan, context: StepContext, facts: _Facts | None = None) -> list[Sums]:
+        contexts = self._contexts(plan, context)
+        return self._round(
+            plan,
+            lambda i, block: plan.rules[i].collect(block, contexts[i]),
+            lambda native: native.collect(context),
+            facts,
         )
+
+    def _rescaled(self, plan: _Plan, collected: list[Sums], context: StepContext) -> list[Sums] | None:
+        """Sums that were collected before the gradients' scale was known; None if they cannot be scaled."""
+        powers = [
+            None if bucket.group["weight_decay_policy"] == "l2" else rule.gradient_power
+            for rule, bucket in zip(plan.rules, plan.buckets, strict=True)
+        ]
+        scale = context.grad_scale
+        if scale is None or None in powers:
+            return None
+        return [
+            {name: total * (scale**power).to(total) for name, total in sums.items()}
+            for sums, power in zip(collected, cast(list[int], powers), strict=True)
+        ]
+
+    def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
+        rules, buckets = plan.rules, plan.buckets
+        contexts = self._contexts(plan, context)
         for indices, native in plan.native.items():
-            native.prepare_([collected[i] for i in indices])
+            native.prepare_([collected[i] for i in indices], context)
         prepared = [
             {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
             for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True))
@@ -203,18 +316,37 @@ class Engine:
         described = self._round(
             plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]), NativeStages.describe
         )
-        numbers = [keep_and_scale(bucket.group) for bucket in buckets]
+
+        def propose(i: int, block: Block) -> Tensor:
+            return rules[i].propose(block, prepared[i], described[i], controls[i], contexts[i])
+
+        finished = self._finish_sharded(plan, propose, contexts)
+        record = None if self.telemetry is None else StepRecord(buckets)
+        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
         for indices, native in plan.native.items():
+            before = [] if record is None else [[p.clone() for p in buckets[i].params] for i in indices]
             native.apply_([controls[i] for i in indices], contexts[indices[0]].constants, [numbers[i] for i in indices])
+            if record is not None:
+                for i, params in zip(indices, before, strict=True):
+                    record.add_applied(i, params, plan.blocks[i], numbers[i][0], contexts[i])
         for i, rule in enumerate(rules):
             if i in plan.natively:
                 continue
             keep, scale = numbers[i]
             for blocks in by_tensors(plan.blocks[i]):
-                proposed = (rule.propose(b, prepared[i], described[i], controls[i], contexts[i]) for b in blocks)
-                steps = self._finished(rule, blocks, proposed, contexts[i]) if rule.finishes else proposed
+                if i in finished:
+                    steps: Iterable[Tensor] = [next(finished[i]) for _ in blocks]
+                elif rule.finishes:
+                    steps = self._finished(rule, blocks, (propose(i, block) for block in blocks), contexts[i])
+                else:
+                    steps = (propose(i, block) for block in blocks)
                 for block, step in zip(blocks, steps, strict=True):
+                    if record is not None:
+                        record.add(i, block, step * scale, contexts[i])
                     block.store_param_(block.param * keep - step * scale)
+        if self.telemetry is not None and record is not None:
+            record.complete_(controls, self._ranks)
+            self.telemetry.last = record
 
     @staticmethod
     def _control(plan: _Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:
@@ -232,18 +364,45 @@ class Engine:
     @staticmethod
     def _finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:
         """The steps of one or more whole tensors, cut into ``blocks``, as the rule finishes them."""
-        layout = blocks[0].layout
-        whole = torch.cat([step.flatten(2) for step in steps], dim=2)  # boxes come in the order of their elements
-        whole = rule.finish(whole.view(*whole.shape[:2], *layout.shape), layout, ctx)
-        return [whole[(slice(None), slice(None), *block.box.slices(layout.local.start))] for block in blocks]
+        layout, bucket = blocks[0].layout, blocks[0].bucket
+        origin = (0,) * len(layout.shape)
+        pieces = [(slice(None), slice(None), *block.box.slices(origin)) for block in blocks]
+        whole = torch.empty(len(blocks[0]), 1, *layout.shape, dtype=bucket.dtype, device=bucket.device)
+        for piece, step in zip(pieces, steps, strict=True):
+            whole[piece] = step
+        whole = rule.finish(whole, layout, ctx)
+        return [whole[piece] for piece in pieces]
 
-    @staticmethod
+    def _finish_sharded(
+        self, plan: _Plan, propose: Callable[[int, Block], Tensor], contexts: Sequence[StepContext]
+    ) -> dict[int, Iterator[Tensor]]:
+        """Finished steps of every block, by bucket, where rules finish tensors that no rank has the whole of.
+
+        Every such tensor has an owner among the ranks, which gets its proposed step, finishes it, and returns it.
+        """
+        mine = [i for i, rule in enumerate(plan.rules) if rule.finishes and plan.buckets[i].parts > 1]
+        if not mine:
+            return {}
+        buckets = [plan.buckets[i] for i in mine]
+        if self._assembly is None or not self._assembly.fits(buckets):
+            self._assembly = Assembly(buckets, self._ranks)
+        proposed = [[propose(i, block) for block in plan.blocks[i]] for i in mine]
+        wholes = self._assembly.gather([plan.blocks[i] for i in mine], proposed)
+        finished = [
+            plan.rules[i].finish(whole, bucket.layout, contexts[i]) if len(whole) else whole
+            for i, bucket, whole in zip(mine, buckets, wholes, strict=True)
+        ]
+        returned = self._assembly.scatter([plan.blocks[i] for i in mine], finished)
+        return {i: iter(steps) for i, steps in zip(mine, returned, strict=True)}
+
     def _round(
+        self,
         plan: _Plan,
         stage: Callable[[int, Block], Mapping[str, PartialSum]],
         native_stage: Callable[[NativeStages], Sequence[Sums]],
+        facts: _Facts | None = None,
     ) -> list[Sums]:
-        """Run a stage over every block, or natively, and complete its sums, for all buckets together."""
+        """Run a stage over every block, or natively, and complete its sums, and ``facts``, for all buckets together."""
         sums: list[Sums] = [{}] * len(plan.buckets)
         for indices, native in plan.native.items():
             for i, mine in zip(indices, native_stage(native), strict=True):
@@ -254,5 +413,10 @@ class Engine:
                 for block in blocks:
                     accumulator.add_(block, stage(i, block))
                 sums[i] = accumulator.sums
-        sum_over_ranks_(total for mine in sums for total in mine.values())
+        shares = [] if facts is None else facts.shares(self._ranks)
+        for bucket, mine in zip(plan.buckets, sums, strict=True):
+            if bucket.parts > 1:
+                copies = self._ranks.size // bucket.parts
+                shares += [(total, copies) for total in mine.values()]
+        sum_over_ranks_(shares, self._ranks)
         return sums

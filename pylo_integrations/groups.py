@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
 
 from torch import nn
 
+from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+Choose: TypeAlias = Callable[[str, nn.Parameter, nn.Module], bool]
+"""Whether a parameter is chosen, from its full name, itself and a module that owns it."""
+
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.0, *, no_decay: Collection[str] = ()
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    *,
+    no_decay: Collection[str] = (),
+    adamw: Collection[str] | Choose | None = None,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for a learned optimizer.
 
@@ -27,6 +35,9 @@ def param_groups(
         model: Parameters it shares between modules appear once; being an embedding anywhere counts.
         weight_decay: Of the groups that decay.
         no_decay: Full names of parameters, or their last components, to exempt as well.
+        adamw: For optimizers that leave some tensors to AdamW, such as ``celo2``, which tensors from rank 2 on those
+            are (vectors always are): embeddings and the names given, as in ``no_decay``; or exactly what a function of
+            ``(name, parameter, owning module)`` chooses. By default none.
 
     Returns:
         Groups of ``(name, parameter)`` pairs, without empty ones.
@@ -35,12 +46,13 @@ def param_groups(
         ValueError: Nothing is trainable.
     """
     exempt = {*no_decay, *getattr(model, "no_weight_decay", set)()}
+    to_adamw = _chooser(adamw)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(param, []).append((module, name))
 
-    groups: dict[tuple[bool, AxisOrder], dict[str, Any]] = {}
+    groups: dict[tuple[bool, AxisOrder, RuleChoice], dict[str, Any]] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
@@ -48,17 +60,31 @@ def param_groups(
         decays = not (
             param.dim() < 2
             or any(isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ for module in modules)
-            or name in exempt
-            or name.rsplit(".", 1)[-1] in exempt
+            or _is_named(name, exempt)
         )
         axes: AxisOrder = "in_out" if any(_stores_in_out(module, param) for module in modules) else "out_in"
+        rule: RuleChoice = "adamw" if any(to_adamw(name, param, module) for module in modules) else "learned"
         group = groups.setdefault(
-            (decays, axes), {"params": [], "weight_decay": weight_decay if decays else 0.0, "axes": axes}
+            (decays, axes, rule),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "axes": axes, "rule": rule},
         )
         group["params"].append((name, param))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
     return list(groups.values())
+
+
+def _is_named(name: str, names: Collection[str]) -> bool:
+    return name in names or name.rsplit(".", 1)[-1] in names
+
+
+def _chooser(adamw: Collection[str] | Choose | None) -> Choose:
+    if callable(adamw):
+        return adamw
+    if adamw is None:
+        return lambda name, param, module: False
+    names = {*adamw}
+    return lambda name, param, module: isinstance(module, _EMBEDDINGS) or _is_named(name, names)
 
 
 def _stores_in_out(module: nn.Module, param: nn.Parameter) -> bool:

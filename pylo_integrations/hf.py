@@ -41,8 +41,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
-from pylo_integrations.groups import param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.telemetry import TelemetryMode
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def parse_optim_args(spec: OptimizerSpec, optim_args: str | None) -> dict[str, A
     """Read ``"option=value,option=value"`` as keyword arguments of an optimizer, typed by its constructor.
 
     Args:
-        spec: The catalogue entry whose class has the options.
+        spec: The catalogue entry whose class has the options. ``telemetry`` is one of every entry, see
+            :func:`~pylo_integrations.create_optimizer`.
         optim_args: As in ``TrainingArguments.optim_args``. Values cannot contain ``,`` or ``=``; numbers, ``true`` and
             ``false``, ``None`` and the choices of a ``Literal`` are recognised where the annotation has them.
 
@@ -70,8 +71,8 @@ def parse_optim_args(spec: OptimizerSpec, optim_args: str | None) -> dict[str, A
     """
     if not optim_args or not optim_args.strip():
         return {}
-    hints = typing.get_type_hints(spec.cls.__init__)
-    available = sorted(set(spec.options) - set(_FIELD_OF))
+    hints = {**typing.get_type_hints(spec.cls.__init__), "telemetry": TelemetryMode}
+    available = sorted({*spec.options, "telemetry"} - set(_FIELD_OF))
     options: dict[str, Any] = {}
     for item in optim_args.split(","):
         key, equals, text = (part.strip() for part in item.partition("="))
@@ -156,22 +157,24 @@ class _FromGroups(Optimizer):
     def __new__(
         cls, groups: Iterable[dict[str, Any]], *, name: str, owner: nn.Module, lr: float, options: dict[str, Any]
     ) -> Any:
-        optimizer = create_optimizer(_split_by_axes(groups, owner), name, lr, **options)
+        optimizer = create_optimizer(
+            _split_as_wanted(groups, get_optimizer_info(name).param_groups(owner)), name, lr, **options
+        )
         if "num_steps" not in options:
             _horizon_is_ours.add(optimizer)
         return optimizer
 
 
-def _split_by_axes(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """The Trainer's groups, divided by the order in which weights are stored, with names."""
-    known = {param: (name, group["axes"]) for group in param_groups(model) for name, param in group["params"]}
+def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Trainer's groups, divided by how weights are stored and which rule steps them in ``wanted``, with names."""
+    known = {param: (name, (group["axes"], group["rule"])) for group in wanted for name, param in group["params"]}
     divided = []
     for group in groups:
-        members: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        members: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
         for param in group["params"]:
-            name, axes = known[param]
-            members.setdefault(axes, []).append((name, param))
-        divided += [{**group, "params": params, "axes": axes} for axes, params in members.items()]
+            name, kind = known[param]
+            members.setdefault(kind, []).append((name, param))
+        divided += [{**group, "params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
     return divided
 
 
@@ -209,7 +212,7 @@ _tapped: WeakSet[LearnedOptimizer] = WeakSet()
 
 
 class _RunCallback(transformers.TrainerCallback):
-    """Tells a learned optimizer, if there is one, how long the run is and when a step begins."""
+    """Tells a learned optimizer, if there is one, how long the run is and when a step begins; logs its telemetry."""
 
     def on_train_begin(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         learned = unwrap_optimizer(kwargs["optimizer"])
@@ -233,6 +236,14 @@ class _RunCallback(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
             learned.clear_observed_loss()  # of a step that the GradScaler skipped
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or kwargs["optimizer"] is None:
+            return  # of an evaluation, or the summary of a run
+        if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
+            numbers = learned.telemetry()
+            logs.update(numbers)  # the callbacks after this one report it
+            state.log_history[-1].update(numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
@@ -281,6 +292,8 @@ class LearnedOptimizerMixin(_TrainerBase):
             parse_optim_args(self._learned, self.args.optim_args)  # complain now, not after the data was prepared
         if not any(isinstance(callback, _RunCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(_RunCallback)
+            callbacks: list[Any] = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())  # before those that report the logs it adds to
 
     def _take_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with ``optimizers`` in a form that the trainer class knows."""

@@ -25,6 +25,7 @@ from pylo_integrations.attach import Attachment, observe_before_backward, requir
 from pylo_integrations.attach import attach as attach_to_backward
 from pylo_integrations.catalog import create_optimizer
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 
 Schedule: TypeAlias = Literal["cosine", "linear"] | Callable[[Optimizer, int], LRScheduler]
 """A decay to zero over the run, or a function of the optimizer and its number of steps that builds a scheduler."""
@@ -37,7 +38,7 @@ def configure_optimizers(
     module: LightningModule,
     name: str,
     lr: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     *,
     scheduler: Schedule | None = None,
     num_steps: int | None = None,
@@ -49,7 +50,7 @@ def configure_optimizers(
         module: Its parameters are grouped by :func:`~pylo_integrations.param_groups`.
         name: One of :func:`~pylo_integrations.list_optimizers`.
         lr: Factor on the whole update; by default that of the catalogue entry.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; by default that of the catalogue entry.
         scheduler: See :data:`Schedule`; stepped after every optimizer step. By default the learning rate is constant.
         num_steps: The horizon; by default Lightning's ``trainer.estimated_stepping_batches``, which takes manual
             optimization to step once per batch.
@@ -109,7 +110,7 @@ class LearnedOptimizerMixin(LightningModule):
             self,
             hparams["optimizer"],
             hparams.get("lr"),
-            hparams.get("weight_decay", 0.0),
+            hparams.get("weight_decay"),
             scheduler=hparams.get("scheduler"),
             num_steps=hparams.get("num_steps"),
             **(hparams.get("optimizer_options") or {}),
@@ -122,12 +123,26 @@ class LearnedOptimizerCallback(Callback):
     The loss is what went into ``backward``, before AMP scaling, summed over the micro-batches of a step. The horizon is
     ``trainer.estimated_stepping_batches``, unless the optimizer was given one.
 
+    It also logs the optimizer's telemetry, if that is on, at the steps at which Lightning logs
+    (``Trainer(log_every_n_steps=...)``).
+
     With several optimizers (always manual optimization) it does nothing: which of them a loss belongs to, only the
     training step knows. Give ``num_steps`` to each optimizer and the loss to each step: ``optimizer.step(loss=loss)``.
+
+    Args:
+        telemetry: Switch the optimizer's telemetry on when training starts. False leaves it as it is.
+
+    Raises:
+        ValueError: Unknown ``telemetry``.
     """
 
+    def __init__(self, telemetry: TelemetryMode = False) -> None:
+        self._per_parameter = is_per_parameter(telemetry)
+        self._enables = bool(telemetry)
+        self._told_step = 0
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the horizon.
+        """Set the horizon, and switch telemetry on if asked to.
 
         Before Lightning restores a checkpoint, so that the optimizer warns if that was written with another horizon.
 
@@ -137,7 +152,9 @@ class LearnedOptimizerCallback(Callback):
         """
         if (count := _count_callbacks(trainer)) > 1:
             raise ValueError(f"Trainer(callbacks=...) has {count} LearnedOptimizerCallback; each would add the loss")
-        optimizer = _only_optimizer(trainer)
+        optimizer, self._told_step = _only_optimizer(trainer), trainer.global_step
+        if optimizer is not None and self._enables:
+            optimizer.enable_telemetry(self._per_parameter)
         if optimizer is None or optimizer.num_steps is not None:
             return
         num_steps = _planned_steps(trainer)
@@ -157,6 +174,17 @@ class LearnedOptimizerCallback(Callback):
         """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""
         if learned := unwrap_optimizer(optimizer):
             learned.clear_observed_loss()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log telemetry."""
+        optimizer, step, interval = _only_optimizer(trainer), trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if optimizer is None or not trainer.loggers or not interval or step == self._told_step:
+            return  # a batch that only accumulates takes no step
+        if step % interval == 0 or trainer.should_stop:
+            self._told_step = step
+            pl_module.log_dict(optimizer.telemetry(), on_step=True, on_epoch=False, batch_size=1)
 
 
 # -- Fabric ------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, get_args
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.decay import DecayPolicy, check_decay_policy
@@ -17,10 +19,22 @@ from pylo_integrations.ops.select import Backend
 from pylo_integrations.progress import Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
+from pylo_integrations.sharding.pieces import (
+    FlatSlice,
+    ShardingError,
+    cut_like,
+    is_sharded,
+    local_gradient,
+    locate,
+    read_flat_slices,
+)
+from pylo_integrations.sharding.rounds import Ranks
+from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
 _BLOB = "progress"  # key of the globals in the first parameter group of a state dict
+_SMALL = "tensor_state"  # and of statistics of FSDP1's slices that are not shaped like them
 
 
 class LearnedOptimizer(Optimizer):
@@ -32,12 +46,14 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
-            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; see :func:`~pylo_integrations.param_groups`.
+            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
+            ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. 1 is the natural value of most theta.
         weight_decay: Decoupled weight decay.
         num_steps: The horizon, i.e. how many optimizer steps the run will take.
-        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them.
+        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
+            infinity.
         weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
         maximize: Ascend instead of descend.
         on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
@@ -51,6 +67,18 @@ class LearnedOptimizer(Optimizer):
     """
 
     rule_type: ClassVar[type[Rule]]
+
+    default_lr: ClassVar[float] = 1.0
+    """Learning rate of the catalogue entry, unless that says otherwise."""
+
+    default_weight_decay: ClassVar[float] = 0.0
+    """Weight decay where none is given."""
+
+    default_max_grad_norm: ClassVar[float | None] = None
+    """Gradient clipping where none is given."""
+
+    adamw_embeddings: ClassVar[bool] = False
+    """Whether groups made from a model leave its embeddings to AdamW."""
 
     def __init__(
         self,
@@ -78,14 +106,17 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be positive")
         self.rule = rule
         self.theta = theta
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
         self.on_nonfinite: NonFinitePolicy = on_nonfinite
         self.chunk_bytes = chunk_bytes
         self.backend = backend
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
-        self._engine = Engine(rule, backend, chunk_bytes)
+        self._ranks = Ranks()
+        self._flat_slices: dict[Tensor, FlatSlice] = {}
+        self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
+        self._engine = Engine(rule, backend, chunk_bytes, self._ranks, self._flat_slices)
         self.set_num_steps(num_steps)
         defaults = {
             "lr": lr,
@@ -93,6 +124,7 @@ class LearnedOptimizer(Optimizer):
             "weight_decay_policy": weight_decay_policy,
             "maximize": maximize,
             "axes": "out_in",
+            "rule": "learned",
         }
         super().__init__(params, defaults)
 
@@ -151,6 +183,71 @@ class LearnedOptimizer(Optimizer):
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
         self._progress.window.take()
 
+    # -- seeing inside ---------------------------------------------------------------------------------------------
+
+    def enable_telemetry(self, per_parameter: bool = False) -> None:
+        """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
+
+        No parameter or state changes by it. It is a setting of this object, not of its checkpoints or copies.
+
+        Args:
+            per_parameter: Tell of each parameter too, not only of each group.
+        """
+        self._engine.telemetry = Telemetry(per_parameter)
+
+    def disable_telemetry(self) -> None:
+        """Undo :meth:`enable_telemetry`."""
+        self._engine.telemetry = None
+
+    def telemetry(self) -> dict[str, float]:
+        """Numbers on the last step that was taken; empty while telemetry is off.
+
+        Reading waits for the device, nothing else does. The update is what a step subtracts, learning rate included,
+        weight decay not; the gradient is the one that the rule saw. Names begin with ``optim/<class>/``:
+
+        * ``nonfinite_steps``, a count; ``horizon_fraction``, steps taken / ``num_steps``, where that is known;
+        * what the rule tells of its memory, such as features of the loss;
+        * ``group<index>/update_rms``, root mean square of the update;
+        * ``group<index>/update_ratio``, norm of the update / norm of the parameters before it;
+        * ``group<index>/cosine``, between the update's direction and the negative gradient;
+        * ``group<index>/<decision>``, what the rule decided per tensor, such as ``lr_mult``: the mean over tensors;
+        * with ``per_parameter``, the same under ``param/<name>/``, where ``<name>`` is ``<group>.<position>`` for
+          parameters that were given without names.
+
+        A ratio or cosine is nan if what it would divide by is zero.
+        """
+        watching = self._engine.telemetry
+        if watching is None:
+            return {}
+        progress = self._progress
+        numbers: dict[str, float] = {"nonfinite_steps": progress.nonfinite_steps}
+        if progress.num_steps is not None:
+            numbers["horizon_fraction"] = progress.iteration / progress.num_steps
+        numbers |= watching.read(self.param_groups, self.rule.telemetry(progress.memory))
+        name = type(unwrap_optimizer(self)).__name__  # self may be a framework's wrapper, of another class
+        return {f"optim/{name}/{key}": float(number) for key, number in numbers.items()}
+
+    # -- distributed training --------------------------------------------------------------------------------------
+
+    def bind_model(self, model: nn.Module, process_group: ProcessGroup | None = None) -> None:
+        """Tell the optimizer what it cannot see from its parameters; idempotent.
+
+        Needed for FSDP1 (``FullyShardedDataParallel``), whose parameters are 1-D slices of unknown shape, and where not
+        all processes train together. The adapters call it.
+
+        Args:
+            model: As wrapped for training.
+            process_group: The ranks that train this model together, over which losses are averaged; by default all.
+
+        Raises:
+            ShardingError: FSDP1 flattened a parameter in an order other than row-major.
+            ValueError: This process is not in ``process_group``.
+        """
+        slices = read_flat_slices(model)
+        self._ranks.bind(process_group)
+        self._flat_slices.clear()
+        self._flat_slices.update(slices)
+
     # -- stepping --------------------------------------------------------------------------------------------------
 
     def step(  # type: ignore[override]
@@ -168,10 +265,12 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
-            TypeError: A gradient is sparse or complex; a parameter is sharded.
+            TypeError: A gradient is sparse or complex.
+            ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
 
-        Whatever is raised, parameters and state are unchanged.
+        Whatever is raised, parameters and state are unchanged. Where several processes train together, all of them
+        have to call it.
         """
         if closure is not None and not callable(closure):
             if loss is not None:
@@ -254,13 +353,14 @@ class LearnedOptimizer(Optimizer):
 
     def _is_state_probe(self) -> bool:
         """Whether this is torch.distributed.checkpoint making us create state: a step with lr 0 and zero gradients."""
-        return (
-            self.iteration == 0
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and not any(
-                p.grad is not None and bool(p.grad.any()) for group in self.param_groups for p in group["params"]
-            )
-        )
+        if self.iteration > 0 or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"]]
+        with torch.no_grad():
+            nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
+        found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
+        # Shards may be zero on some ranks only, and all of them have to decide alike.
+        return not (self._ranks.any(found) if any(map(is_sharded, params)) and self._ranks.size > 1 else found)
 
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
@@ -279,21 +379,49 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, self.rule.choices)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         group.setdefault("base_lr", float(group["lr"]))
+        self._born.append([param.dim() for param in group["params"]])
 
     def init_state(self) -> None:
-        """Create the state of every parameter that has none yet; steps do so by themselves."""
-        for group in self.param_groups:
-            for param in group["params"]:
+        """Create the state of every parameter that has none yet; steps do so by themselves.
+
+        Raises:
+            ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
+        """
+        created: dict[Tensor, dict[str, Tensor]] = {}
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
                 if param not in self.state and (param.requires_grad or param.grad is not None):
-                    self.state[param] = self._fresh_state(param, group)
+                    self._check_flattening(index, position)
+                    created[param] = self._fresh_state(param, group)
+        self.state.update(created)
+
+    def _check_flattening(self, index: int, position: int) -> None:
+        """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
+        group, born = self.param_groups[index], self._born[index]
+        param = group["params"][position]
+        replaced = len(group["params"]) != len(born) or born[position] != 1
+        if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
+            raise ShardingError(
+                f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
+                f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
+                "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+            )
+
+    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> TensorLayout:
+        shape, _ = locate(param, self._flat_slices, self._ranks.size)
+        return TensorLayout.whole(shape, group["axes"])
+
+    def _state_shapes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+        layout = self._layout(param, group)
+        return self.rule.member(layout, group).state_shapes(layout)
 
     def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        layout = TensorLayout.of(param, group["axes"])
+        layout = self._layout(param, group)
         rule = self.rule.member(layout, group)
         initial, dtype = rule.initial_state(), state_dtype(param)
         state = {
@@ -309,22 +437,43 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group.
 
-        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged.
+        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the
+        row and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice.
         """
         state_dict = super().state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
         groups[0][_BLOB] = self._progress.to_bytes(self.theta.sha256 if self.theta else None)
-        return {**state_dict, "param_groups": groups}
+        state = dict(state_dict["state"])
+        slices = {
+            index: (param, self._flat_slices[param].name, self._state_shapes(param, group))
+            for index, (param, group) in enumerate(self._params())
+            if index in state and param in self._flat_slices
+        }
+        if slices:
+            small: dict[str, Tensor] = {}
+            # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
+            like_param = {key: None for *_, shapes in slices.values() for key in shapes if shapes[key] is None}
+            for index, (param, name, shapes) in slices.items():
+                own = state[index]
+                small |= {f"{name}/{key}": own[key].cpu() for key, shape in shapes.items() if shape is not None}
+                dtype, device = state_dtype(param), param.device
+                state[index] = {
+                    key: own[key] if key in own else torch.zeros(param.shape, dtype=dtype, device=device)
+                    for key in like_param
+                }
+            groups[0][_SMALL] = safetensors.torch.save(small)
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
-        A horizon set on this optimizer is kept, with a warning if the checkpoint has another.
+        A horizon set on this optimizer is kept, with a warning if the checkpoint has another. State of whole tensors,
+        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part.
 
         Raises:
             ValueError: The groups or the states are not those of this optimizer; nothing was changed.
         """
-        saved: dict[Tensor, Mapping[str, Any]] = {}
+        saved: dict[Tensor, dict[str, Tensor]] = {}
 
         def check(optimizer: Optimizer, state_dict: StateDict) -> None:
             saved.update(self._match_state(state_dict))
@@ -335,34 +484,71 @@ class LearnedOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for param, tensors in saved.items():
-            dtype = state_dtype(param)
-            self.state[param] = {name: value.to(param.device, dtype, copy=True) for name, value in tensors.items()}
+        self.state.update(saved)
         for group in self.param_groups:
             group.setdefault("base_lr", float(group["lr"]))
+            group.pop(_SMALL, None)
             if blob := group.pop(_BLOB, None):
                 self._read_progress(blob)
 
-    def _match_state(self, state_dict: StateDict) -> dict[Tensor, Mapping[str, Any]]:
-        """Saved state by parameter of this optimizer, checked against the shapes of its rule."""
+    def _params(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Every parameter with its group, in the order in which torch numbers them in state dicts."""
+        return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _match_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
+        """Saved state by parameter of this optimizer, checked, copied and cut to what this rank holds."""
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        ours = [(param, group) for group in self.param_groups for param in group["params"]]
-        matched: dict[Tensor, Mapping[str, Any]] = {}
-        for index, (param, group) in zip(saved_ids, ours, strict=False):  # torch reports differing groups
-            if not (tensors := state_dict["state"].get(index)):
+        small = self._read_small(state_dict)
+        is_of_slices = any(_SMALL in group for group in state_dict["param_groups"])
+        matched: dict[Tensor, dict[str, Tensor]] = {}
+        for index, (param, group) in zip(saved_ids, self._params(), strict=False):  # torch reports differing groups
+            shape, held = locate(param, self._flat_slices, self._ranks.size)
+            shapes, dtype = self._state_shapes(param, group), state_dtype(param)
+            tensors = {**state_dict["state"].get(index, {}), **small.get(param, {})}
+            if is_of_slices:
+                tensors = {name: value for name, value in tensors.items() if name in shapes}
+            if tensors and not held.numel:  # FSDP1 drops the state of what is not here
+                tensors = {name: param.new_zeros(0) for name in shapes if shapes[name] is None} | tensors
+            if not tensors:
                 continue
-            layout = TensorLayout.of(param, group["axes"])
-            shapes = self.rule.member(layout, group).state_shapes(layout)
-            expected = {name: tuple(param.shape) if shape is None else shape for name, shape in shapes.items()}
+            admitted = {name: [tuple(param.shape), shape] if own is None else [own] for name, own in shapes.items()}
             found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-            if found != expected:
+            if found.keys() != shapes.keys() or any(found[name] not in admitted[name] for name in found):
+                expected = {name: choices[-1] for name, choices in admitted.items()}
                 raise ValueError(
-                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {tuple(param.shape)} "
+                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {shape} "
                     f"has state {found}, expected {expected}. Was it written by another optimizer, or for a model with "
                     "other shapes or parameter order?"
                 )
-            matched[param] = tensors
+            matched[param] = {
+                name: cut_like(value, param, held, dtype)
+                if shapes[name] is None
+                else value.to(param.device, dtype, copy=True)
+                for name, value in tensors.items()
+            }
         return matched
+
+    def _read_small(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
+        """Row and column statistics that were saved apart, see :meth:`state_dict`."""
+        blob = next((group[_SMALL] for group in state_dict["param_groups"] if _SMALL in group), None)
+        if blob is None:
+            return {}
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in safetensors.torch.load(blob).items():
+            owner, _, name = key.rpartition("/")
+            by_name.setdefault(owner, {})[name] = tensor
+        names = {
+            param: name
+            for group in self.param_groups
+            for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        names |= {param: where.name for param, where in self._flat_slices.items()}
+        if missing := by_name.keys() - names.values():
+            raise ValueError(
+                f"state_dict was written under FSDP1 and names parameters {sorted(missing)}, which this optimizer does "
+                "not know: create it from named parameters, or with FSDP1 call bind_model(model) first"
+            )
+        return {param: by_name[name] for param, name in names.items() if name in by_name}
 
     def _read_progress(self, blob: bytes) -> None:
         horizon = self.num_steps
@@ -385,14 +571,16 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        distributed = ("_ranks", "_flat_slices", "_born")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own + distributed}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._engine = Engine(self.rule, self.backend, self.chunk_bytes)
+        if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
+            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._ranks, self._flat_slices)
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_group(group: Mapping[str, Any], rules: Collection[str]) -> None:
     """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(group['lr'].shape)}")
@@ -403,6 +591,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
     check_decay_policy(group["weight_decay_policy"])
     if group["axes"] not in get_args(AxisOrder):
         raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
+    if group["rule"] not in rules:
+        raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(rules)}")
     for position, param in enumerate(group["params"]):
         if not param.is_floating_point():
             names = group.get("param_names")

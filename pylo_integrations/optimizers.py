@@ -13,8 +13,10 @@ from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import NonFinitePolicy
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import CHUNK_BYTES, LearnedOptimizer
+from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.celo2 import Celo2
 from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
@@ -27,14 +29,15 @@ class ThetaOptimizer(LearnedOptimizer):
 
     Args:
         params: As for :class:`LearnedOptimizer`.
-        lr: As for :class:`LearnedOptimizer`.
-        weight_decay: As for :class:`LearnedOptimizer`.
+        lr: As for :class:`LearnedOptimizer`; by default :attr:`default_lr`.
+        weight_decay: As for :class:`LearnedOptimizer`; by default :attr:`default_weight_decay`.
         weights: Theta: an object, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"`` or arrays. By
             default those of the class.
         num_steps: As for :class:`LearnedOptimizer`.
         step_mult: Scale of the step; by default theta's.
         exp_mult: Scale of the magnitude output; by default theta's.
-        max_grad_norm: As for :class:`LearnedOptimizer`.
+        max_grad_norm: As for :class:`LearnedOptimizer`; by default :attr:`default_max_grad_norm`, which infinity
+            switches off.
         weight_decay_policy: As for :class:`LearnedOptimizer`.
         maximize: As for :class:`LearnedOptimizer`.
         on_nonfinite: As for :class:`LearnedOptimizer`.
@@ -43,7 +46,7 @@ class ThetaOptimizer(LearnedOptimizer):
 
     Raises:
         ValueError: An argument is out of range, or the weights are for another optimizer.
-        FileNotFoundError: The weights cannot be found.
+        FileNotFoundError: The weights cannot be found, or none are given and the class has no default.
         TypeError: A parameter is complex or not floating point.
     """
 
@@ -51,9 +54,9 @@ class ThetaOptimizer(LearnedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1.0,
+        lr: float | Tensor | None = None,
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         weights: Theta | str | os.PathLike[str] | Mapping[str, Any] | None = None,
         num_steps: int | None = None,
         step_mult: float | None = None,
@@ -69,10 +72,10 @@ class ThetaOptimizer(LearnedOptimizer):
         super().__init__(
             params,
             rule,
-            lr=lr,
-            weight_decay=weight_decay,
+            lr=self.default_lr if lr is None else lr,
+            weight_decay=self.default_weight_decay if weight_decay is None else weight_decay,
             num_steps=num_steps,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=self.default_max_grad_norm if max_grad_norm is None else max_grad_norm,
             weight_decay_policy=weight_decay_policy,
             maximize=maximize,
             on_nonfinite=on_nonfinite,
@@ -84,18 +87,31 @@ class ThetaOptimizer(LearnedOptimizer):
     architecture: ClassVar[str]
     """What theta must be for, see :data:`~pylo_integrations.weights.theta.ARCHITECTURES`."""
 
-    default_weights: ClassVar[str]
-    """A ``weights`` argument."""
+    default_weights: ClassVar[str | None]
+    """A ``weights`` argument; None if no weights are published."""
+
+    theta_name: ClassVar[str] = ""
+    """What :meth:`Theta.from_arrays` calls bare arrays, where it is not :attr:`architecture`."""
+
+    constants: ClassVar[Mapping[str, Any]] = {}
+    """Constants of the rule that make it this optimizer, whatever theta."""
 
     @classmethod
     def _load(
         cls, weights: Theta | str | os.PathLike[str] | Mapping[str, Any] | None, **constants: Any
     ) -> tuple[Theta, Rule]:
         """Theta, and the rule made of it with those ``constants`` that are not None in place of theta's."""
-        theta = load_theta(cls.default_weights if weights is None else weights, cls.architecture)
+        weights = cls.default_weights if weights is None else weights
+        if weights is None:
+            raise FileNotFoundError(
+                f"no weights of {cls.__name__} are published, so weights= is needed: a Theta, the path of a "
+                f"{cls.architecture} theta.safetensors, 'hub:<owner>/<repo>[@revision]', or arrays by the names of the "
+                "reference implementation"
+            )
+        theta = load_theta(weights, cls.theta_name or cls.architecture)
         if theta.architecture != cls.architecture:
             raise ValueError(f"weights={weights!r} are for {theta.architecture}, not for {cls.__name__}")
-        return theta, theta.rule(**constants)
+        return theta, theta.rule(**{**cls.constants, **constants})
 
 
 class SmallFCLOpt(ThetaOptimizer):
@@ -240,3 +256,78 @@ class CeloAdam(ThetaOptimizer):
             chunk_bytes=chunk_bytes,
             backend=backend,
         )
+
+
+class MuLO(ThetaOptimizer):
+    """MuLO: small_fc_lopt meta-trained, and used, in the maximal-update parametrisation.
+
+    Therien et al., "μLO: Compute-Efficient Meta-Generalization of Learned Optimizers", 2024. The rule is that of
+    :class:`SmallFCLOpt`, and the width multipliers are learning rates of parameter groups: make those with
+    :func:`~pylo_integrations.mup_param_groups`. The learned decays are part of theta. Takes the arguments of
+    :class:`ThetaOptimizer`.
+    """
+
+    rule_type = SmallFC
+    architecture = "small_fc"
+    theta_name = "mulo"
+    default_weights = "hub:btherien/mulo"
+
+
+class ELO(ThetaOptimizer):
+    """ELO: the rule of :class:`SmallFCLOpt` with decays that were not learned and no scale but ``lr``.
+
+    Takes the arguments of :class:`ThetaOptimizer`.
+    """
+
+    rule_type = SmallFC
+    architecture = "small_fc"
+    theta_name = "elo"
+    default_weights = "hub:DiamondXL/elo"
+    default_lr = 1e-3
+
+
+class CELO2(ThetaOptimizer):
+    """CELO2: a learned per-parameter MLP, orthogonalised, for matrices (:mod:`pylo_integrations.rules.celo2`).
+
+    Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
+    20 times the learning rate and decay; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
+    :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
+    """
+
+    rule_type = Celo2
+    architecture = "celo2"
+    default_weights = None
+    default_lr = 1e-3
+    adamw_embeddings = True
+    constants: ClassVar[Mapping[str, Any]] = {
+        "adamw": AdamW((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
+    }
+
+
+class CELO2Base(ThetaOptimizer):
+    """CELO2-base: the learned rule of CELO2 for every tensor, vectors too, and without orthogonalisation.
+
+    Takes the arguments of :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
+    """
+
+    rule_type = Celo2
+    architecture = "celo2"
+    default_weights = None
+    default_lr = 1e-3
+    constants: ClassVar[Mapping[str, Any]] = {"orthogonalises": False}
+
+
+class ELOCELO2(ThetaOptimizer):
+    """ELO-CELO2: the rule of CELO2 for matrices, embeddings included, and AdamW for vectors and scalars.
+
+    AdamW has bias correction, eps outside the root and the same learning rate. Groups may be marked ``rule="adamw"``.
+    Takes the arguments of :class:`ThetaOptimizer`.
+    """
+
+    rule_type = Celo2
+    architecture = "celo2"
+    default_weights = "hub:DiamondXL/elo-celo2"
+    default_lr = 3e-4
+    default_weight_decay = 0.1
+    default_max_grad_norm = 1.0
+    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamW((0.9, 0.95), eps=1e-8, clips=True)}

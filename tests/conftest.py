@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from dist_workers import Workers
 from native_library import library_or_skip
-from thetas import theta_for
+from thetas import is_absent, theta_for
 from toy_loss_rule import toy_loss_optimizer
 
 from pylo_integrations import get_optimizer_info, list_optimizers
@@ -36,8 +37,16 @@ def toy_loss():
 
 @pytest.fixture
 def small_thetas(monkeypatch):
-    """Catalogue entries whose weights would have to be downloaded get small ones for one test."""
+    """Catalogue entries without weights, or whose weights would have to be downloaded, get small ones for one test."""
     for name in list_optimizers():
         cls = get_optimizer_info(name).cls
-        if str(getattr(cls, "default_weights", "")).startswith("hub:"):
+        if is_absent(cls):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes that tests of distributed training share."""
+    workers = Workers()
+    yield workers
+    workers.close()

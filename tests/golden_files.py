@@ -84,13 +84,17 @@ def largest(x: Tensor) -> float:
     return x.abs().max().item()
 
 
-def assert_update(name: str, step: int, before: Tensor, after: Tensor, ref_before: Tensor, ref: Tensor) -> None:
+def assert_update(
+    name: str, step: int, before: Tensor, after: Tensor, ref_before: Tensor, ref: Tensor, tolerance: float = 2e-4
+) -> None:
     got, want = after - before, ref - ref_before
-    bound = 2e-4 * largest(want) + 3e-7 * largest(ref)
+    bound = tolerance * largest(want) + 3e-7 * largest(ref)
     assert largest(got - want) <= bound, f"{name} step {step}: off by {largest(got - want)}, allowed {bound}"
 
 
-def replay_float32(golden: Golden, trajectory: str, params: dict[str, Tensor], optimizer, skip=()) -> None:
+def replay_float32(
+    golden: Golden, trajectory: str, params: dict[str, Tensor], optimizer, *, skip=(), tolerance: float = 2e-4
+) -> None:
     """Take all steps; every update of every tensor but those in ``skip`` is the reference's."""
     reference = {name: param.detach().clone() for name, param in params.items()}
     for step in range(STEPS):
@@ -100,7 +104,7 @@ def replay_float32(golden: Golden, trajectory: str, params: dict[str, Tensor], o
         for name, param in params.items():
             if name not in skip:
                 ref = to_torch(golden[f"f32/{trajectory}/params/{name}"][step])
-                assert_update(name, step, before[name], param.detach(), reference[name], ref)
+                assert_update(name, step, before[name], param.detach(), reference[name], ref, tolerance)
                 reference[name] = ref
 
 

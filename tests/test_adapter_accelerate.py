@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 pytest.importorskip("accelerate")
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.tracking import GeneralTracker  # noqa: E402
 from accelerate.utils import DistributedType, GradientAccumulationPlugin  # noqa: E402
 
-from pylo_integrations import create_optimizer, unwrap_optimizer  # noqa: E402
-from pylo_integrations.accelerate import attach, count_steps  # noqa: E402
+from pylo_integrations import create_optimizer, list_optimizers, unwrap_optimizer  # noqa: E402
+from pylo_integrations.accelerate import attach, count_steps, log_telemetry  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -294,7 +295,7 @@ def test_scheduler_steps_with_the_optimizer(toy_loss, size):
     assert run.raw.param_groups[0]["lr"] == 0
 
 
-@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt", "velo", "celo", "celo_adam"])
+@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("size", [1, 4])
 def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, scaler, size):
@@ -319,3 +320,53 @@ def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_pat
     assert not torch.equal(half[0], resumed.model[0].weight)
     assert resumed.raw.iteration == resumed.raw.num_steps == resumed.steps
     assert resumed.rates == whole.rates[BATCHES:]
+
+
+# -- telemetry ---------------------------------------------------------------------------------------------------------
+
+
+class Notes(GeneralTracker):
+    name = "notes"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def store_init_configuration(self, values) -> None:
+        pass
+
+    def log(self, values, step=None, **kwargs) -> None:
+        self.logged.append((step, values))
+
+
+@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt"])
+def test_telemetry_goes_to_the_trackers(toy_loss, name):
+    notes = Notes()
+    accelerator = Accelerator(cpu=True, log_with=notes)
+    accelerator.init_trackers("telemetry")
+    run = Run(accelerator, name, epochs=2)
+    run.attach()
+    told = []
+
+    def step(optimizer, loss):
+        optimizer.step()
+        told.append(run.raw.telemetry())
+        log_telemetry(accelerator, optimizer, step=len(told))
+
+    run.train(step)
+    assert notes.logged == [] and told == [{}] * BATCHES  # off by default
+    told.clear()
+    run.raw.enable_telemetry()
+    run.train(step)
+    assert notes.logged == list(enumerate(told, start=1))
+    assert all(numbers[f"optim/{type(run.raw).__name__}/group0/update_rms"] > 0 for numbers in told[:-1])
+
+
+def test_log_telemetry_refuses_other_optimizers():
+    with pytest.raises(TypeError, match="must be a learned optimizer, not SGD"):
+        log_telemetry(Accelerator(cpu=True), torch.optim.SGD(net().parameters()))

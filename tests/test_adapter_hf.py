@@ -39,6 +39,7 @@ from pylo_integrations import (  # noqa: E402
     SmallFCLOpt,
     get_optimizer_info,
     hf,
+    list_optimizers,
     param_groups,
     register_optimizer,
     unregister_optimizer,
@@ -510,6 +511,18 @@ def test_groups_decay_as_the_trainers_and_know_the_axes(make_args, installed, st
     }
 
 
+@both_paths
+def test_embeddings_go_to_adamw_where_the_optimizer_leaves_them_to_it(make_args, installed, small_thetas, stock):
+    args = make_args(weight_decay=0.1, **({"optim": "celo2"} if stock else {}))
+    trainer_class, options = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": "celo2"})
+    trainer = trainer_class(gpt2(), args, train_dataset=texts(), **options)
+    optimizer = fit(trainer)
+    marked = {name for g in optimizer.param_groups for name in g["param_names"] if g["rule"] == "adamw"}
+    assert marked == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["rule"] == "adamw"} == {0.1}  # the Trainer's choice
+    assert optimizer.iteration == 4
+
+
 def test_linear_layers_are_out_in(make_args):
     trainer = hf.Trainer(bert(), make_args(), train_dataset=sentences(), optimizers="small_fc_lopt")
     axes = {name: g["axes"] for g in trainer.create_optimizer().param_groups for name in g["param_names"]}
@@ -521,7 +534,7 @@ def test_linear_layers_are_out_in(make_args):
 
 
 @both_paths
-@pytest.mark.parametrize("name", ["small_fc_lopt", "toy_loss", "velo", "celo", "celo_adam"])
+@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
 def test_resume_is_bit_equal(make_args, toy_loss, small_thetas, installed, stock, name):
     """Dropout is on and the checkpoint lies inside an epoch."""
 
@@ -820,3 +833,82 @@ def test_replicas_stay_equal_under_ddp(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+# -- is telemetry logged? ----------------------------------------------------------------------------------------------
+
+
+class Heard(transformers.TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@both_paths
+@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt"])
+def test_telemetry_is_in_every_log_of_training(make_args, toy_loss, installed, stock, name):
+    heard = Heard()
+    options = {"optim_args": "telemetry=true", "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    args = make_args(**options, **({"optim": name} if stock else {}))
+    trainer_class, given = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": name})
+    trainer = trainer_class(gpt2(), args, train_dataset=texts(), eval_dataset=texts(4), callbacks=[heard], **given)
+    optimizer = fit(trainer)
+    for entries in (heard.logs, trainer.state.log_history):
+        told = [{k: v for k, v in entry.items() if k.startswith("optim/")} for entry in entries]
+        assert [bool(numbers) for numbers in told] == ["loss" in entry for entry in entries]
+        of_training = [numbers for numbers in told if numbers]
+        label = f"optim/{type(optimizer).__name__}"
+        assert [numbers[f"{label}/horizon_fraction"] for numbers in of_training] == [0.5, 1.0]
+        assert of_training[-1] == optimizer.telemetry()
+        assert of_training[-1][f"{label}/group0/update_rms"] > 0
+
+
+@both_paths
+def test_telemetry_reaches_tensorboard(make_args, installed, tmp_path, stock):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = make_args(
+        optim_args="telemetry=per_parameter",
+        report_to="tensorboard",
+        **({"optim": "small_fc_lopt"} if stock else {}),
+    )
+    trainer_class, given = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": "small_fc_lopt"})
+    trainer = trainer_class(gpt2(), args, train_dataset=texts(), **given)
+    numbers = fit(trainer).telemetry()
+    [folder] = {path.parent for path in Path(args.output_dir).rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    name = "optim/SmallFCLOpt/param/transformer.h.0.attn.c_attn.weight/update_ratio"
+    assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3, 4]
+    assert events.Scalars(f"train/{name}")[-1].value == pytest.approx(numbers[name])
+
+
+@both_paths
+def test_telemetry_goes_on_after_a_resume(make_args, installed, tmp_path, stock):
+    name = "optim/SmallFCLOpt/group0/cosine"
+    options = {"optim_args": "telemetry=true", "save_strategy": "steps", "save_steps": 2}
+
+    def train(output, **resume):
+        args = make_args(**options, output_dir=str(output), **({"optim": "small_fc_lopt"} if stock else {}))
+        trainer_class, given = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": "small_fc_lopt"})
+        trainer = trainer_class(gpt2(), args, train_dataset=texts(), **given)
+        fit(trainer, **resume)
+        return logged(trainer, name)
+
+    whole = train(tmp_path / "whole")
+    assert len(set(whole)) == 4
+    assert train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")) == whole
+
+
+def test_without_telemetry_logs_are_as_before(make_args):
+    trainer = hf.Trainer(gpt2(), make_args(), train_dataset=texts(), optimizers="small_fc_lopt")
+    fit(trainer)
+    assert not [key for entry in trainer.state.log_history for key in entry if key.startswith("optim/")]
+
+
+def test_optim_args_refuse_unknown_telemetry():
+    with pytest.raises(ValueError, match=r"telemetry='all' is invalid; expected true or false or 'per_parameter'"):
+        hf.parse_optim_args(get_optimizer_info("small_fc_lopt"), "telemetry=all")

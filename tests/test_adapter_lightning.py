@@ -5,6 +5,7 @@ The oracle is what the training step itself computed: every module here writes d
 
 from __future__ import annotations
 
+import csv
 import math
 import warnings
 
@@ -19,9 +20,10 @@ from lightning.fabric.plugins import MixedPrecision as FabricMixedPrecision  # n
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-from pylo_integrations import SmallFCLOpt, create_optimizer, unwrap_optimizer  # noqa: E402
+from pylo_integrations import SmallFCLOpt, create_optimizer, list_optimizers, unwrap_optimizer  # noqa: E402
 from pylo_integrations.lightning import (  # noqa: E402
     LearnedOptimizerCallback,
     LearnedOptimizerMixin,
@@ -535,7 +537,7 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.current_epoch == self.epoch
 
 
-@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt", "velo", "celo", "celo_adam"])
+@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
 @pytest.mark.parametrize("plugin", [None, float16], ids=["32", "16-mixed"])
 def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, plugin):
     def run(callbacks=(), **options):
@@ -703,3 +705,90 @@ def test_fabric_attachment_is_one_and_removable(toy_loss):
 def test_fabric_refuses_other_optimizers():
     with pytest.raises(TypeError, match="learned optimizer, not SGD"):
         attach(Fabric(accelerator="cpu", devices=1), torch.optim.SGD(net().parameters(), 0.1))
+
+
+# -- is telemetry logged? ----------------------------------------------------------------------------------------------
+
+
+def rows(folder) -> list[dict[str, str]]:
+    [file] = folder.rglob("metrics.csv")
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def fit_with_log(module: LightningModule, folder, callbacks, **options) -> tuple[Trainer, list[dict[str, str]]]:
+    run = fit(module, callbacks, logger=CSVLogger(folder), log_every_n_steps=2, **options)
+    return run, rows(folder)
+
+
+@pytest.mark.parametrize("name", ["toy_loss", "small_fc_lopt"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_telemetry_is_logged_at_lightnings_steps(toy_loss, tmp_path, name, size):
+    module = Regression(name)
+    run, logged = fit_with_log(
+        module, tmp_path, [LearnedOptimizerCallback(telemetry=True)], accumulate_grad_batches=size, max_epochs=2
+    )
+    optimizer = unwrap_optimizer(run.optimizers[0])
+    steps = 2 * BATCHES // size
+    label = f"optim/{type(optimizer).__name__}"
+    told = [float(row[f"{label}/horizon_fraction"]) for row in logged]
+    assert told == pytest.approx([step / steps for step in range(2, steps + 1, 2)])
+    numbers = optimizer.telemetry()
+    assert {key: float(value) for key, value in logged[-1].items() if key in numbers} == pytest.approx(numbers)
+    assert run.logged_metrics[f"{label}/group0/update_rms"] == pytest.approx(numbers[f"{label}/group0/update_rms"])
+
+
+def test_telemetry_that_is_on_anyway_is_logged(tmp_path):
+    module = Regression("small_fc_lopt", telemetry="per_parameter")
+    run, logged = fit_with_log(module, tmp_path, [LearnedOptimizerCallback()])
+    numbers = run.optimizers[0].telemetry()
+    assert "optim/SmallFCLOpt/param/net.0.weight/update_ratio" in numbers
+    assert set(numbers) <= set(logged[0]) and len(logged) == BATCHES // 2
+
+
+def test_telemetry_of_manual_optimization_is_logged_and_told_by_the_wrapper(tmp_path):
+    told = []
+
+    class Module(Manual):
+        def training_step(self, batch, index):
+            super().training_step(batch, index)
+            told.append(self.optimizers().telemetry())
+
+    module = Module(optimizer="small_fc_lopt")
+    run, logged = fit_with_log(module, tmp_path, [LearnedOptimizerCallback(telemetry="per_parameter")])
+    name = "optim/SmallFCLOpt/param/net.2.bias/cosine"
+    assert [float(row[name]) for row in logged] == pytest.approx([numbers[name] for numbers in told[1::2]])
+
+
+def test_telemetry_goes_on_after_a_resume(tmp_path):
+    def run(*callbacks, **options):
+        module = Regression("small_fc_lopt", num_steps=2 * BATCHES)
+        return fit(module, [LearnedOptimizerCallback(telemetry=True), *callbacks], log_every_n_steps=2, **options)
+
+    whole, resumed = CSVLogger(tmp_path / "whole"), CSVLogger(tmp_path / "resumed")
+    run(max_epochs=2, logger=whole)
+    run(ModelCheckpoint(tmp_path, "half"), enable_checkpointing=True)
+    run(max_epochs=2, logger=resumed, ckpt_path=tmp_path / "half.ckpt")
+    expected = [row["optim/SmallFCLOpt/group0/cosine"] for row in rows(tmp_path / "whole")]
+    assert len(set(expected)) == BATCHES
+    assert [row["optim/SmallFCLOpt/group0/cosine"] for row in rows(tmp_path / "resumed")] == expected[BATCHES // 2 :]
+
+
+def test_without_telemetry_nothing_of_the_optimizer_is_logged(tmp_path):
+    run = fit(Regression("small_fc_lopt"), logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    assert not [name for name in run.logged_metrics if name.startswith("optim/")]
+
+
+def test_fabrics_wrapper_tells_telemetry():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = net()
+    model, optimizer = fabric.setup(model, create_optimizer(model, "small_fc_lopt", telemetry=True))
+    fabric.backward(mse(model, batches()[0]))
+    optimizer.step()
+    assert optimizer.telemetry() == unwrap_optimizer(optimizer).telemetry()
+    assert optimizer.telemetry()["optim/SmallFCLOpt/group0/update_rms"] > 0
+
+
+def test_callback_refuses_unknown_telemetry():
+    with pytest.raises(ValueError, match="telemetry='all' is unknown"):
+        LearnedOptimizerCallback(telemetry="all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from published_layouts import MetaMLP, VeLO_MLP, VeLO_RNN, module_files, random_arrays, write
 from thetas import theta_for
 
 import pylo_integrations
-from pylo_integrations import bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 from pylo_integrations.weights import bootstrap, load_theta
+from pylo_integrations.weights.hub import PUBLISHED
+from pylo_integrations.weights.theta import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +65,9 @@ def test_info_tells_options_and_weights(capsys, name):
     spec = get_optimizer_info(name)
     assert spec.description in out
     assert [option for option in spec.options if f"  {option} " not in out] == []
-    if spec.cls.default_weights.startswith("builtin:"):
+    if spec.cls.default_weights is None:
+        assert "weights= is needed" in out
+    elif spec.cls.default_weights.startswith("builtin:"):
         assert load_theta(spec.cls.default_weights, name).sha256[:12] in out
         assert "not meta-trained" in out
     else:
@@ -73,6 +79,12 @@ def test_info_of_downloaded_weights_tells_all_about_them(capsys, small_thetas):
     out = capsys.readouterr().out
     assert theta_for("velo").sha256[:12] in out and "tests/thetas.py" in out
     assert "the loss and num_steps" in out
+
+
+def test_info_tells_the_defaults_of_the_entry(capsys):
+    cli.main(["info", "elo_celo2"])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lr", "0.0003"] in found and ["weight_decay", "0.1"] in found and ["max_grad_norm", "1.0"] in found
 
 
 def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
@@ -89,18 +101,77 @@ def test_info_tells_what_an_optimizer_needs(capsys, toy_loss):
         (["list", "zzz"], "no optimizer matches 'zzz'; there are"),
         (["recipe", "no_such_recipe"], "invalid choice"),
         (["bench", "--shapes", "vit_ti,nope"], "unknown shapes 'nope'; available: vit_ti"),
-        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: celo"),
+        (["bench", "--optimizers", "adam"], "unknown optimizer 'adam'; available: "),
         (["bench", "--threads", "1,0"], "'0' is not a positive integer"),
         (["bench", "--repeats", "-1"], "--repeats"),
         (["bench", "--dtype", "int8"], "--dtype"),
         (["bench", "--device", "tpu:3"], "'tpu:3' is not usable here"),
         (["bench", "--json", "no/such/folder/x.json"], "does not exist"),
+        (["weights"], "ACTION"),
+        (["weights", "info", "no/such/file"], "there is no theta file 'no/such/file'"),
+        (["weights", "info", "builtin:nothing"], "is not shipped"),
+        (["weights", "info", "hub:nothing"], "must read 'hub:<owner>/<repo>'"),
+        (["weights", "convert", "theta.state"], "DST"),
+        (["weights", "convert", "no/such/file", "x.safetensors"], "there is no file 'no/such/file'"),
+        (["weights", "convert", "theta.state", "x.pt"], "DST must end in .safetensors"),
+        (["weights", "convert", "theta.state", "x.safetensors", "--architecture", "adam"], "invalid choice: 'adam'"),
+        (["weights", "convert", "hub:a/b", "hub:c/d", "x.safetensors"], "one SRC"),
+        (["weights", "convert", "hub:a/b", "x.safetensors", "--architecture", "velo"], "without --architecture"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_misuse_is_one_line_and_exit_code_2(misuse, argv, said):
     assert said in misuse(*argv)
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_list_shows_where_they_are_and_what_for(capsys):
+    assert cli.main(["weights", "list"]) == 0
+    out = capsys.readouterr().out
+    for entry in PUBLISHED:
+        assert entry.name in out and entry.description in out
+        assert all(f"hub:{part.name}" in out for part in entry.repositories)
+    assert out.count("no rule here") == 1
+
+
+@pytest.mark.parametrize("weights", ["builtin:small_fc_bootstrap", "a file"])
+def test_weights_info_tells_all_about_one(capsys, weights, tmp_path):
+    theta = bootstrap()
+    if weights == "a file":
+        weights = str(theta.save(tmp_path / "theta.safetensors"))
+    assert cli.main(["weights", "info", weights]) == 0
+    out = capsys.readouterr().out
+    assert theta.sha256 in out and theta.provenance in out and theta.licence in out
+    assert re.search(r"nn/~/w0 +39 x 32\n", out) and re.search(r"step_mult +0\.01\n", out) and "no record" in out
+
+
+def test_weights_convert_writes_a_theta_once(capsys, misuse, tmp_path):
+    folder = write(tmp_path / "elo", module_files(MetaMLP(random_arrays("elo"))))
+    target = tmp_path / "new" / "elo.safetensors"
+    assert cli.main(["weights", "convert", str(folder), str(target), "--architecture", "elo"]) == 0
+    out, err = capsys.readouterr()
+    assert Theta.load(target) == Theta.from_arrays("elo", random_arrays("elo"))
+    assert out.startswith(f"{target}: Theta('elo'") and err == ""
+    assert "--overwrite" in misuse("weights", "convert", str(folder), str(target))
+    assert cli.main(["weights", "convert", "--overwrite", str(folder), str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert Theta.load(target).name == "mulo" and "taken for MuLO's" in err and err.count("\n") == 1
+
+
+def test_weights_convert_takes_two_sources(capsys, misuse, tmp_path):
+    arrays = random_arrays("velo")
+    folders = [str(write(tmp_path / module.__name__, module_files(module(arrays)))) for module in (VeLO_RNN, VeLO_MLP)]
+    target = tmp_path / "velo.safetensors"
+    if "velo" not in ARCHITECTURES:
+        pytest.skip("no rule of velo yet")
+    assert cli.main(["weights", "convert", *folders, str(target)]) == 0
+    assert Theta.load(target) == Theta.from_arrays("velo", arrays)
+    capsys.readouterr()
+    said = misuse("weights", "convert", folders[0], str(tmp_path / "half.safetensors"))
+    assert "VeLO_RNN does not make one theta" in said
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------
@@ -124,7 +195,8 @@ def test_weights_that_were_not_downloaded_are_no_defect_and_are_not_downloaded(c
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
     found = {line[0]: line[1] for line in lines if len(line) == 2}
     assert (
-        found["velo"] == "not tried: its weights are hub:amoudgl/velo-4000, not on this machine; using it downloads it"
+        found["velo"]
+        == "not tried, for want of weights: hub:amoudgl/velo-4000, not on this machine; using it downloads it"
     )
 
 

@@ -111,3 +111,41 @@ def random_theta():
     from golden_files import Golden
 
     return Golden("small_fc_h32_pylo").theta
+
+
+def rules(model, **options) -> dict[str, str]:
+    return {name: group["rule"] for group in param_groups(model, **options) for name, _ in group["params"]}
+
+
+def language_model():
+    return nn.ModuleDict({"wte": nn.Embedding(9, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 9)})
+
+
+def test_adamw_gets_embeddings_and_the_names_given():
+    assert set(rules(language_model()).values()) == {"learned"}
+    embeddings = {"wte.weight": "adamw"} | dict.fromkeys(
+        ["body.weight", "body.bias", "head.weight", "head.bias"], "learned"
+    )
+    assert rules(language_model(), adamw=()) == embeddings
+    assert rules(language_model(), adamw=["head.weight"]) == embeddings | {"head.weight": "adamw"}
+
+
+def test_adamw_gets_exactly_what_a_function_chooses():
+    chosen = rules(language_model(), adamw=lambda name, param, module: 9 in module.weight.shape and param.dim() > 1)
+    assert {name for name, rule in chosen.items() if rule == "adamw"} == {"wte.weight", "head.weight"}
+
+
+def test_a_tied_head_goes_where_its_embedding_goes():
+    model = language_model()
+    model["head"].weight = model["wte"].weight
+    assert rules(model, adamw=())["wte.weight"] == "adamw"
+
+
+@pytest.mark.usefixtures("small_thetas")
+def test_a_model_for_celo2_has_its_embeddings_marked_and_others_do_not():
+    def marked(name, **options):
+        groups = create_optimizer(language_model(), name, **options).param_groups
+        return {n for group in groups if group["rule"] == "adamw" for n in group["param_names"]}
+
+    assert marked("celo2") == {"wte.weight"}
+    assert marked("celo2_base") == marked("elo_celo2") == marked("small_fc_lopt") == set()

@@ -20,15 +20,16 @@ LAYERS = [
     {"sharding"},
     {"rules"},
     {"weights", "decay", "progress"},
-    {"ops"},
+    {"ops", "telemetry"},
     {"engine"},
     {"optimizer"},
     {"optimizers"},
     {"groups", "attach"},
+    {"mup"},
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench"},
+    {"bench", "plot"},
     {"cli"},
 ]
 FRAMEWORKS = {
@@ -36,6 +37,7 @@ FRAMEWORKS = {
     "lightning": {"lightning"},
     "accelerate": {"accelerate", "hf"},
     "timm": {"timm"},
+    "matplotlib": {"plot"},
 }
 
 

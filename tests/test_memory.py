@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from thetas import theta_for
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux /proc"
@@ -75,3 +76,22 @@ def test_chunk_bytes_bounds_the_temporaries_of_a_step(name, mebibytes):
     )
     # Kernels and the allocator keep some MiB of their own, once.
     assert 0.4 * mebibytes * 2**20 < peak < (mebibytes + 30) * 2**20
+
+
+@pytest.mark.timeout(300)
+def test_an_orthogonalised_step_holds_a_few_copies_of_one_matrix(tmp_path):
+    # The proposed step, and the iterate of Newton-Schulz with the next one; and once some MiB of kernels and blocks.
+    theta_for("celo2").save(tmp_path / "theta.safetensors")
+    peak = measure(
+        f"""
+from pylo_integrations import CELO2
+params = [torch.nn.Parameter(torch.randn(20000, 512)) for _ in range(3)]
+for p in params:
+    p.grad = torch.randn_like(p)
+o = CELO2(params, weights={str(tmp_path / "theta.safetensors")!r})
+o.init_state()
+print(peak_of(o.step))
+"""
+    )
+    matrix = 20000 * 512 * 4  # beyond 32 MiB, where glibc returns what is freed
+    assert 2 * matrix < peak < 5 * matrix + 50 * 2**20

@@ -29,6 +29,7 @@ from pylo_integrations.rules.features import channel_count
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import Box, TensorLayout
+from pylo_integrations.sharding.pieces import Held, Piece
 
 # 0-d; vectors; matrices wide, tall, of one row, of less than a SIMD vector; tied axes; factored axes anywhere.
 SHAPES = [
@@ -262,7 +263,7 @@ def stages_of(params, *, isa=None, library=None, layouts=None):
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     optimizer = SmallFCLOpt(params, weights=theta())
     optimizer.init_state()
-    layouts = layouts or [TensorLayout.of(p) for p in params]
+    layouts = layouts or [TensorLayout.whole(p.shape) for p in params]
     buckets = [
         Bucket(layout, [p], [optimizer.state[p]], group, torch.float32)
         for p, layout in zip(params, layouts, strict=True)
@@ -274,7 +275,7 @@ def stages_of(params, *, isa=None, library=None, layouts=None):
         for bucket in buckets:
             bucket.grads = [p.grad for p in bucket.params]
         context = StepContext(iteration, None, None, constants=constants)
-        stages.prepare_(stages.collect(context))
+        stages.prepare_(stages.collect(context), context)
         stages.describe()
         controls = rule.control(buckets, [{}] * len(buckets), context)
         stages.apply_(controls, constants, [(1.0, scale)] * len(buckets))
@@ -450,7 +451,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
     (whole,) = parameters([shape])
     start = whole.detach().clone()
     stages, run = stages_of([whole], library=library)
-    pieces, layouts, boxes = [], [], [Box((0,) * len(shape), shape)]
+    boxes = [Box((0,) * len(shape), shape)]
     for axis, positions in cuts.items():
         edges = [0, *positions, shape[axis]]
         boxes = [
@@ -466,17 +467,17 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     rule = theta().rule()
     shards, buckets = [], []
-    layout = TensorLayout.of(whole)
+    layout = TensorLayout.whole(whole.shape)
     for box in boxes:
         piece = nn.Parameter(start[box.slices(origin)].clone())
         state = {
             name: torch.zeros_like(piece.detach()) if s is None else torch.zeros(s)
             for name, s in optimizer.rule.state_shapes(layout).items()
         }
-        bucket = Bucket(TensorLayout(layout.shape, layout.order, box), [piece], [state], group, torch.float32)
+        held = [Held((Piece(box),))]
+        bucket = Bucket(layout, [piece], [state], group, torch.float32, held=held)
         buckets.append(bucket)
         shards.append(NativeStages(library, rule, [bucket]))
-    del pieces, layouts
     constants = rule.constants(torch.device("cpu"), torch.float32)
     for step in range(2):
         give_gradients([whole], step)
@@ -487,7 +488,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
         collected = [shard.collect(context)[0] for shard in shards]
         total = {name: sum(c[name] for c in collected) for name in collected[0]}
         for shard in shards:
-            shard.prepare_([total])
+            shard.prepare_([total], context)
         described = [shard.describe()[0]["features"] for shard in shards]
         features = sum(d.clone() for d in described)
         for mine in described:

@@ -108,7 +108,7 @@ def test_half_precision_is_float32_arithmetic_rounded_once(dtype):
 def test_mixed_dtypes_step_as_they_do_apart(name):
     def run(indices):
         params = [parameter(6, 5, dtype=DTYPES[i], seed=i) for i in indices]
-        optimizer = create(params, name)
+        optimizer = create(params, name, max_grad_norm=math.inf)  # the global norm is of all tensors
         for k in range(2):
             for p in params:
                 p.grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(k)).to(p.dtype)
@@ -655,17 +655,6 @@ def test_named_parameters(name, model):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def test_sharded_parameters_are_refused_with_the_reason():
-    p = parameter(4, 3)
-    p._fsdp_flattened = True
-    optimizer = SmallFCLOpt([p])
-    give_gradients([p])
-    old = p.detach().clone()
-    with pytest.raises(TypeError, match="sharded"):
-        optimizer.step()
-    assert torch.equal(p, old)
-
-
 # -- torch's companions ---------------------------------------------------------------------------------------------
 
 
@@ -811,7 +800,8 @@ def test_a_compiled_training_step_around_it_matches_eager(model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains(name, model):
-    optimizer = create(model, name, weight_decay=0.01)
+    lr = {"elo_celo2": 3e-3}.get(name)  # its default is for runs longer than this
+    optimizer = create(model, name, lr, weight_decay=0.01)
     start = loss_of(model).item()
     for _ in range(150):
         optimizer.zero_grad()

@@ -134,6 +134,25 @@ def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
 
 
 @pytest.mark.timeout(240)
+def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
+    from pylo_integrations.plot import plot, read_runs
+
+    options = ("--baseline", "null", "--telemetry", "per_parameter", "--trainer.log_every_n_steps", 10)
+    run_script("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, *options)
+    [run] = read_runs(tmp_path)
+    ratios = run.telemetry("update_ratio", of="param")
+    trained = checkpoint(tmp_path / "small_fc_lopt")["state_dict"]
+    assert run.name == "small_fc_lopt" and ratios.keys() == trained.keys()
+    assert all(len(series) == STEPS // 10 for series in ratios.values())
+    assert {"train_loss", "validation_loss"} <= run.losses().keys()
+    plot(tmp_path, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert_same(trained, checkpoint(vit_run[0] / "small_fc_lopt")["state_dict"])  # which ran without
+    for run in read_runs(vit_run[0]):
+        assert run.losses() and not run.telemetry("update_ratio", of="group")
+
+
+@pytest.mark.timeout(240)
 def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, stripes, tmp_path):
     folder, _ = vit_run
     [middle] = (folder / "small_fc_lopt" / "checkpoints").glob("*step=20.ckpt")

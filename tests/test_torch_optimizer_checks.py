@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
+from functools import partial
 
+import pytest
 import torch
-from thetas import theta_for
+from thetas import is_absent, theta_for
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -28,11 +30,11 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 from pylo_integrations import get_optimizer_info, list_optimizers
 
 
-def optimizer_inputs(device, dtype=None):
+def optimizer_inputs(device, dtype=None, *, default_lr):
     variants = [
         {},
-        {"lr": 0.5},
-        {"lr": torch.tensor(0.5)},
+        {"lr": 0.5 * default_lr},
+        {"lr": torch.tensor(0.5 * default_lr)},
         {"weight_decay": 0.1},
         {"weight_decay": 0.1, "weight_decay_policy": "after_independent"},
         {"maximize": True},
@@ -50,7 +52,7 @@ def ready_to_step(name):
         def __init__(self, params, *args, num_steps=100 if spec.needs_horizon else None, **options):
             super().__init__(params, *args, num_steps=num_steps, **options)
 
-    if spec.cls.default_weights.startswith("hub:"):
+    if is_absent(spec.cls):
         Ready.default_weights = theta_for(name)
     Ready.__name__ = spec.cls.__name__
     return Ready
@@ -59,7 +61,7 @@ def ready_to_step(name):
 OPTIMIZERS = [
     OptimizerInfo(
         ready_to_step(name),
-        optim_inputs_func=optimizer_inputs,
+        optim_inputs_func=partial(optimizer_inputs, default_lr=get_optimizer_info(name).lr),
         optim_error_inputs_func=get_error_inputs_for_all_optims,
         scheduler_inputs=(
             [lambda opt: StepLR(opt, gamma=0.9, step_size=10)],
@@ -98,6 +100,7 @@ def assert_same_tensors(test, one, other):
         test.assertEqual(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("small_thetas")
 class TestLearnedOptimizers(TestCase):
     @optims(OPTIMIZERS)
     def test_errors(self, device, dtype, optim_info):

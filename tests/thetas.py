@@ -14,30 +14,59 @@ import torch
 from torch import Tensor
 
 from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info
+from pylo_integrations.rules.celo2 import Celo2
 from pylo_integrations.rules.control import SCHEDULE_FEATURES
 from pylo_integrations.rules.features import channel_counts
 from pylo_integrations.rules.mixture import MixtureRule
 from pylo_integrations.rules.velo import VeLORule
+from pylo_integrations.weights import bootstrap
 
 WIDTH, CONTROLS, NOISE = 6, 3, 0.02
 
 
 def theta_for(name: str) -> Theta:
     """Theta for a catalogue entry, the same at every call."""
-    architecture = get_optimizer_info(name).cls.architecture
-    arrays = BUILDERS[architecture]()
+    arrays = BUILDERS[get_optimizer_info(name).cls.architecture]()
     generator = torch.Generator().manual_seed(0)
     noisy = {
-        name: array + NOISE * (array.abs().max().item() or 1) * torch.randn(array.shape, generator=generator)
-        for name, array in sorted(arrays.items())
+        key: array + NOISE * (array.abs().max().item() or 1) * torch.randn(array.shape, generator=generator)
+        for key, array in sorted(arrays.items())
     }
-    return Theta.from_arrays(architecture, noisy, provenance="tests/thetas.py; not meta-trained")
+    return Theta.from_arrays(name, noisy, provenance="tests/thetas.py; not meta-trained")
 
 
 def create(params: Any, name: str, *args: Any, **options: Any) -> LearnedOptimizer:
-    """As ``create_optimizer``, with a horizon where one is needed and none is given."""
-    horizon = {"num_steps": 1000} if get_optimizer_info(name).needs_horizon else {}
-    return create_optimizer(params, name, *args, **horizon | options)
+    """As ``create_optimizer``, with a horizon and weights where they are needed and not given."""
+    spec = get_optimizer_info(name)
+    if spec.needs_horizon:
+        options.setdefault("num_steps", 1000)
+    if is_absent(spec.cls):
+        options.setdefault("weights", theta_for(name))
+    return create_optimizer(params, name, *args, **options)
+
+
+def is_absent(cls: type[LearnedOptimizer]) -> bool:
+    """Whether the default weights of an optimizer have to be downloaded, or do not exist."""
+    default = getattr(cls, "default_weights", "builtin:")
+    return default is None or (isinstance(default, str) and not default.startswith("builtin:"))
+
+
+def small_fc() -> dict[str, Tensor]:
+    """The bootstrap network with a gain of 1 in place of 0.1: a step of root mean square ``step_mult``."""
+    arrays = dict(bootstrap().arrays)
+    return arrays | {"nn/~/w2": 10 * arrays["nn/~/w2"]}
+
+
+def celo2(width: int = 8) -> dict[str, Tensor]:
+    """An MLP that copies ``momentum_over_rms`` at decay 0.9 to its first output, as ``relu(x) - relu(-x)``."""
+    signs = torch.tensor([1.0, -1.0])
+    arrays = {f"w0__{i}": torch.zeros(count, width) for i, count in enumerate(channel_counts(Celo2.features))}
+    arrays[f"w0__{Celo2.features.index('momentum_over_rms')}"][0, :2] = signs
+    arrays |= {"w1": torch.zeros(width, width), "w2": torch.zeros(width, 3)}
+    arrays["w1"][:2, :2] = torch.eye(2)
+    arrays["w2"][:2, 0] = signs
+    arrays |= {"b0": torch.zeros(width), "b1": torch.zeros(width), "b2": torch.zeros(3)}
+    return {f"ff_mod_stack/~/{name}": array for name, array in arrays.items()}
 
 
 def velo() -> dict[str, Tensor]:
@@ -52,7 +81,13 @@ def celo_adam() -> dict[str, Tensor]:
     return lstm(SCHEDULE_FEATURES, 0, lr_mult=math.log(3 / 0.1))
 
 
-BUILDERS: dict[str, Callable[[], dict[str, Tensor]]] = {"velo": velo, "celo": celo, "celo_adam": celo_adam}
+BUILDERS: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "small_fc": small_fc,
+    "celo2": celo2,
+    "velo": velo,
+    "celo": celo,
+    "celo_adam": celo_adam,
+}
 """Arrays before noise, by architecture."""
 
 

@@ -31,12 +31,12 @@ from pylo_integrations.ops.loader import (
     RuleStruct,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
-from pylo_integrations.rules.base import CLIP, LARGEST_GRADIENT, Control, Rule, StepContext
+from pylo_integrations.rules.base import CLIP, LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
 from pylo_integrations.rules.mixture import MixtureRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.sharding.blocks import Bucket, Sums
-from pylo_integrations.sharding.layout import TensorLayout
+from pylo_integrations.sharding.layout import Box, TensorLayout
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Storage types of parameters and gradients, by their number in the interface; state is float32."""
@@ -98,7 +98,7 @@ def _rule_struct(rule: NativeRule, names: Sequence[str]) -> RuleStruct:
     struct = RuleStruct(
         features=sum(1 << slot for slot in _slots(rule.features, names)),
         layers=len(widths),
-        rms_eps=1e-6,
+        rms_eps=rule.rms_eps,
         vector_momentum_eps=rule.vector_momentum_eps,
         norm_eps=rule.norm_eps,
         exp_mult=rule.exp_mult,
@@ -179,14 +179,15 @@ def memory_order(param: Tensor) -> list[int] | None:
     return axes
 
 
-def record_axes(layout: TensorLayout, order: Sequence[int]) -> _Axes | None:
+def record_axes(layout: TensorLayout, order: Sequence[int], box: Box | None = None) -> _Axes | None:
     """The axes of a box, or None if they are more than the library takes.
 
     Args:
-        layout: Roles of the axes and the box.
+        layout: Roles of the axes.
         order: :func:`memory_order` of the parameter.
+        box: The piece of the tensor; by default all of it.
     """
-    box = layout.local
+    box = Box((0,) * len(layout.shape), layout.shape) if box is None else box
     if layout.factored is None:
         return _Axes((box.numel,), (0,), (0,))
     d1, d0 = layout.factored
@@ -226,6 +227,8 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     widths = _widths(rule)
     if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
         return f"layers of {widths} units are more or wider than they take"
+    if bucket.parts > 1:
+        return "its tensors are sharded"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
     for param, state in zip(bucket.params, bucket.states, strict=True):
@@ -307,7 +310,8 @@ class NativeStages:
         layout, sums, scales = bucket.layout, self._collected[index], self._scales[index]
         for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
             record = self._tensors[first + position]
-            axes = record_axes(layout, memory_order(param) or ())
+            box = bucket.held[position].pieces[0].box if bucket.held else None
+            axes = record_axes(layout, memory_order(param) or (), box)
             assert axes is not None, "see obstacle()"
             rank = len(axes.extent)
             for name in ("row_offset", "col_offset", "d0_axis", "d1_axis"):
@@ -354,12 +358,7 @@ class NativeStages:
         ]
         self._steps["grad"] = [grad.data_ptr() for grad in self._grads]
         self._steps["grad_dtype"] = [DTYPES[grad.dtype] for grad in self._grads]
-        self._steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
-        clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
-        for bucket, rows in zip(self._buckets, self._rows, strict=True):
-            group = bucket.group
-            self._steps["grad_scale"][rows] = -clip_scale if group["maximize"] else clip_scale
-            self._steps["l2"][rows] = group["weight_decay"] if group["weight_decay_policy"] == "l2" else 0.0
+        self._read_policy(ctx)
         self._run("collect")
         if self._measures:
             self._run("measure")
@@ -368,13 +367,27 @@ class NativeStages:
             for bucket, rows, sums in zip(self._buckets, self._rows, self._collected, strict=True)
         ]
 
+    def _read_policy(self, ctx: StepContext) -> None:
+        self._steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
+        clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
+        for bucket, rows in zip(self._buckets, self._rows, strict=True):
+            group = bucket.group
+            self._steps["grad_scale"][rows] = -clip_scale if group["maximize"] else clip_scale
+            self._steps["l2"][rows] = l2_penalty(group)
+
     @staticmethod
     def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
         """Sums over whole tensors, ``(tensors, channels)``, with an axis of extent 1 for each of theirs."""
         return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
 
-    def prepare_(self, collected: Sequence[Sums]) -> None:
-        """Update factored state from the complete sums of :meth:`collect`."""
+    def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
+        """Update factored state from the complete sums of :meth:`collect`.
+
+        Args:
+            collected: Of every bucket.
+            ctx: For the gradients' scale, which may have been found since they were collected.
+        """
+        self._read_policy(ctx)
         for ours, sums in zip(self._collected, collected, strict=True):
             for name, total in ours.items():
                 if sums[name] is not total:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ LARGEST_GRADIENT = 1e14
 
 CLIP = 1000.0
 """VeLO and its descendants clip gradient elements to plus and minus this (spec §3 b)."""
+
+RuleChoice = Literal["learned", "adamw"]
+"""Who steps the tensors of a parameter group; see :meth:`Rule.member`."""
 
 Control = Mapping[str, Tensor]
 """What a rule decides for whole tensors: entries of shape ``(tensors or 1, ...)``."""
@@ -86,6 +89,24 @@ class Rule(ABC):
     def member(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """The rule for a tensor of a parameter group: this one, or another for tensors that it does not step."""
         return self
+
+    @property
+    def choices(self) -> tuple[RuleChoice, ...]:
+        """Values of the group option ``rule`` that :meth:`member` understands."""
+        return ("learned",)
+
+    @property
+    def lr_mult(self) -> float:
+        """Factor on the learning rate of the group, and so on coupled weight decay too."""
+        return 1.0
+
+    @property
+    def gradient_power(self) -> int | None:
+        """``k`` if a factor ``c`` on all gradients puts ``c**k`` on all sums of :meth:`collect`; None if it does not.
+
+        With it, clipping the gradient norm costs no exchange between ranks of its own.
+        """
+        return None
 
     @property
     def workspace(self) -> int:

@@ -63,6 +63,25 @@ _FORMULAS: dict[str, tuple[int, Callable[[Moments], Tensor]]] = {
 }
 
 
+MATRIX_FEATURES = (
+    "grad",
+    "clipped_grad",
+    "param",
+    "momentum",
+    "rms",
+    "momentum_over_rms",
+    "inverse_rms",
+    "factored_grad",
+    "grad_over_rms",
+    "row",
+    "col",
+    "inverse_row",
+    "inverse_col",
+    "factored_momentum",
+)
+"""What VeLO and its descendants read, in the order of theta's ``w0__0`` to ``w0__13``."""
+
+
 def channel_counts(names: Sequence[str]) -> list[int]:
     """Number of channels of each named feature."""
     return [_FORMULAS[name][0] for name in names]

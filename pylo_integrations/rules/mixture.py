@@ -20,7 +20,7 @@ from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, extent
 from pylo_integrations.rules.base import Control, StepContext, read_clipped_gradient
 from pylo_integrations.rules.control import loss_telemetry, lstm_shapes, param_squares
-from pylo_integrations.rules.features import channel_counts
+from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import mlp
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
@@ -55,23 +55,7 @@ class MixtureRule(MomentRule):
     controller_inputs: ClassVar[int]
     gain: ClassVar[float]
     """Factor on the mean of the bank weighted by the coefficients."""
-
-    features: ClassVar[tuple[str, ...]] = (
-        "grad",
-        "clipped_grad",
-        "param",
-        "momentum",
-        "rms",
-        "momentum_over_rms",
-        "inverse_rms",
-        "factored_grad",
-        "grad_over_rms",
-        "row",
-        "col",
-        "inverse_row",
-        "inverse_col",
-        "factored_momentum",
-    )
+    features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
 
     @classmethod
     def _fields(cls, arrays: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class MomentRule(Rule):
         decays: EMA coefficients.
         features: Names of the network's inputs, in order.
         norm_eps: Added to the mean square of a feature before its inverse root.
+        rms_eps: Added to the second moment before its inverse root.
         vector_momentum_eps: Added to the full-size second moment that scales the momentum of vectors.
     """
 
@@ -40,12 +41,18 @@ class MomentRule(Rule):
 
     features: ClassVar[tuple[str, ...]]
     norm_eps: ClassVar[float] = 1e-5
+    rms_eps: ClassVar[float] = 1e-6
     vector_momentum_eps: ClassVar[float] = 1e-6
 
     @property
     def channels(self) -> int:
         """Number of feature channels."""
         return channel_count(self.features)
+
+    @property
+    def gradient_power(self) -> int | None:
+        """Two: sums of squares; unless a subclass changes the gradient."""
+        return 2 if type(self).gradient is MomentRule.gradient else None
 
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Parameter-shaped momenta and second moments; small ``row`` and ``col`` from rank 2 on."""
@@ -54,6 +61,10 @@ class MomentRule(Rule):
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """EMA weights, see :meth:`Decays.weights`."""
         return self.decays.weights(device, dtype)
+
+    def features_of(self, layout: TensorLayout) -> tuple[str, ...]:
+        """Those of :attr:`features` that a tensor has, in order."""
+        return self.features
 
     def norm_axes(self, layout: TensorLayout) -> Sequence[int]:
         """Axes over which features are normalised."""
@@ -98,7 +109,8 @@ class MomentRule(Rule):
             block.store_(names, value)
         moments = self._moments(block, prepared, grad, *updated.values())
         axes = self.norm_axes(block.layout)
-        squares = [PartialSum.of(f.square(), axes, block.box) for f in compact_features(self.features, moments)]
+        features = compact_features(self.features_of(block.layout), moments)
+        squares = [PartialSum.of(feature.square(), axes, block.box) for feature in features]
         return {"features": PartialSum(torch.cat([s.value for s in squares], dim=1), tuple(axes))}
 
     def normalised_features(self, block: Block, prepared: Sums, sums: Sums, ctx: StepContext) -> Tensor:
@@ -107,7 +119,7 @@ class MomentRule(Rule):
         moments = self._moments(block, prepared, self.gradient(block, ctx), *map(block.load, names))
         count = math.prod(block.layout.shape[axis] for axis in self.norm_axes(block.layout))
         scale = (block.narrow(sums["features"]) / count + self.norm_eps).rsqrt()
-        features = compact_features(self.features, moments)
+        features = compact_features(self.features_of(block.layout), moments)
         return torch.cat([f.expand(-1, -1, *block.box.shape) for f in features], dim=1).mul_(scale)
 
     def _moments(
@@ -122,4 +134,4 @@ class MomentRule(Rule):
             row = col = diagonal
             grad_scale = (diagonal + 1e-9).clamp_min(1e-9).rsqrt()
             momentum_scale = (diagonal + self.vector_momentum_eps).rsqrt()
-        return Moments(grad, block.param, momentum, rms, row, col, grad_scale, momentum_scale)
+        return Moments(grad, block.param, momentum, rms, row, col, grad_scale, momentum_scale, self.rms_eps)

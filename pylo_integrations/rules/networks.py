@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,3 +25,42 @@ def mlp(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
         if layer < len(weights) - 1:
             hidden.relu_()
     return hidden
+
+
+def read_mlp(
+    arrays: Mapping[str, Tensor], owner: str, prefix: str, inputs: int, outputs: int, others: Collection[str] = ()
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases for :func:`mlp` from theta.
+
+    Args:
+        arrays: ``{prefix}w0``, ``{prefix}b0``, ``{prefix}w1``... with weights (inputs, outputs).
+        owner: Name of the architecture, for messages.
+        prefix: Of the names.
+        inputs: Of the first layer.
+        outputs: Of the last layer; the widths between them are free.
+        others: Names in ``arrays`` that are not the network's.
+
+    Raises:
+        ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+    """
+    depth = sum(name.startswith(f"{prefix}w") for name in arrays)
+    layers = [f"{prefix}{kind}{layer}" for layer in range(max(depth, 1)) for kind in "wb"]
+    if missing := [name for name in layers if name not in arrays]:
+        raise ValueError(
+            f"{owner} theta lacks {missing}; it needs {prefix}w0, {prefix}b0, {prefix}w1, ... without a gap"
+        )
+    if unknown := sorted(set(arrays) - {*layers, *others}):
+        raise ValueError(f"{owner} theta has unknown arrays {unknown}; remove them or rename them")
+    for layer in range(depth):
+        weight, bias = arrays[f"{prefix}w{layer}"], arrays[f"{prefix}b{layer}"]
+        width = outputs if layer == depth - 1 else (weight.shape[-1] if weight.dim() else 0)
+        if tuple(weight.shape) != (inputs, width) or tuple(bias.shape) != (width,):
+            raise ValueError(
+                f"{owner} theta: {prefix}w{layer} is {tuple(weight.shape)} and {prefix}b{layer} {tuple(bias.shape)}; "
+                f"expected ({inputs}, {width}) and ({width},): weights are (inputs, outputs)"
+            )
+        inputs = width
+    return (
+        tuple(arrays[f"{prefix}w{layer}"].t().contiguous() for layer in range(depth)),
+        tuple(arrays[f"{prefix}b{layer}"] for layer in range(depth)),
+    )

@@ -23,7 +23,7 @@ from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import mlp
+from pylo_integrations.rules.networks import mlp, read_mlp
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums
 
 
@@ -77,22 +77,8 @@ class SmallFC(MomentRule):
         Raises:
             ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
         """
-        depth = sum(name.startswith("nn/~/w") for name in arrays)
-        layers = [f"nn/~/{kind}{layer}" for layer in range(max(depth, 1)) for kind in "wb"]
-        if missing := [name for name in layers if name not in arrays]:
-            raise ValueError(f"small_fc theta lacks {missing}; it needs nn/~/w0, nn/~/b0, nn/~/w1, ... without a gap")
-        if unknown := sorted(set(arrays) - {*layers, *cls.initial_decays}):
-            raise ValueError(f"small_fc theta has unknown arrays {unknown}; remove them or rename them")
-        expected_inputs = channel_count(cls.features) + len(TIME_SCALES)
-        for layer in range(depth):
-            weight, bias = arrays[f"nn/~/w{layer}"], arrays[f"nn/~/b{layer}"]
-            outputs = 2 if layer == depth - 1 else (weight.shape[-1] if weight.dim() else 0)
-            if tuple(weight.shape) != (expected_inputs, outputs) or tuple(bias.shape) != (outputs,):
-                raise ValueError(
-                    f"small_fc theta: nn/~/w{layer} is {tuple(weight.shape)} and nn/~/b{layer} {tuple(bias.shape)}; "
-                    f"expected ({expected_inputs}, {outputs}) and ({outputs},): weights are (inputs, outputs)"
-                )
-            expected_inputs = outputs
+        inputs = channel_count(cls.features) + len(TIME_SCALES)
+        weights, biases = read_mlp(arrays, "small_fc", "nn/~/", inputs, 2, cls.initial_decays)
         decays = {}
         for name, initial in cls.initial_decays.items():
             offsets = arrays[name] if name in arrays else torch.zeros(len(initial))
@@ -101,8 +87,8 @@ class SmallFC(MomentRule):
             decays[name] = decays_from_offsets(initial, offsets.tolist())
         return cls(
             decays=Decays(decays["momentum_decays"], decays["rms_decays"], decays["adafactor_decays"]),
-            weights=tuple(arrays[f"nn/~/w{layer}"].t().contiguous() for layer in range(depth)),
-            biases=tuple(arrays[f"nn/~/b{layer}"] for layer in range(depth)),
+            weights=weights,
+            biases=biases,
             exp_mult=exp_mult,
             step_mult=step_mult,
         )

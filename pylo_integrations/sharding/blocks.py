@@ -4,6 +4,9 @@ A *bucket* holds tensors that share layout, rule, dtype, device and parameter gr
 them, stacked along a leading tensor axis: many small tensors become one stack, a large tensor becomes many boxes, and
 a rule sees the same shape either way: ``(tensors, channels, *box)``. Boxes bound the memory of temporaries, however
 large one tensor is; stacks bound the Python overhead, however many tensors there are.
+
+Buckets are the same on every rank, so that their sums can be added up over ranks as they are. Blocks differ: they cover
+what this process holds. A bucket of which nothing is here has one block without elements, whose sums are zero.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.sharding.layout import Box, TensorLayout
+from pylo_integrations.sharding.pieces import Held, Piece, local_part
 
 Sums = Mapping[str, Tensor]
 """Named statistics of shape ``(tensors, channels, *axes)``; an axis has extent 1 where it was summed over."""
@@ -37,13 +41,9 @@ class PartialSum:
         A broadcast axis counts once for each element of the box, without being expanded.
         """
         total = values.sum([axis + 2 for axis in over], keepdim=True)
-        repeats = math.prod(box.shape[axis] // values.shape[axis + 2] for axis in over)
+        repeats = math.prod(box.shape[axis] // max(1, values.shape[axis + 2]) for axis in over)
         extents = (1 if axis in over else extent for axis, extent in enumerate(box.shape))
         return cls((total * repeats).expand(*total.shape[:2], *extents), tuple(over))
-
-
-def _lift(tensor: Tensor) -> Tensor:
-    return tensor.reshape(1) if tensor.dim() == 0 else tensor
 
 
 @dataclass(eq=False)
@@ -52,11 +52,13 @@ class Bucket:
 
     Attributes:
         layout: Shared by every tensor of the bucket.
-        params: Parameters, in torch layout and storage dtype.
+        params: Parameters, in torch layout and storage dtype; sharded ones as the framework has them.
         states: ``optimizer.state[p]`` of each parameter.
         group: The parameter group, read afresh every step (lr, weight decay, maximize).
         dtype: Dtype of state and arithmetic: float32, or float64 for float64 parameters.
-        grads: This step's gradients, set by the engine.
+        parts: Into how many disjoint parts the ranks divide each tensor; 1 if every rank has the whole.
+        held: What is here of each parameter.
+        grads: This step's gradients of what is here, plain tensors, set by the engine.
     """
 
     layout: TensorLayout
@@ -64,6 +66,8 @@ class Bucket:
     states: list[dict[str, Any]]
     group: Mapping[str, Any]
     dtype: torch.dtype
+    parts: int = 1
+    held: list[Held] = field(default_factory=list)
     grads: Sequence[Tensor] = ()
 
     def __len__(self) -> int:
@@ -83,15 +87,21 @@ class Bucket:
         torch._foreach_copy_([state[name] for state in self.states], list(value.unbind()))
 
     def blocks(self, max_numel: int) -> list[Block]:
-        """Cut the bucket into blocks of about ``max_numel`` elements at most."""
-        local = self.layout.local
-        if local.numel == 0:
-            return []
-        if local.numel > max_numel:
-            boxes = list(local.split(max_numel))
-            return [Block(self, slice(i, i + 1), box) for i in range(len(self)) for box in boxes]
-        count = max_numel // local.numel
-        return [Block(self, slice(i, min(i + count, len(self))), local) for i in range(0, len(self), count)]
+        """Cut what is here of the bucket into blocks of about ``max_numel`` elements at most; at least one."""
+        blocks: list[Block] = []
+        for held, run in itertools.groupby(range(len(self)), key=self.held.__getitem__):
+            indices = list(run)
+            count = max(1, max_numel // max(1, held.numel))
+            for start in range(indices[0], indices[-1] + 1, count):
+                tensors = slice(start, min(start + count, indices[-1] + 1))
+                for piece in held.pieces:
+                    blocks += [Block(self, tensors, piece, box) for box in piece.box.split(max_numel)]
+        return blocks or [self._empty_block()]
+
+    def _empty_block(self) -> Block:
+        nothing = Box((0,) * len(self.layout.shape), (0,) * len(self.layout.shape))
+        flat = local_part(self.params[0]).dim() != len(self.layout.shape)
+        return Block(self, slice(0, 1), Piece(nothing, 0 if flat else None), nothing)
 
 
 @dataclass(eq=False)
@@ -100,11 +110,12 @@ class Block:
 
     bucket: Bucket
     tensors: slice
+    piece: Piece
     box: Box
     _index: tuple[slice, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._index = self.box.slices(self.bucket.layout.local.start)
+        self._index = self.box.slices(self.piece.box.start)
 
     def __len__(self) -> int:
         start, stop = self.tensors.start, self.tensors.stop
@@ -116,10 +127,10 @@ class Block:
         return self.bucket.layout
 
     def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [_lift(tensor)[self._index] for tensor in tensors[self.tensors]]
+        return [self.piece.view(local_part(tensor))[self._index] for tensor in tensors]
 
     def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        views = self._views(tensors)
+        views = self._views(tensors[self.tensors])
         stacked = views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
         return stacked.to(self.bucket.dtype).unsqueeze(1)
 
@@ -136,18 +147,18 @@ class Block:
     def load(self, names: Sequence[str]) -> Tensor:
         """Parameter-shaped states as channels, ``(tensors, len(names), *box)``; always a copy."""
         states = self.bucket.states[self.tensors]
-        views = [_lift(state[name])[self._index] for state in states for name in names]
+        views = self._views([state[name] for state in states for name in names])
         return torch.stack(views).view(len(states), len(names), *self.box.shape)
 
     def store_(self, names: Sequence[str], value: Tensor) -> None:
         """Write ``value`` of shape ``(tensors, len(names), *box)`` back into the states."""
         states = self.bucket.states[self.tensors]
-        views = [_lift(state[name])[self._index] for state in states for name in names]
+        views = self._views([state[name] for state in states for name in names])
         torch._foreach_copy_(views, list(value.flatten(0, 1).unbind()))
 
     def store_param_(self, value: Tensor) -> None:
         """Write new parameters of shape ``(tensors, 1, *box)``, rounding to their storage dtype."""
-        torch._foreach_copy_(self._views(self.bucket.params), list(value.squeeze(1).unbind()))
+        torch._foreach_copy_(self._views(self.bucket.params[self.tensors]), list(value.squeeze(1).unbind()))
 
     def rows(self, per_tensor: Tensor) -> Tensor:
         """This block's entries of a tensor whose leading axis runs over the bucket's tensors (or has extent 1)."""
@@ -181,4 +192,5 @@ class Accumulator:
             if name not in self.sums:
                 axes = (1 if axis in partial.over else extent for axis, extent in enumerate(shape))
                 self.sums[name] = partial.value.new_zeros(len(self._bucket), partial.value.shape[1], *axes)
-            block.narrow(self.sums[name]).add_(partial.value)
+            if block.box.numel:
+                block.narrow(self.sums[name]).add_(partial.value)

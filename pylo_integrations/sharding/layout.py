@@ -1,4 +1,4 @@
-"""Axis roles and local pieces of a parameter.
+"""Axis roles of a parameter, and boxes of its elements.
 
 The published rules are written for tensors whose last two axes are (in, out): a dense kernel is (in, out), a
 convolution (kh, kw, in, out). A PyTorch parameter is (out, in, *kernel), or (in, out, *kernel) for ``nn.Embedding``,
@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from torch import Tensor
 
 AxisOrder = Literal["out_in", "in_out"]
 """How a parameter stores its first two axes; matters only where axis sizes tie and for last-two-axes statistics."""
@@ -76,40 +74,24 @@ class Box:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Roles of a parameter's axes and the box of it that this process holds.
+    """Roles of the axes of a whole (unsharded) parameter; the same on every rank.
 
-    A 0-d parameter is described as shape ``(1,)`` (spec §0). On one device ``local`` is the whole tensor.
+    A 0-d parameter is described as shape ``(1,)`` (spec §0). What this process holds of it is another matter, see
+    :class:`~pylo_integrations.sharding.pieces.Held`.
 
     Attributes:
-        shape: Shape of the whole (unsharded) tensor.
+        shape: Shape of the whole tensor.
         order: Torch axes in reference order, see :func:`reference_order`.
-        local: The piece held here, in coordinates of the whole tensor.
     """
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
-    local: Box
 
     @classmethod
     def whole(cls, shape: Sequence[int], axes: AxisOrder = "out_in") -> TensorLayout:
-        """Layout of a tensor that lives entirely on this device."""
+        """Layout of a tensor by its whole shape."""
         full = tuple(shape) or (1,)
-        return cls(full, reference_order(len(full), axes), Box((0,) * len(full), full))
-
-    @classmethod
-    def of(cls, param: Tensor, axes: AxisOrder = "out_in") -> TensorLayout:
-        """Layout of a parameter as this process holds it.
-
-        Raises:
-            TypeError: ``param`` is a shard of FSDP or tensor parallelism, whose whole shape this version cannot see.
-        """
-        if hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False):
-            raise TypeError(
-                f"a parameter of type {type(param).__name__} is sharded (FSDP or tensor parallelism); learned "
-                "optimizers need statistics of whole tensors, which this version computes for unsharded parameters "
-                "only: train on one device or with DistributedDataParallel"
-            )
-        return cls.whole(param.shape, axes)
+        return cls(full, reference_order(len(full), axes))
 
     @property
     def numel(self) -> int:

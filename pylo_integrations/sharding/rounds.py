@@ -1,15 +1,96 @@
-"""Rounds: the points of a step at which partial sums become sums over whole tensors."""
+"""Rounds: the points of a step at which partial sums become sums over whole tensors.
+
+All tensors travel in one flat buffer, so a round is one ``all_reduce`` however many tensors there are. Its result has
+the same bits on every rank, and so has everything that is decided from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_over_ranks_(partial_sums: Iterable[Tensor]) -> None:
-    """Complete partial sums in place, all of them in one exchange.
+class Ranks:
+    """The processes that train a model together: the default process group, or one given; alone if there is none."""
 
-    Parameters are whole on this process (:meth:`~pylo_integrations.sharding.layout.TensorLayout.whole`; the optimizer
-    refuses anything else), so their sums are already complete and there is nothing to exchange.
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def bind(self, group: Any) -> None:
+        """Let ``group`` be the ranks that train together; None stands for all.
+
+        Raises:
+            ValueError: This process is not a member.
+        """
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError("process_group must contain the process that passes it")
+        self._group = group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_group": None}  # process groups cannot be pickled, nor do they outlive their process
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among them."""
+        return dist.get_rank(self._group)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up ``tensor`` over the ranks, in place."""
+        dist.all_reduce(tensor, group=self._group)
+
+    def any(self, flag: Tensor) -> bool:
+        """Whether a 0-d ``flag`` is set on any rank."""
+        votes = flag.to(torch.float32)
+        self.sum_(votes)
+        return bool(votes > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in their order."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def all_to_all(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Exchange flat tensors, in one collective.
+
+        Args:
+            outgoing: For each rank, what it gets.
+            sizes: Of each rank, how many elements come.
+            like: Its dtype and device are those of the exchange.
+
+        Returns:
+            Of each rank, what came.
+        """
+        flat = torch.cat([like.new_empty(0), *(tensor.to(like) for tensors in outgoing for tensor in tensors)])
+        received = like.new_empty(sum(sizes))
+        splits = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+        dist.all_to_all_single(received, flat, list(sizes), splits, group=self._group)
+        return list(torch.split(received, list(sizes)))
+
+
+def sum_over_ranks_(shares: Sequence[tuple[Tensor, int]], ranks: Ranks) -> None:
+    """Complete partial sums in place, all of them in one exchange; without any, there is none.
+
+    Args:
+        shares: Tensors, in the same order and of the same shapes on every rank, each with its number of copies: how
+            many ranks have the same share. With as many copies as ranks the result is the mean.
+        ranks: Who takes part.
     """
+    if not shares:
+        return
+    tensors = [tensor for tensor, _ in shares]
+    widest = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+    flat = torch.cat([tensor.reshape(-1).to(tensors[0].device, widest) for tensor in tensors])
+    ranks.sum_(flat)
+    for (tensor, copies), total in zip(shares, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        total = total.view(tensor.shape)
+        tensor.copy_(total / copies if copies > 1 else total)

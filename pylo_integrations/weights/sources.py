@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pylo_integrations.weights import hub
+from pylo_integrations.weights.convert import CONFIG_FILE, check_config, convert
 from pylo_integrations.weights.theta import Theta
 
 Weights: TypeAlias = "Theta | str | os.PathLike[str] | Mapping[str, Any]"
 """A theta, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"``, or arrays by the reference's names."""
 
-HUB_FILENAME = "theta.safetensors"
 _BUILTIN = files(__package__) / "builtin"
 
 
@@ -32,7 +35,9 @@ def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -
 
     Raises:
         FileNotFoundError: No such file or builtin; or a hub repository that is neither cached nor reachable.
-        ValueError: The contents do not fit, see :class:`Theta`.
+        OSError: A download failed midway.
+        ValueError: The contents do not fit, see :class:`Theta`, or are in no known layout, see
+            :func:`~pylo_integrations.weights.convert.convert`; or have another digest than the catalogue pins.
         TypeError: None of the accepted forms.
     """
     if isinstance(weights, Theta):
@@ -42,7 +47,11 @@ def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -
     if isinstance(weights, str) and weights.startswith("builtin:"):
         return _from_package(weights.removeprefix("builtin:"))
     if isinstance(weights, str) and weights.startswith("hub:"):
-        return _from_hub(weights.removeprefix("hub:"), local_files_only)
+        try:
+            return _from_hub(weights.removeprefix("hub:"), partial(hub.fetch, local_files_only=local_files_only))
+        except FileNotFoundError as error:
+            shipped = [f"builtin:{name}" for name in builtin_names()]
+            raise FileNotFoundError(f"weights={weights!r}: {error}. Without a network there are {shipped}") from error
     if isinstance(weights, (str, os.PathLike)):
         return Theta.load(weights)
     raise TypeError(
@@ -58,25 +67,37 @@ def _from_package(name: str) -> Theta:
         return Theta.load(path)
 
 
-def _from_hub(address: str, local_files_only: bool) -> Theta:
-    from huggingface_hub import hf_hub_download  # slow to import, and most runs never need it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repo, _, revision = address.partition("@")
-    if repo.count("/") != 1:
+def _from_hub(address: str, fetch: Callable[..., Path]) -> Theta:
+    repository, _, revision = address.partition("@")
+    if repository.count("/") != 1 or not all(repository.split("/")):
         raise ValueError(f"weights='hub:{address}' must read 'hub:<owner>/<repo>' or 'hub:<owner>/<repo>@<revision>'")
-    try:
-        path = hf_hub_download(repo, HUB_FILENAME, revision=revision or None, local_files_only=local_files_only)
-    except LocalEntryNotFoundError as error:
-        at_revision = f" --revision {revision}" if revision else ""
-        raise FileNotFoundError(
-            f"weights='hub:{address}' is not in the local cache and the hub cannot be reached (no network, or "
-            f"HF_HUB_OFFLINE is set). On a machine with network run `hf download {repo} {HUB_FILENAME}{at_revision}` "
-            "and bring the file, then pass its path as weights=; or use weights shipped with the package: "
-            f"{[f'builtin:{name}' for name in builtin_names()]}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(
-            f"weights='hub:{address}': the hub has no {HUB_FILENAME} there that you may read: {error}"
-        ) from error
-    return Theta.load(path)
+    if published := hub.find_published(repository):
+        return _from_published(published, repository, revision, fetch)
+    path = fetch(repository, (hub.THETA_FILE, hub.FLAX_FILE, CONFIG_FILE), revision or None)
+    commit = path.parent.name
+    if path.name == hub.THETA_FILE:
+        return Theta.load(path)
+    if path.name == CONFIG_FILE:
+        check_config(path)  # before fetching what may be a language model
+        path = fetch(repository, (hub.PYTORCH_FILE,), commit)
+    return _from_repositories({repository: path}, None)
+
+
+def _from_published(published: hub.Published, repository: str, revision: str, fetch: Callable[..., Path]) -> Theta:
+    """A published theta, all parts at their pinned revisions but for ``repository`` at ``revision`` if given."""
+    if published.optimizer is None:
+        raise ValueError(f"weights='hub:{repository}' are for {published.name}, which this package has no rule for")
+    paths = {}
+    for part in published.repositories:
+        if revision and part.name == repository:
+            paths[part.name] = fetch(part.name, (part.filename,), revision)
+        else:
+            paths[part.name] = fetch(part.name, (part.filename,), part.revision, part.sha256)
+    return _from_repositories(paths, published.optimizer)
+
+
+def _from_repositories(paths: Mapping[str, Path], optimizer: str | None) -> Theta:
+    theta = convert(*paths.values(), architecture=optimizer)
+    # The client's cache keeps files in a folder named after the commit.
+    origin = ", ".join(f"huggingface.co/{repository}@{path.parent.name}" for repository, path in paths.items())
+    return replace(theta, provenance=f"{origin}: {theta.provenance}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,19 +20,43 @@ from torch import Tensor
 
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.celo2 import Celo2
 from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
+from pylo_integrations.weights import hub
 
 FORMAT = "pylo_integrations.theta"
 VERSION = 1
 
 ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
-    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule}
+    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2}
 )
 """Rules that theta can be for."""
 
-_ARCHITECTURE_OF = {"small_fc_lopt": "small_fc"}  # catalogue name -> architecture, where they differ
+_RECORD = {
+    "name": str,
+    "architecture": str,
+    "hyper": dict,
+    "features": list,
+    "provenance": str,
+    "licence": str,
+    "training": dict,
+    "sha256": str,
+}
+"""What a file says besides its arrays, and of which type each entry is."""
+
+# By catalogue name, where it is not the architecture's.
+_ARCHITECTURE_OF = {
+    "small_fc_lopt": "small_fc",
+    "mulo": "small_fc",
+    "elo": "small_fc",
+    "celo2_base": "celo2",
+    "elo_celo2": "celo2",
+}
+
+# Constants that differ from the rule's own, by catalogue name: those of the published weights.
+_HYPER_OF: Mapping[str, Mapping[str, float]] = {"mulo": {"step_mult": 1e-2}, "elo": {"step_mult": 1.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +88,8 @@ class Theta:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"theta architecture {self.architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
+        if bad := [name for name, value in self.hyper.items() if not _is_finite_number(value)]:
+            raise ValueError(f"theta constants {bad} are not finite numbers")
         arrays = {name: torch.as_tensor(value).detach().cpu() for name, value in self.arrays.items()}
         arrays = {name: array.to(torch.float32, copy=True).contiguous() for name, array in sorted(arrays.items())}
         if bad := [name for name, array in arrays.items() if not array.isfinite().all()]:
@@ -81,15 +108,17 @@ class Theta:
         Args:
             name: A catalogue name (``"small_fc_lopt"``) or architecture (``"small_fc"``).
             arrays: Tensors or numpy arrays; geometry is read from their shapes.
-            hyper: Constants of the rule, each defaulting to the rule's own.
+            hyper: Constants of the rule; each defaults to that of the published weights of ``name``, else the rule's.
             about: ``provenance``, ``licence``, ``training``.
 
         Raises:
             ValueError: See :class:`Theta`.
         """
-        return cls(_ARCHITECTURE_OF.get(name, name), arrays, hyper or {}, name=name, **about)
+        return cls(
+            _ARCHITECTURE_OF.get(name, name), arrays, {**_HYPER_OF.get(name, {}), **(hyper or {})}, name=name, **about
+        )
 
-    def rule(self, **overrides: float | None) -> Rule:
+    def rule(self, **overrides: Any) -> Rule:
         """The rule with these weights; ``overrides`` replace constants of :attr:`hyper` where not None.
 
         Raises:
@@ -179,13 +208,17 @@ class Theta:
         try:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                # Others' files may be a language model's.
+                names = file.keys() if metadata.get("format") == FORMAT else []
+                arrays = {name: file.get_tensor(name) for name in names}
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {error}. `pylo weights convert` reads some other formats"
+            ) from error
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is a safetensors file but not a theta; load its arrays and call "
-                "Theta.from_arrays(name, arrays)"
+                f"{path} is a safetensors file but not a theta; if it is a published one, `pylo weights convert` makes "
+                "a theta of it, else load its arrays and call Theta.from_arrays(name, arrays)"
             )
         if metadata.get("version") != str(VERSION):
             raise ValueError(
@@ -193,15 +226,72 @@ class Theta:
             )
         try:
             record = json.loads(metadata["theta"])
-            about = {key: record[key] for key in ("name", "provenance", "licence", "training")}
-            architecture, hyper, features, sha256 = (
-                record[key] for key in ("architecture", "hyper", "features", "sha256")
-            )
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} has a damaged record: {error!r}") from error
-        theta = cls(architecture, arrays, hyper, **about)
+            if wrong := [key for key, kind in _RECORD.items() if not isinstance(record[key], kind)]:
+                raise TypeError(f"{wrong} are of another type")
+        # RecursionError: deep nesting; ValueError also for an integer of thousands of digits.
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} has a damaged record: {error!r:.200}") from error
+        architecture, hyper, features, sha256 = (record[key] for key in ("architecture", "hyper", "features", "sha256"))
+        about = {key: record[key] for key in ("name", "provenance", "licence", "training")}
+        try:
+            theta = cls(architecture, arrays, hyper, **about)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if tuple(features) != theta.features:
             raise ValueError(f"{path} was trained on features {features}, this rule has {theta.features}")
         if sha256 != theta.sha256:
             raise ValueError(f"{path} is damaged: its sha256 is {theta.sha256}, its record says {sha256}")
         return theta
+
+    @classmethod
+    def from_hub(cls, repository: str, revision: str | None = None, sha256: str | None = None) -> Theta:
+        """Load what :meth:`push_to_hub` wrote; ``weights="hub:..."`` also takes repositories in other layouts.
+
+        Args:
+            repository: ``<owner>/<repository>`` on the Hugging Face hub; its client's cache and settings apply.
+            revision: Branch, tag or commit; by default the newest.
+            sha256: :attr:`sha256` that the result must have.
+
+        Raises:
+            FileNotFoundError: Neither cached nor reachable, or not there.
+            OSError: The download failed midway.
+            ValueError: Not a theta, or not the expected one.
+        """
+        theta = cls.load(hub.fetch(repository, (hub.THETA_FILE,), revision))
+        if sha256 is not None and theta.sha256 != sha256:
+            raise ValueError(f"hub:{repository} holds {theta!r} with sha256 {theta.sha256}, expected {sha256}")
+        return theta
+
+    def push_to_hub(self, repository: str, *, private: bool = False, message: str = "") -> str:
+        """Commit ``theta.safetensors`` to a repository of the Hugging Face hub.
+
+        The token is that of its client: ``hf auth login`` or ``HF_TOKEN``.
+
+        Args:
+            repository: ``<owner>/<repository>``; created if it is not there.
+            private: Whether a new repository is hidden from others.
+            message: Of the commit.
+
+        Returns:
+            The commit, for ``weights="hub:<owner>/<repository>@<commit>"``.
+
+        Raises:
+            OSError: Not logged in, no right to write there, or no connection.
+            ValueError: Not a repository name.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save(Path(folder) / hub.THETA_FILE)
+            message = message or f"{self.name or self.architecture}, sha256 {self.sha256[:12]}"
+            return hub.upload(path, repository, hub.THETA_FILE, private=private, message=message)
+
+
+def architecture_of(name: str) -> str:
+    """The architecture that a catalogue name, or an architecture, stands for."""
+    return _ARCHITECTURE_OF.get(name, name)
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False

@@ -34,6 +34,7 @@ try:
 
     from pylo_integrations import get_optimizer_info, list_optimizers, param_groups, unwrap_optimizer
     from pylo_integrations.lightning import LearnedOptimizerCallback, configure_optimizers
+    from pylo_integrations.telemetry import TelemetryMode
 except ModuleNotFoundError as error:
     sys.exit(f"this recipe needs {error.name}: pip install 'pylo-integrations[recipes]', in a clone '.[recipes]'")
 
@@ -68,6 +69,7 @@ class Classifier(LightningModule):
         image_size: Height and width of the images.
         channels: Of the images.
         num_classes: Classes to tell apart.
+        telemetry: Whether a learned optimizer logs what it does, for each parameter group or `per_parameter`.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Classifier(LightningModule):
         image_size: int = 28,
         channels: int = 1,
         num_classes: int = 10,
+        telemetry: TelemetryMode = False,
     ) -> None:
         super().__init__()
+        self.telemetry: TelemetryMode = telemetry
         self.save_hyperparameters()
         self.optimizer, self.settings, self.warmup = optimizer, settings.get(optimizer, Settings()), warmup
         self.model = timm.create_model(
@@ -111,6 +115,7 @@ class Classifier(LightningModule):
                 **lr,
                 weight_decay=settings.weight_decay,
                 scheduler=self.schedule,
+                telemetry=self.telemetry,
                 **settings.options,
             )
         optimizer = AdamW(param_groups(self, settings.weight_decay), **lr, **settings.options)
@@ -155,12 +160,16 @@ class Recipe(LightningCLI):
         parser.add_argument("--optimizer", default="small_fc_lopt", help=names)
         parser.add_argument("--baseline", type=str | None, default="adamw", help="optimizer to compare with, or null")
         parser.add_argument("--data_dir", "--data-dir", type=str | None, help="see --data.help")
+        parser.add_argument(
+            "--telemetry", type=TelemetryMode, default=False, help="see --model.help; pylo plot draws it"
+        )
         parser.add_argument("--output", default="runs/vit", help="each optimizer gets a folder in it")
         parser.add_argument(
             "--ckpt_path", type=str | None, help="checkpoint to go on from; `last`: each run from its own"
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.link_arguments("optimizer", "model.optimizer")
+        parser.link_arguments("telemetry", "model.telemetry")
         parser.link_arguments("data_dir", "data.data_dir")
         parser.link_arguments("seed_everything", "data.seed")
         for name in ("image_size", "channels", "num_classes"):

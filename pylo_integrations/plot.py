@@ -1,0 +1,234 @@
+"""Pictures of what runs logged: ``pylo plot``.
+
+Reads ``metrics.csv`` of Lightning's ``CSVLogger`` and ``trainer_state.json`` of the Hugging Face Trainer; draws the
+losses of all runs in a folder and, where a run logged telemetry, the optimizer's update ratio and what it decided.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series: TypeAlias = dict[int, float]
+"""Values by step."""
+
+_TELEMETRY = re.compile(r"optim/[^/]+/(?:param/(?P<param>.+)|(?P<group>group\d+))/(?P<number>[^/]+)")
+_MEANING = {"lr_mult": "learned multiplier of lr", "update_ratio": "update norm / parameter norm"}
+_MOST_NAMES = 60  # of parameters, that fit beside a heat map
+
+
+class PlotError(ValueError):
+    """There is nothing to draw, or nothing to draw it with."""
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunLog:
+    """What one run logged.
+
+    Attributes:
+        name: The run's.
+        series: By name.
+    """
+
+    name: str
+    series: dict[str, Series] = field(default_factory=dict)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Take in what was logged at a step; for the same step, what comes later counts."""
+        for name, value in values.items():
+            self.series.setdefault(name, {})[step] = value
+
+    def losses(self) -> dict[str, Series]:
+        """Series that are named a loss."""
+        return {name: series for name, series in self.series.items() if "loss" in name and "/" not in name}
+
+    def telemetry(self, number: str, of: str) -> dict[str, Series]:
+        """One number of the telemetry; ``of`` each ``"param"`` or ``"group"``, by its name."""
+        matches = [(_TELEMETRY.fullmatch(name), series) for name, series in self.series.items()]
+        return {match[of]: series for match, series in matches if match and match[of] and match["number"] == number}
+
+
+def read_runs(path: Path) -> list[RunLog]:
+    """The runs in a folder and the folders below it, or of one log file.
+
+    Raises:
+        PlotError: There is none, or a log cannot be read.
+    """
+    if not path.exists():
+        raise PlotError(f"there is no {path}")
+    if path.is_file():
+        files = [path]
+    else:
+        states = sorted(path.rglob("trainer_state.json"), key=_place)
+        last_states = {_place(file)[0]: file for file in states}.values()  # each holds what those before it do
+        files = [*path.rglob("metrics.csv"), *last_states]
+    runs = []
+    for folder, members in itertools.groupby(sorted(files, key=_place), key=lambda file: _place(file)[0]):
+        name = folder.name if folder == path or path.is_file() else str(folder.relative_to(path))
+        for index, entries in enumerate(_join(_read(file) for file in members)):
+            runs.append(RunLog(f"{name} ({index + 1})" if index else name))
+            for step, values in entries:
+                runs[-1].add(step, values)
+    if not any(run.series for run in runs):
+        raise PlotError(f"{path} holds no numbers to draw, in {' or '.join(_READERS)}")
+    return runs
+
+
+Entries: TypeAlias = list[tuple[int, dict[str, float]]]
+"""Steps and what was logged there."""
+
+
+def _place(file: Path) -> tuple[Path, int]:
+    """The folder of the run that a log belongs to, and the log's place among those there."""
+    folder = file.parent
+    if match := re.fullmatch(r"(?:version_|checkpoint-)(\d+)", folder.name):
+        folder = folder.parent.parent if folder.parent.name == "csv" else folder.parent
+    return folder, int(match[1]) if match else sys.maxsize
+
+
+def _join(logs: Iterable[Entries]) -> Iterator[Entries]:
+    """Runs made of the logs in a folder: one that begins after the one before it is its continuation."""
+    run: Entries = []
+    for entries in logs:
+        if run and entries and entries[0][0] <= run[0][0]:
+            yield run
+            run = []
+        run = run + entries
+    yield run
+
+
+def _read(file: Path) -> Entries:
+    read = _READERS.get(file.name)
+    if read is None:
+        raise PlotError(f"{file} is none of {', '.join(_READERS)}")
+    try:
+        return [(int(entry["step"]), _numbers(entry)) for entry in read(file.read_text(encoding="utf-8"))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PlotError(f"{file} is not what its name says: {error!r}") from None
+
+
+def _read_csv(text: str) -> Iterable[Mapping[str, Any]]:
+    return csv.DictReader(text.splitlines())
+
+
+def _read_trainer_state(text: str) -> Iterable[Mapping[str, Any]]:
+    history: list[Mapping[str, Any]] = json.loads(text)["log_history"]
+    return [entry for entry in history if "train_runtime" not in entry]  # the summary of a run
+
+
+_READERS = {"metrics.csv": _read_csv, "trainer_state.json": _read_trainer_state}
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in entry.items()
+        if name not in ("step", "epoch") and isinstance(value, (int, float, str)) and value != ""
+    }
+
+
+# -- drawing -------------------------------------------------------------------------------------------------------
+
+
+def draw(runs: Sequence[RunLog]) -> Figure:
+    """Losses of all runs and, of each run that has telemetry, the update ratio and a heat map over time.
+
+    The heat map shows ``lr_mult`` of every parameter if there is such, else ``update_ratio``; groups stand for
+    parameters if telemetry was not per parameter.
+
+    Raises:
+        PlotError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which needs to know about displays
+    except ModuleNotFoundError:
+        raise PlotError("drawing needs matplotlib: pip install matplotlib") from None
+    panels: list[tuple[float, Callable[[Axes], None]]] = [(3.0, lambda axes: _draw_losses(axes, runs))]
+    for run in runs:
+        if ratios := run.telemetry("update_ratio", of="group"):
+            panels.append((2.0, partial(_draw_lines, series=ratios, title=f"{run.name}: {_MEANING['update_ratio']}")))
+        for number, meaning in _MEANING.items():  # the first that there is
+            if rows := run.telemetry(number, of="param") or run.telemetry(number, of="group"):
+                height = 0.8 + 0.1 * min(len(rows), _MOST_NAMES)
+                panels.append((height, partial(_draw_heat_map, rows=rows, title=f"{run.name}: {meaning}")))
+                break
+    heights = [height for height, _ in panels]
+    figure = Figure(figsize=(9, sum(heights) + 0.6 * len(heights)), layout="constrained")
+    column = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (_, paint) in zip(column, panels, strict=True):
+        paint(axes)
+    column[-1].set_xlabel("step")
+    return figure
+
+
+def plot(path: Path, output: Path) -> None:
+    """Draw the runs in ``path`` (:func:`read_runs`) into the picture ``output``, whose suffix tells its format.
+
+    Raises:
+        PlotError: There is nothing to draw, matplotlib is not installed or does not know the format.
+    """
+    figure = draw(read_runs(path))
+    try:
+        figure.savefig(output, dpi=110)
+    except ValueError as error:
+        raise PlotError(f"{output}: {error}") from None
+
+
+def _draw_losses(axes: Axes, runs: Sequence[RunLog]) -> None:
+    lines = {
+        name if len(runs) == 1 else f"{run.name}: {name}": series
+        for run in runs
+        for name, series in run.losses().items()
+    }
+    _draw_lines(axes, lines, "loss")
+
+
+def _draw_lines(axes: Axes, series: Mapping[str, Series], title: str) -> None:
+    for name, line in series.items():
+        steps = sorted(line)
+        axes.plot(steps, [line[step] for step in steps], label=name)
+    values = [value for line in series.values() for value in line.values() if math.isfinite(value)]
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 10 * min(values) else "")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    if series:
+        axes.legend(fontsize=8)
+
+
+def _draw_heat_map(axes: Axes, rows: Mapping[str, Series], title: str) -> None:
+    from matplotlib.colors import LogNorm, Normalize
+
+    names = sorted(rows, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    steps = sorted({step for row in rows.values() for step in row})
+    table = numpy.array([[rows[name].get(step, math.nan) for step in steps] for name in names])
+    table[~numpy.isfinite(table)] = math.nan
+    positive = table[table > 0]
+    is_signed = bool((table < 0).any()) or not positive.size
+    norm = Normalize() if is_signed else LogNorm(positive.min(), positive.max())
+    mesh = axes.pcolormesh(steps, range(len(names)), table, shading="nearest", norm=norm, cmap="viridis")
+    axes.figure.colorbar(mesh, ax=axes)
+    shown = range(0, len(names), math.ceil(len(names) / _MOST_NAMES))
+    axes.set_yticks(list(shown), [names[index] for index in shown], fontsize=5.5)
+    axes.invert_yaxis()  # the first layer on top
+    axes.set_title(title, fontsize=10)

@@ -1,0 +1,171 @@
+r"""CELO2, CELO2-base and ELO-CELO2: a small per-parameter MLP whose output is normalised (spec §6 and §7).
+
+30 features of every parameter (15 for vectors), each divided by its root mean square, enter an MLP with outputs
+``(d, a, unused)``. Of a matrix, the steps ``u = d exp(a exp_mult)`` are then orthogonalised, where the rule does that.
+Either way they end with root mean square ``step_mult``:
+
+.. math:: p \leftarrow p - \mathrm{step\_mult} \cdot u / \sqrt{\mathrm{mean}(u^2) + 10^{-9}}
+
+"Matrix" and all means are over the last two reference axes, (in, out): a convolution is one matrix per kernel position.
+The loss and the horizon are unused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
+from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
+from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+from pylo_integrations.rules.moments import MomentRule
+from pylo_integrations.rules.networks import mlp, read_mlp
+from pylo_integrations.rules.newton_schulz import orthogonalise
+from pylo_integrations.sharding.blocks import Block, Sums
+from pylo_integrations.sharding.layout import TensorLayout
+
+_PREFIX = "ff_mod_stack/~/"
+
+
+@dataclass(frozen=True, eq=False)
+class Celo2(MomentRule):
+    """The rule of CELO2, CELO2-base and ELO-CELO2.
+
+    Attributes:
+        weights: MLP weights, layer by layer, each (outputs, inputs); 30 inputs, 3 outputs.
+        biases: MLP biases, each (outputs,).
+        orthogonalises: Whether the steps of matrices are orthogonalised.
+        adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``; None if this rule steps everything.
+        exp_mult: Scale of the magnitude output inside the exponential.
+        step_mult: Root mean square of a step.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    orthogonalises: bool = True
+    adamw: AdamW | None = None
+    exp_mult: float = 0.0
+    step_mult: float = 1.0
+
+    features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
+    vector_features: ClassVar[int] = 9
+    """How many of :attr:`features` vectors have: those that do not repeat one another without rows and columns."""
+    norm_eps: ClassVar[float] = 1e-9
+    rms_eps: ClassVar[float] = 1e-8
+    finishes: ClassVar[bool] = True
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, Tensor],
+        *,
+        exp_mult: float = 0.0,
+        step_mult: float = 1.0,
+        orthogonalises: bool = True,
+        adamw: AdamW | None = None,
+    ) -> Celo2:
+        """Build the rule from theta.
+
+        Args:
+            arrays: ``ff_mod_stack/~/w0__0`` to ``w0__13``, the first layer's weights (channels, width) for each of
+                :attr:`features`; ``b0``, ``w1``, ``b1``... with weights (inputs, outputs), 3 outputs, any number of
+                layers of any width.
+            exp_mult: Scale of the magnitude output inside the exponential.
+            step_mult: Root mean square of a step.
+            orthogonalises: Whether the steps of matrices are orthogonalised.
+            adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``.
+
+        Raises:
+            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+        """
+        rest = dict(arrays)
+        first: list[Tensor] = []
+        for index, channels in enumerate(channel_counts(cls.features)):
+            name = f"{_PREFIX}w0__{index}"
+            part = rest.pop(name, None)
+            if part is None:
+                raise ValueError(f"celo2 theta lacks {name}; it needs {_PREFIX}w0__0 to w0__{len(cls.features) - 1}")
+            width = first[0].shape[1] if first else (part.shape[-1] if part.dim() else 0)
+            if tuple(part.shape) != (channels, width):
+                raise ValueError(f"celo2 theta: {name} is {tuple(part.shape)}; expected ({channels}, {width})")
+            first.append(part)
+        if f"{_PREFIX}w0" in rest:
+            raise ValueError(f"celo2 theta has unknown arrays ['{_PREFIX}w0']; remove them or rename them")
+        rest[f"{_PREFIX}w0"] = torch.cat(first)
+        weights, biases = read_mlp(rest, "celo2", _PREFIX, sum(channel_counts(cls.features)), 3)
+        return cls(
+            decays=Decays(
+                rounded_to_float32((0.9, 0.99, 0.999)),
+                rounded_to_float32((0.95,)),
+                rounded_to_float32((0.9, 0.99, 0.999)),
+            ),
+            weights=weights,
+            biases=biases,
+            orthogonalises=orthogonalises,
+            adamw=adamw,
+            exp_mult=exp_mult,
+            step_mult=step_mult,
+        )
+
+    @property
+    def choices(self) -> tuple[RuleChoice, ...]:
+        """``"adamw"`` as well, where the rule has one."""
+        return ("learned",) if self.adamw is None else ("learned", "adamw")
+
+    def member(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
+        """This rule, or :attr:`adamw` for vectors, scalars and groups marked so."""
+        if self.adamw is not None and (group["rule"] == "adamw" or len(layout.shape) < 2):
+            return self.adamw
+        return self
+
+    @property
+    def workspace(self) -> int:
+        """Ingredients and features, and the widest two layers of the network."""
+        return 4 * self.channels + 4 * max(len(bias) for bias in self.biases) + 16
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """EMA weights and the network."""
+        constants = super().constants(device, dtype)
+        constants |= {f"w{layer}": weight.to(device, dtype) for layer, weight in enumerate(self.weights)}
+        return constants | {f"b{layer}": bias.to(device, dtype) for layer, bias in enumerate(self.biases)}
+
+    def features_of(self, layout: TensorLayout) -> tuple[str, ...]:
+        """All features of a matrix; of a vector the first :attr:`vector_features`."""
+        return self.features if layout.factored else self.features[: self.vector_features]
+
+    def norm_axes(self, layout: TensorLayout) -> Sequence[int]:
+        """The last two reference axes, (in, out)."""
+        return layout.order[-2:]
+
+    def gradient(self, block: Block, ctx: StepContext) -> Tensor:
+        """The gradient, clipped element by element."""
+        return read_clipped_gradient(block, ctx)
+
+    def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
+        """``d * exp(a * exp_mult)``, not yet orthogonalised and normalised."""
+        inputs = self.normalised_features(block, prepared, sums, ctx)
+        weights, biases = ([ctx.constants[f"{kind}{layer}"] for layer in range(len(self.weights))] for kind in "wb")
+        weights[0] = weights[0][:, : inputs.shape[1]]
+        if self.orthogonalises and inputs.device.type != "mps":  # which has no float64
+            # Orthogonalisation multiplies the rounding errors of this network by up to 485.
+            inputs, weights, biases = inputs.double(), [w.double() for w in weights], [b.double() for b in biases]
+        outputs = mlp(inputs.flatten(2), weights, biases).view(len(block), 3, *block.box.shape)
+        direction, magnitude = outputs[:, :1], outputs[:, 1:2]
+        return direction * (magnitude * self.exp_mult).exp_() if self.exp_mult else direction
+
+    def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
+        """Orthogonalise matrices, where the rule does, and bring the root mean square to ``step_mult``."""
+        axes = [axis + 2 for axis in self.norm_axes(layout)]
+        if self.orthogonalises and len(axes) == 2:
+            steps = orthogonalise(steps.movedim(axes, (-2, -1))).movedim((-2, -1), axes)
+        count = math.prod(steps.shape[axis] for axis in axes)
+        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
+        scale = (mean_square + self.norm_eps).rsqrt()
+        finished: Tensor = steps * scale.mul_(self.step_mult)
+        return finished

@@ -1,0 +1,262 @@
+"""Which elements of a parameter this process holds, and where in its local storage.
+
+Whatever sharded a tensor, what is here of it is a few boxes of the whole tensor:
+
+* an unsharded tensor is one box;
+* a ``DTensor`` (FSDP2, tensor parallelism, HSDP, or both together) is one box, possibly empty;
+* FSDP1 with ``use_orig_params=True`` holds a run of elements in row-major order, which is at most ``2 * ndim - 1``
+  boxes. The parameter itself is then 1-D: its shape and the start of the run are read from the model, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pylo_integrations.sharding.layout import Box
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class ShardingError(TypeError):
+    """A parameter is distributed in a way whose whole tensors cannot be seen; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of the whole tensor and its place in the local storage.
+
+    Attributes:
+        box: In coordinates of the whole tensor.
+        offset: Where the box begins in a flat local tensor; None if the local tensor is the box.
+    """
+
+    box: Box
+    offset: int | None = None
+
+    def view(self, local: Tensor) -> Tensor:
+        """The elements of this piece in a local tensor, shaped like the box; shares memory."""
+        if self.offset is None:
+            return local.reshape(1) if local.dim() == 0 else local
+        return local.narrow(0, self.offset, self.box.numel).view(self.box.shape)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds of a tensor.
+
+    Attributes:
+        pieces: Disjoint; empty ones are left out.
+        parts: Into how many disjoint parts the ranks divide the tensor; 1 if every rank has the whole.
+    """
+
+    pieces: tuple[Piece, ...]
+    parts: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of elements here."""
+        return sum(piece.box.numel for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class FlatSlice:
+    """A parameter of FSDP1, of which a rank holds a run of elements as a 1-D tensor.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Of the whole parameter.
+        start: Index of the first local element in the flattened parameter.
+        parts: Number of ranks that the parameter is divided among.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    parts: int
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The plain tensor behind a ``DTensor``, sharing its memory (call it without gradients); others as they are."""
+    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
+        return tensor
+    local: Tensor = tensor.to_local()
+    return local
+
+
+def local_gradient(param: Tensor) -> Tensor:
+    """The gradient of what is here of ``param``; zeros, without memory of their own, if it has none."""
+    grad = param.grad
+    if grad is None:
+        local = local_part(param)
+        return local.new_zeros(()).expand(local.shape)
+    placements = getattr(param, "placements", None)
+    if placements is not None and getattr(grad, "placements", placements) != placements:
+        # Sequence parallelism leaves the gradients of norms as pending sums over ranks.
+        grad = grad.redistribute(param.device_mesh, placements)  # type: ignore[attr-defined]
+    return local_part(grad)
+
+
+def cut_like(value: Tensor, param: Tensor, held: Held, dtype: torch.dtype) -> Tensor:
+    """A copy of ``value`` that is sharded like ``param``.
+
+    Args:
+        value: Sharded like ``param``, or whole.
+        param: The parameter.
+        held: What is here of it.
+        dtype: Of the copy.
+    """
+    if not is_sharded(param) or (
+        value.shape == param.shape and hasattr(value, "placements") == hasattr(param, "placements")
+    ):
+        return value.to(param.device, dtype, copy=True)
+    copy = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    whole = Piece(Box((), ())).view(value)
+    with torch.no_grad():
+        for piece in held.pieces:
+            piece.view(local_part(copy)).copy_(whole[piece.box.slices((0,) * whole.dim())])
+    return copy
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether ``param`` is a ``DTensor`` or one of FSDP1's 1-D slices."""
+    return hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False)
+
+
+def span_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Elements ``start`` to ``stop`` of a tensor in row-major order, as at most ``2 * len(shape) - 1`` boxes."""
+    if start >= stop:
+        return
+    inner = math.prod(shape[1:])
+    if len(shape) == 1:
+        yield Box((start,), (stop - start,))
+        return
+    first, last = start // inner, (stop - 1) // inner
+    if start % inner or stop < (first + 1) * inner:  # a part of the first row
+        end = min(stop, (first + 1) * inner)
+        for box in span_boxes(shape[1:], start - first * inner, end - first * inner):
+            yield Box((first, *box.start), (1, *box.shape))
+        start, first = end, first + 1
+    if rows := (stop - start) // inner:
+        yield Box((first, *[0] * (len(shape) - 1)), (rows, *shape[1:]))
+        start += rows * inner
+    if start < stop:  # a part of the last row
+        for box in span_boxes(shape[1:], 0, stop - start):
+            yield Box((last, *box.start), (1, *box.shape))
+
+
+def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: int) -> tuple[tuple[int, ...], Held]:
+    """Shape of the whole of a parameter, and what this process holds of it.
+
+    Args:
+        param: As the optimizer has it.
+        flat_slices: Those of FSDP1, see :func:`read_flat_slices`.
+        num_ranks: How many processes train together.
+
+    Raises:
+        ShardingError: The whole tensor cannot be seen from here.
+    """
+    if hasattr(param, "placements"):
+        return _locate_dtensor(param, num_ranks)
+    if hasattr(param, "_param_infos"):
+        raise ShardingError(
+            "a parameter is a FlatParameter of FSDP, in which the tensors that a learned optimizer sees one by one are "
+            "melted together: wrap the model with FullyShardedDataParallel(..., use_orig_params=True) or fully_shard()"
+        )
+    if hasattr(param, "ds_id"):
+        raise ShardingError(
+            "a parameter is partitioned by DeepSpeed ZeRO, which hides whole tensors from the optimizer: use "
+            "torch's fully_shard() (FSDP2) instead"
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        if param not in flat_slices:
+            raise ShardingError(
+                f"a parameter is a 1-D slice of {param.numel()} elements made by FSDP, which does not tell its shape: "
+                "call optimizer.bind_model(model) with the FSDP-wrapped model before the first step"
+            )
+        where = flat_slices[param]
+        if where.parts == 1:  # NO_SHARD, or a single rank, keeps the shape
+            return where.shape, Held(_one_piece((0,) * len(where.shape), where.shape))
+        whole, pieces, offset = where.shape or (1,), [], 0
+        for box in span_boxes(whole, where.start, where.start + param.numel()):
+            pieces.append(Piece(box, offset))
+            offset += box.numel
+        _check_divides(where.parts, num_ranks)
+        return where.shape, Held(tuple(pieces), where.parts)
+    shape = tuple(param.shape)
+    return shape, Held(_one_piece((0,) * len(shape), shape))
+
+
+def _one_piece(start: Sequence[int], shape: Sequence[int]) -> tuple[Piece, ...]:
+    box = Box(tuple(start) or (0,), tuple(shape) or (1,))
+    return (Piece(box),) if box.numel else ()
+
+
+def _locate_dtensor(param: Any, num_ranks: int) -> tuple[tuple[int, ...], Held]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ShardingError(
+            f"a parameter is a DTensor placed {placements}: a pending sum has no elements to step; redistribute it to "
+            "Replicate() or Shard(dim)"
+        )
+    if mesh.get_coordinate() is None:
+        raise ShardingError(
+            f"a parameter is a DTensor on {mesh}, which this rank is not part of: give each rank's optimizer only the "
+            "parameters that it holds, and optimizer.bind_model(model, process_group=...) the ranks that share them"
+        )
+    _check_divides(mesh.size(), num_ranks)
+    sharded = [size for size, placement in zip(mesh.shape, placements, strict=True) if not placement.is_replicate()]
+    shape, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    local = tuple(local_part(param).shape)
+    if local != tuple(shape):
+        raise ShardingError(
+            f"a DTensor of shape {tuple(param.shape)} placed {placements} on {mesh} should be {tuple(shape)} on this "
+            f"rank but is {local}: create it with torch.distributed.tensor.distribute_tensor()"
+        )
+    return tuple(param.shape), Held(_one_piece(offset, shape), math.prod(sharded))
+
+
+def _check_divides(shards: int, num_ranks: int) -> None:
+    if num_ranks % shards:
+        raise ShardingError(
+            f"a parameter is spread over {shards} ranks, but {num_ranks} ranks train together, which is no multiple: "
+            "put all parameters on device meshes of one size, or name the ranks that train together with "
+            "optimizer.bind_model(model, process_group=...)"
+        )
+
+
+def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
+    """Parameters of ``model`` that FSDP1 turned into 1-D slices, with where they come from.
+
+    Raises:
+        ShardingError: FSDP1 flattened a parameter in another order than row-major.
+    """
+    found: dict[Tensor, FlatSlice] = {}
+    names = {param: name.replace("_fsdp_wrapped_module.", "") for name, param in model.named_parameters()}
+    for module in model.modules():
+        handle = getattr(module, "_handle", None)  # of FullyShardedDataParallel; spares importing it
+        if not getattr(handle, "_use_orig_params", False):
+            continue
+        flat: Any = handle.flat_param  # type: ignore[union-attr]
+        contiguous = getattr(flat, "_contiguities", [True] * len(flat._params))
+        for param, shape, shard, in_order in zip(
+            flat._params, flat._shapes, flat._shard_param_infos, contiguous, strict=True
+        ):
+            if not getattr(param, "_fsdp_flattened", False):
+                continue
+            if not in_order:
+                raise ShardingError(
+                    f"parameter {names.get(param)} was not contiguous when FSDP flattened it, so its slices are not "
+                    "row-major runs: call .contiguous() on it before wrapping the model"
+                )
+            start = shard.intra_param_start_idx or 0
+            parts = handle.process_group.size() if handle.uses_sharded_strategy else 1  # type: ignore[union-attr]
+            found[param] = FlatSlice(names.get(param, ""), tuple(shape), start, parts)
+    return found

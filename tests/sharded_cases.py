@@ -1,0 +1,574 @@
+"""What the ranks of the distributed tests run; see dist_workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from thetas import create
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Uneven and empty shards, ties, vectors, a scalar, a kernel, an axis of extent 1.
+SHAPES = [(), (1,), (7,), (5, 3), (4, 4), (2, 3, 4), (6, 3, 2, 2), (1, 5), (9, 6), (9, 6)]
+
+
+def random(shape, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts every collective, whoever starts it, by what the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def collectives() -> Iterator[list[str]]:
+    with Collectives() as mode:
+        yield mode.names
+
+
+def full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def digest(tensors) -> str:
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+# -- DTensors, in any placement ----------------------------------------------------------------------------------------
+
+
+def placements(layout: str, world: int, shape) -> tuple[Any, list[Any]]:
+    """Mesh shape, and what each of its axes does to a tensor."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def shard(axis: int):
+        return Shard(axis) if len(shape) > axis else Replicate()
+
+    half = (2, world // 2) if world > 1 else (1, 1)
+    return {
+        "replicate": ((world,), [Replicate()]),
+        "shard0": ((world,), [shard(0)]),
+        "shard1": ((world,), [shard(1)]),
+        "shard_last": ((world,), [shard(len(shape) - 1) if shape else Replicate()]),
+        "hsdp": (half, [Replicate(), shard(0)]),
+        "both_axes": (half, [shard(0), shard(1)]),
+        "same_axis_twice": (half, [shard(0), shard(0)]),
+    }[layout]
+
+
+def distribute(layout: str, world: int) -> Callable[[Tensor], Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    meshes: dict[Any, Any] = {}
+
+    def place(tensor: Tensor) -> Tensor:
+        mesh_shape, how = placements(layout, world, tensor.shape)
+        if mesh_shape not in meshes:
+            meshes[mesh_shape] = init_device_mesh("cpu", mesh_shape)
+        return distribute_tensor(tensor, meshes[mesh_shape], how)
+
+    return place
+
+
+def take_steps(
+    place: Callable[[Tensor], Tensor], name: str, dtype: torch.dtype, steps: int, options: dict[str, Any], loss_of: Any
+) -> tuple[list[Tensor], list[list[str]], Any]:
+    """Train tensors of SHAPES, wherever ``place`` puts them, on gradients that depend on nothing."""
+    params = [nn.Parameter(place(random(shape, i, dtype))) for i, shape in enumerate(SHAPES)]
+    optimizer = make(name, params, **options)
+    counted = []
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = place(random(p.shape, 1000 * step + i + 100, dtype) * 10.0 ** (i % 3))
+        with collectives() as names:
+            optimizer.step(loss=loss_of(step))
+        counted.append(names)
+    return [full(p) for p in params], counted, optimizer
+
+
+def dtensor_case(rank: int, world: int, layouts, name: str, dtype, steps: int = 3, options=None) -> dict[str, Any]:
+    """Trained parameters, collectives of a step, and a digest of them and of all that is replicated, per layout."""
+    results = {}
+    for layout in layouts:
+        runs = []
+        for _ in range(2):
+            trained, counted, optimizer = take_steps(
+                distribute(layout, world), name, dtype, steps, options or {}, lambda step: 1.0 + step + rank
+            )
+            replicated = [
+                value
+                for group in optimizer.param_groups
+                for p in group["params"]
+                for value in optimizer.state[p].values()
+                if not hasattr(value, "placements")
+            ]
+            memory = [value for _, value in sorted(optimizer._progress.memory.items())]
+            runs.append((trained, counted, digest([*trained, *replicated, *memory])))
+        assert runs[0][2] == runs[1][2], f"{layout}: not repeatable"
+        results[layout] = {
+            "params": [t.numpy() for t in runs[0][0]],
+            "collectives": runs[0][1],
+            "digest": runs[0][2],
+        }
+    return results
+
+
+# -- real wrappers around a model -------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A convolution, a norm and two linear layers of uneven sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3)
+        self.norm = nn.LayerNorm(5)
+        self.up = nn.Linear(5, 14)
+        self.down = nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.norm(self.conv(x).mean((2, 3))))))
+
+
+def net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = random((4, 2, 5, 5), 100 * step + rank, dtype)
+    return (model(x) - x[:, 0, 0, :3]).square().mean()
+
+
+def wrap(model: nn.Module, wrapper: str, world: int) -> nn.Module:
+    """``model`` as a user of ``wrapper`` distributes it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if wrapper.startswith("fsdp1"):
+        options: dict[str, Any] = {"use_orig_params": wrapper != "fsdp1_melted", "device_id": torch.device("cpu")}
+        if wrapper == "fsdp1_hsdp":
+            options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard"))
+            options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
+        if wrapper == "fsdp1_no_shard":
+            options["sharding_strategy"] = ShardingStrategy.NO_SHARD
+        model.up = FullyShardedDataParallel(model.up, **options)
+        return FullyShardedDataParallel(model, **options)
+    meshes = {
+        "fsdp2": ((world,), ("dp",)),
+        "hsdp": ((2, world // 2), ("replica", "dp")),
+        "tp": ((world,), ("tp",)),
+        "fsdp2_tp": ((2, world // 2), ("dp", "tp")),
+    }
+    shape, names = meshes[wrapper]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if "tp" in names:
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if wrapper == "tp":
+        return model
+    dp = mesh["dp"] if "tp" in names else mesh
+    fully_shard(model.up, mesh=dp)
+    fully_shard(model, mesh=dp)
+    return model
+
+
+def full_tensors(model: nn.Module, of_gradients: bool = False) -> dict[str, Tensor]:
+    """Whole parameters, or gradients, by name, as the wrapper itself puts them together."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def read(module: nn.Module) -> dict[str, Tensor]:
+        tensors = {
+            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): p.grad if of_gradients else p
+            for name, p in module.named_parameters()
+        }
+        return {name: full(t).clone() for name, t in tensors.items() if t is not None}
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return read(model)
+    return read(model)
+
+
+def make(name: str, params: Any, **options: Any):
+    """A catalogue entry, or a toy."""
+    from toy_finish_rule import ToyFinishOpt
+    from toy_loss_rule import ToyLossOpt
+
+    toys = {"toy_loss": ToyLossOpt, "toy_finish": ToyFinishOpt}
+    if name in toys:
+        return toys[name](params, num_steps=100, **options)
+    return create(params, name, num_steps=100, **options)
+
+
+def wrapper_case(
+    rank: int, world: int, wrapper: str, name: str, steps: int = 3, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train a wrapped model, and a plain one on the same gradients."""
+    import torch.distributed as dist
+
+    options = options or {}
+    model, plain = wrap(net(), wrapper, world), net()
+    optimizer, reference = make(name, model.parameters(), **options), make(name, plain.parameters(), **options)
+    optimizer.bind_model(model)
+    counted: list[list[str]] = []
+    # Data differs between data-parallel ranks only.
+    data_rank = {"tp": 0, "fsdp2_tp": rank // max(1, world // 2)}.get(wrapper, rank)
+    for step in range(steps):
+        loss = loss_of(model, step, data_rank)
+        loss.backward()
+        gradients = full_tensors(model, of_gradients=True)
+        for key, p in plain.named_parameters():
+            p.grad = gradients[key]
+        mean_loss = loss.detach().clone()
+        dist.all_reduce(mean_loss)
+        reference.step(loss=mean_loss / world)
+        with collectives() as names:
+            optimizer.step(loss=loss.detach())
+        counted.append(names)
+        optimizer.zero_grad()
+    trained, want = full_tensors(model), full_tensors(plain)
+    assert trained.keys() == want.keys()
+    small = [
+        value
+        for p in model.parameters()
+        for key, value in optimizer.state[p].items()
+        if key in ("row", "col") and value is not None
+    ]
+    moved = {key: (want[key] - start).abs().max().item() for key, start in full_tensors(net()).items()}
+    error = max((trained[key] - want[key]).abs().max().item() / moved[key] for key in want)
+    return {
+        "error": error,
+        "moved": min(moved.values()),
+        "collectives": counted,
+        "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
+    }
+
+
+def refusal_case(rank: int, world: int, what: str) -> str:
+    """The message of the error that a step raises, after checking that nothing changed."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    from pylo_integrations import ShardingError, SmallFCLOpt
+
+    model: nn.Module | None = None
+    if what.startswith("fsdp1"):
+        model = wrap(net(), what, world)
+        params = list(model.parameters())
+    elif what == "partial":
+        mesh = init_device_mesh("cpu", (world,))
+        params = [nn.Parameter(DTensor.from_local(torch.zeros(3, 2), mesh, [Partial()]))]
+    elif what == "outside_mesh":
+        mesh = DeviceMesh("cpu", [0, 1])
+        params = [nn.Parameter(DTensor.from_local(torch.zeros(3, 2), mesh, [Replicate()], run_check=False))]
+    else:
+        mesh = DeviceMesh("cpu", [0, 1])
+        local = torch.zeros(3, 2)
+        params = [nn.Parameter(distribute_tensor(local, mesh, [Shard(0)]) if rank < 2 else local)]
+        if rank == 2:  # whatever it has, the others must not wait for it
+            return "process_group"
+    optimizer = SmallFCLOpt(params)
+    if what == "fsdp1_melted":
+        optimizer.bind_model(model)
+    try:
+        if model is not None:
+            loss_of(model, 0, rank).backward()
+        else:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+    except ShardingError as error:
+        assert not optimizer.state
+        return str(error)
+    finally:
+        dist.barrier() if what.startswith("fsdp1") else None
+    return "it was not refused"
+
+
+# -- agreement between ranks -------------------------------------------------------------------------------------------
+
+
+def train_shards(
+    place: Callable[[Tensor], Tensor], name: str, gradients: list[list[Tensor | None]], edit=None, **options: Any
+) -> tuple[list[Any], Any, list[list[str]]]:
+    """Train float64 tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first."""
+    params = [nn.Parameter(place(random(shape, i, torch.float64))) for i, shape in enumerate(SHAPES)]
+    optimizer = make(name, params, **options)
+    counted = []
+    for step, grads in enumerate(gradients):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else place(grad)
+        if edit:
+            edit(step, params)
+        with collectives() as names:
+            try:
+                optimizer.step(loss=1.0)
+            except Exception as error:
+                names.append(type(error).__name__)
+        counted.append(names)
+    return params, optimizer, counted
+
+
+def some_gradients(steps: int) -> list[list[Tensor | None]]:
+    return [[random(shape, 50 * step + i, torch.float64) for i, shape in enumerate(SHAPES)] for step in range(steps)]
+
+
+def compare(sharded: list[Any], plain: list[Any]) -> float:
+    pairs = [(full(a), full(b)) for a, b in zip(sharded, plain, strict=True)]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def nonfinite_case(rank: int, world: int, policy: str) -> dict[str, Any]:
+    """One element of one rank's gradient is not a number in the second of three steps."""
+    grads = some_gradients(3)
+    spoiled = [list(step) for step in grads]
+    spoiled[1][8] = spoiled[1][8].clone()
+    spoiled[1][8][-1, 0] = float("nan")
+    options = {"on_nonfinite": policy, "max_grad_norm": 3.0}
+    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", spoiled, **options)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", spoiled, **options)
+    return {
+        "error": compare(params, plain),
+        "collectives": counted,
+        "steps": (optimizer.iteration, optimizer.nonfinite_steps),
+        "reference": (reference.iteration, reference.nonfinite_steps),
+    }
+
+
+def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    grads = some_gradients(3)
+    norms = [torch.stack([g.square().sum() for g in step]).sum().sqrt().item() for step in grads]
+    limit = sorted(norms)[1]  # clips one step, and not the others
+    params, _, counted = train_shards(distribute(layout, world), name, grads, max_grad_norm=limit, **options)
+    plain, _, _ = train_shards(lambda t: t, name, grads, max_grad_norm=limit, **options)
+    free, _, _ = train_shards(lambda t: t, name, grads, **options)
+    return {
+        "error": compare(params, plain),
+        "effect": compare(plain, free),
+        "collectives": counted,
+        "clipped": [norm > limit for norm in norms],
+    }
+
+
+def absence_case(rank: int, world: int) -> dict[str, Any]:
+    """Some tensors have no gradient for some steps: all of them, nowhere, or on one rank only."""
+    grads = some_gradients(5)
+    grads[0] = [None if i in (3, 9) else g for i, g in enumerate(grads[0])]
+    grads[2] = [None if i in (4, 8) else g for i, g in enumerate(grads[2])]
+    grads[3] = [None] * len(SHAPES)
+    plain_grads = [list(step) for step in grads]
+    grads[4][9] = torch.zeros(SHAPES[9], dtype=torch.float64)
+    plain_grads[4][9] = grads[4][9]
+
+    def drop(step: int, params: list[Any]) -> None:
+        if step == 4 and rank == 0:
+            params[9].grad = None
+
+    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", grads, drop)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads)
+    return {
+        "error": compare(params, plain),
+        "collectives": counted,
+        "iterations": (optimizer.iteration, reference.iteration),
+    }
+
+
+def probe_case(rank: int, world: int) -> tuple[bool, bool]:
+    """With lr 0: is a step on zero gradients a probe, and one where rank 0 alone has zeros a step?"""
+    zeros = [[torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]]
+    last_row = torch.zeros(SHAPES[8], dtype=torch.float64)
+    last_row[-1] = 1.0
+    some = [[last_row if i == 8 else g for i, g in enumerate(zeros[0])]]
+    iterations = []
+    for grads in (zeros, some):
+        params = [nn.Parameter(distribute("shard0", world)(random(s, i, torch.float64))) for i, s in enumerate(SHAPES)]
+        optimizer = make("small_fc_lopt", params, lr=0.0)
+        for p, grad in zip(params, grads[0], strict=True):
+            p.grad = distribute("shard0", world)(grad)
+        optimizer.step()
+        assert len(optimizer.state) == len(params)
+        iterations.append(optimizer.iteration)
+    return iterations[0] == 0, iterations[1] == 1
+
+
+def pending_case(rank: int, world: int) -> float:
+    """Gradients that are still to be summed over ranks, as sequence parallelism leaves them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = random((5, 3), 0, torch.float64)
+    params = [nn.Parameter(distribute_tensor(whole, mesh, [Replicate()])), nn.Parameter(whole.clone())]
+    optimizers = [make("small_fc_lopt", [p]) for p in params]
+    for step in range(3):
+        shares = [random((5, 3), 10 * step + r, torch.float64) for r in range(world)]
+        params[0].grad = DTensor.from_local(shares[rank], mesh, [Partial()])
+        params[1].grad = torch.stack(shares).sum(0)
+        for optimizer in optimizers:
+            optimizer.step()
+    return compare(params[:1], params[1:])
+
+
+def two_trainings_case(rank: int, world: int) -> tuple[int, float, str]:
+    """Two halves of the ranks train two models, each with its own data and loss."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("model", "dp"))
+    half = rank // (world // 2)
+    model, plain = net(), net()
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer, reference = make("toy_loss", model.parameters()), make("toy_loss", plain.parameters())
+    group = mesh["dp"].get_group()
+    optimizer.bind_model(model, process_group=group)
+    reference.bind_model(plain, process_group=group)
+    for step in range(3):
+        if half and step == 2:
+            break  # the trainings are of different lengths
+        loss = loss_of(model, step, rank)
+        loss.backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            q.grad = full(p.grad)
+        mean = loss.detach().clone()
+        dist.all_reduce(mean, group=group)
+        reference.step(loss=mean / (world // 2))
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+    error = compare(list(model.parameters()), list(plain.parameters()))
+    return half, error, digest([full(p) for p in model.parameters()])
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def train_wrapped(model: nn.Module, optimizer, gradient_steps) -> None:
+    """Steps on gradients that are the same whatever the wrapper and the number of ranks."""
+    for step in gradient_steps:
+        loss_of(model, step, 0).backward()  # every rank has the same data, so averages over ranks change nothing
+        optimizer.step(loss=float(step))
+        optimizer.zero_grad()
+
+
+def wrapped_run(wrapper: str, world: int, name: str):
+    model = net()
+    if wrapper != "plain":
+        model = wrap(model, wrapper, world)
+    optimizer = make(name, model.named_parameters())
+    optimizer.bind_model(model)
+    return model, optimizer
+
+
+def everything(model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Parameters and what can be compared of the state across wrappers: what is not sliced by FSDP1."""
+    found = full_tensors(model)
+    names = [name.replace("_fsdp_wrapped_module.", "") for name, _ in model.named_parameters()]
+    for name, p in zip(names, model.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            if not getattr(p, "_fsdp_flattened", False) or key in ("row", "col"):
+                found[f"{name}/{key}"] = full(value)
+    return found
+
+
+def save_case(rank: int, world: int, wrapper: str, name: str, folder: str, how: str) -> None:
+    """Train two steps and save."""
+    model, optimizer = wrapped_run(wrapper, world, name)
+    train_wrapped(model, optimizer, range(2))
+    before = everything(model, optimizer)
+    checkpoint(model, optimizer, folder, how, rank, save=True)
+    after = everything(model, optimizer)
+    assert all(torch.equal(before[key], after[key]) for key in before) and optimizer.iteration == 2
+
+
+def load_case(rank: int, world: int, wrapper: str, name: str, folder: str, how: str) -> float:
+    """Load into a new model and optimizer, go on, and compare with a plain run that never stopped."""
+    model, optimizer = wrapped_run(wrapper, world, name)
+    checkpoint(model, optimizer, folder, how, rank, save=False)
+    assert optimizer.iteration == 2
+    train_wrapped(model, optimizer, range(2, 4))
+    plain, reference = wrapped_run("plain", 1, name)
+    train_wrapped(plain, reference, range(4))
+    got, want = everything(model, optimizer), everything(plain, reference)
+    assert len(got) >= len(full_tensors(plain)) and got.keys() <= want.keys()
+    return max(((got[key] - want[key]).abs().max() / want[key].abs().max()).item() for key in got)
+
+
+def checkpoint(model: nn.Module, optimizer, folder: str, how: str, rank: int, save: bool) -> None:
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+        set_state_dict,
+    )
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    path = f"{folder}/checkpoint.pt"
+    if how == "dcp":
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        if save:
+            dcp.save(state, checkpoint_id=folder)
+            return
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return
+    if how in ("full", "broadcast"):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=how == "broadcast" and not save)
+        if save:
+            state = get_state_dict(model, optimizer, options=options)
+            if rank == 0:
+                torch.save(state, path)
+            dist.barrier()
+            return
+        state = ({}, {})
+        if how == "full" or rank == 0:
+            state = torch.load(path, weights_only=True)
+        # One call for both would skip the model on ranks that have nothing to give.
+        set_model_state_dict(model, state[0], options=options)
+        set_optimizer_state_dict(model, optimizer, state[1], options=options)
+        return
+    if how == "fsdp1":  # offload_to_cpu=True merges all states into one on a CPU, of torch's own Adam too
+        FSDP.set_state_dict_type(
+            model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False)
+        )
+        if save:
+            state = (model.state_dict(), FSDP.optim_state_dict(model, optimizer))
+            if rank == 0:
+                torch.save(state, path)
+            dist.barrier()
+            return
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(FSDP.optim_state_dict_to_load(model, optimizer, state[1]))
+        return
+    assert how == "local"
+    path = f"{folder}/checkpoint{rank}.pt"
+    if save:
+        torch.save((model.state_dict(), optimizer.state_dict()), path)
+    else:
+        model_state, optimizer_state = torch.load(path, weights_only=False)
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)

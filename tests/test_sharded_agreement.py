@@ -1,0 +1,70 @@
+"""Do ranks decide alike, whatever each of them sees alone?"""
+
+from __future__ import annotations
+
+import pytest
+from sharded_cases import (
+    absence_case,
+    clipping_case,
+    nonfinite_case,
+    pending_case,
+    probe_case,
+    two_trainings_case,
+)
+
+pytestmark = pytest.mark.dist
+
+EXACT = 1e-12  # of the largest element, for float64: the order of sums
+
+
+@pytest.mark.parametrize(
+    ("policy", "second"),
+    [
+        ("skip", ["allreduce_"]),
+        ("error", ["allreduce_", "NonFiniteError"]),
+        ("zero", ["allreduce_"] * 3),  # they find out, collect again, and describe
+    ],
+)
+def test_a_nonfinite_gradient_on_one_rank_is_everyones(workers, policy, second):
+    for rank in workers.run(3, nonfinite_case, policy=policy):
+        assert rank["steps"] == rank["reference"] == ((3, 1) if policy == "zero" else (2, 1))
+        assert rank["error"] <= EXACT
+        assert [names for names in rank["collectives"]] == [["allreduce_"] * 2, second, ["allreduce_"] * 2]
+
+
+@pytest.mark.parametrize("layout", ["shard0", "hsdp", "replicate"])
+def test_the_norm_is_that_of_all_shards_and_costs_no_round(workers, layout):
+    for rank in workers.run(4, clipping_case, layout=layout, name="small_fc_lopt", options={}):
+        assert rank["error"] <= EXACT < rank["effect"]
+        rounds = 0 if layout == "replicate" else 2
+        assert rank["collectives"] == [["allreduce_"] * rounds] * 3
+
+
+def test_sums_that_do_not_scale_are_collected_again_when_clipped(workers):
+    options = {"weight_decay": 0.1, "weight_decay_policy": "l2"}
+    for rank in workers.run(2, clipping_case, layout="shard0", name="small_fc_lopt", options=options):
+        assert rank["error"] <= EXACT < rank["effect"]
+        assert rank["collectives"] == [["allreduce_"] * (3 if clipped else 2) for clipped in rank["clipped"]]
+        assert any(rank["clipped"])
+
+
+def test_tensors_without_a_gradient_are_left_out_everywhere_or_nowhere(workers):
+    for rank in workers.run(3, absence_case):
+        assert rank["error"] <= EXACT
+        assert rank["iterations"] == (4, 4)
+        # Whenever the set of stepped tensors changes, ranks notice in the first round and collect once more.
+        assert [len(names) for names in rank["collectives"]] == [3, 3, 3, 2, 3]
+
+
+def test_ranks_tell_a_probe_from_a_step_together(workers):
+    assert workers.run(3, probe_case) == [(True, True)] * 3
+
+
+def test_gradients_that_are_pending_sums_are_summed(workers):
+    assert max(workers.run(2, pending_case)) <= EXACT
+
+
+def test_groups_of_ranks_train_independently(workers):
+    results = workers.run(4, two_trainings_case)
+    assert max(error for _, error, _ in results) <= EXACT
+    assert len({(half, digest) for half, _, digest in results}) == 2
