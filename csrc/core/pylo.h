@@ -67,7 +67,7 @@ typedef struct pylo_tensor {
     double *col_sums;
     double *feature_sums; /* (PYLO_SLOTS): written by describe, read by apply */
     double *stat_squares; /* (PYLO_SLOTS): mean squares of row and column features, by prepare for apply */
-    double *tensor_sums;  /* (PYLO_TENSOR_SUMS) or null: written by measure */
+    double *tensor_sums;  /* (PYLO_TENSOR_SUMS), written by measure; null if rule.measures is 0 */
     float *direction;     /* null, or where apply leaves the step instead of updating the parameter */
     int64_t extent[PYLO_MAX_RANK];
     int64_t row_stride[PYLO_MAX_RANK];
@@ -109,6 +109,7 @@ typedef struct pylo_rule {
     float exp_mult;                  /* step = direction * exp(magnitude * exp_mult) */
     float grad_clip;                 /* bound on gradient elements, infinity for none */
     float grad_limit;                /* largest gradient element that PYLO_ZERO_NONFINITE keeps */
+    int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called */
 } pylo_rule;
 
 typedef struct pylo_call {

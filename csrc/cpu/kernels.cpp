@@ -229,40 +229,54 @@ void collect(const Job &job) {
 
 // -- measure ------------------------------------------------------------------------------------------------------------
 
-// Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2.
-void measure(const Job &job) {
+// Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2. In double precision throughout: a variance is the
+// difference of two of them, which must vanish where all elements are equal.
+template <bool All>
+void measure_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
     const Part &part = job.part;
-    Sums<PYLO_TENSOR_SUMS> sums;
+    constexpr int count_of_sums = All ? PYLO_TENSOR_SUMS : 1;
+    alignas(64) double sums[count_of_sums][16] = {};
     alignas(64) float buffer[5][WIDE];
     for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
         const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
         Position at(job, part.outer_begin);
         for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
             const int64_t index = at.memory + first * g.lane_step;
-            const float *stream[5];
-            stream[0] = load_lanes(t.param, t.param_dtype, index, g.lane_step, count, padded, 0, buffer[0]);
-            for (int k = 0; k < 3; ++k)
-                stream[1 + k] =
-                    load_lanes(t.momentum[k], PYLO_FLOAT32, index, g.lane_step, count, padded, 0, buffer[1 + k]);
-            stream[4] = load_lanes(t.rms, PYLO_FLOAT32, index, g.lane_step, count, padded, 0, buffer[4]);
-            for (int lane = 0; lane < padded; lane += Vec::lanes) {
-                const Vec p = Vec::load(stream[0] + lane), r = Vec::load(stream[4] + lane);
-                sums.add(0, lane, p * p);
-                for (int k = 0; k < 3; ++k) {
-                    const Vec m = Vec::load(stream[1 + k] + lane);
-                    sums.add(1 + k, lane, m);
-                    sums.add(5 + k, lane, m * m);
-                }
-                sums.add(4, lane, r);
-                sums.add(8, lane, r * r);
+            const auto load = [&](void *base, int dtype, int stream) {
+                return load_lanes(base, dtype, index, g.lane_step, count, padded, 0, buffer[stream]);
+            };
+            const float *param = load(t.param, t.param_dtype, 0), *rms = nullptr, *momentum[3] = {};
+            if constexpr (All) {
+                rms = load(t.rms, PYLO_FLOAT32, 1);
+                for (int k = 0; k < 3; ++k) momentum[k] = load(t.momentum[k], PYLO_FLOAT32, 2 + k);
             }
-            sums.count(count);
+            for (int lane = 0; lane < padded; lane += Vec::lanes) {
+                const int to = lane & 15;
+                add_square_to(sums[0] + to, Vec::load(param + lane));
+                if constexpr (All) {
+                    for (int k = 0; k < 3; ++k) {
+                        const Vec m = Vec::load(momentum[k] + lane);
+                        add_to(sums[1 + k] + to, m);
+                        add_square_to(sums[5 + k] + to, m);
+                    }
+                    const Vec r = Vec::load(rms + lane);
+                    add_to(sums[4] + to, r);
+                    add_square_to(sums[8] + to, r);
+                }
+            }
         }
     }
-    sums.flush();
-    for (int i = 0; i < PYLO_TENSOR_SUMS; ++i) job.partial[i] = sums.total[i];
+    for (int i = 0; i < count_of_sums; ++i)
+        for (double x : sums[i]) job.partial[i] += x;
+}
+
+void measure(const Job &job) {
+    if (job.rule->measures == 1)
+        measure_part<false>(job);
+    else
+        measure_part<true>(job);
 }
 
 // -- prepare ------------------------------------------------------------------------------------------------------------

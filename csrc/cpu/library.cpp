@@ -12,7 +12,7 @@
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
 static_assert(sizeof(pylo_tensor) == 368, "");
 static_assert(sizeof(pylo_step) == 48, "");
-static_assert(sizeof(pylo_rule) == 104, "");
+static_assert(sizeof(pylo_rule) == 108, "");
 static_assert(sizeof(pylo_call) == 80, "");
 
 namespace {
@@ -219,6 +219,8 @@ int check_rule(const pylo_rule &rule) {
                     "rule: %d layers; there may be 2 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
                     PYLO_MAX_LAYERS, PYLO_MAX_WIDTH);
     if (rule.features >> PYLO_SLOTS) return fail(PYLO_BAD_ARGUMENT, "rule: features names slots beyond %d", PYLO_SLOTS);
+    if (rule.measures != 0 && rule.measures != 1 && rule.measures != PYLO_TENSOR_SUMS)
+        return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0, 1 or %d", PYLO_TENSOR_SUMS);
     if (!(rule.grad_clip > 0)) return fail(PYLO_BAD_ARGUMENT, "rule: grad_clip must be positive, or infinity for none");
     return PYLO_OK;
 }

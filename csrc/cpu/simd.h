@@ -145,20 +145,36 @@ PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
 
 #endif
 
-// sums[i] += x[i]
-PYLO_FN void add_to(double *sums, Vec x) {
+// sums[i] += x[i], and sums[i] += x[i]^2 without rounding the square.
 #if PYLO_LANES == 16
-    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.raw), 1));
-    _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(x.raw))));
-    _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), _mm512_cvtps_pd(high)));
+PYLO_FN void add_to(double *sums, __m512d x) { _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), x)); }
+PYLO_FN __m512d low_half(Vec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x.raw)); }
+PYLO_FN __m512d high_half(Vec x) {
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.raw), 1)));
+}
 #elif PYLO_LANES == 8
-    const __m128 high = _mm256_extractf128_ps(x.raw, 1);
-    _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), _mm256_cvtps_pd(_mm256_castps256_ps128(x.raw))));
-    _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), _mm256_cvtps_pd(high)));
+PYLO_FN void add_to(double *sums, __m256d x) { _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), x)); }
+PYLO_FN __m256d low_half(Vec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x.raw)); }
+PYLO_FN __m256d high_half(Vec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x.raw, 1)); }
+#endif
+PYLO_FN void add_to(double *sums, Vec x) {
+#if PYLO_LANES >= 8
+    add_to(sums, low_half(x));
+    add_to(sums + Vec::lanes / 2, high_half(x));
 #else
     float values[PYLO_LANES];
     x.store(values);
     for (int i = 0; i < PYLO_LANES; ++i) sums[i] += values[i];
+#endif
+}
+PYLO_FN void add_square_to(double *sums, Vec x) {
+#if PYLO_LANES >= 8
+    add_to(sums, low_half(x) * low_half(x));
+    add_to(sums + Vec::lanes / 2, high_half(x) * high_half(x));
+#else
+    float values[PYLO_LANES];
+    x.store(values);
+    for (int i = 0; i < PYLO_LANES; ++i) sums[i] += (double)values[i] * (double)values[i];
 #endif
 }
 

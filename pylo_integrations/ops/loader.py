@@ -49,6 +49,7 @@ class RuleStruct(ctypes.Structure):
         ("exp_mult", ctypes.c_float),
         ("grad_clip", ctypes.c_float),
         ("grad_limit", ctypes.c_float),
+        ("measures", ctypes.c_int32),
     ]
 
 

@@ -25,13 +25,16 @@ from pylo_integrations.ops.loader import (
     MAX_RANK,
     MAX_WIDTH,
     SLOTS,
+    TENSOR_SUMS,
     CallStruct,
     Library,
     RuleStruct,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
-from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
+from pylo_integrations.rules.base import CLIP, LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
+from pylo_integrations.rules.mixture import MixtureRule
 from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.sharding.blocks import Bucket, Sums
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import is_sharded
@@ -67,22 +70,42 @@ _STEP = np.dtype(
 )
 
 
-NativeRule = SmallFC
+NativeRule = SmallFC | MixtureRule
 """The rules that the kernels know."""
 
+_MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squares": slice(5, TENSOR_SUMS)}
+"""Sums over parameters, momenta and second moment before the step, by the names under which rules know them."""
 
-def _rule_struct(rule: NativeRule, widths: Sequence[int], names: Sequence[str]) -> RuleStruct:
+
+def _measured(rule: Rule) -> list[str]:
+    """Which of them a rule asks for."""
+    if isinstance(rule, VeLORule):
+        return list(_MEASURED)
+    return ["param_squares"] if isinstance(rule, MixtureRule) else []
+
+
+def _widths(rule: NativeRule) -> list[int]:
+    """Outputs of every layer of the network."""
+    if isinstance(rule, MixtureRule):
+        return [shape[0] for name, shape in rule.parts.items() if name.startswith("b")]
+    return [len(bias) for bias in rule.biases]
+
+
+def _rule_struct(rule: NativeRule, names: Sequence[str]) -> RuleStruct:
     """A rule as the library reads it; ``names`` are the library's slots."""
+    widths = _widths(rule)
+    measured = [_MEASURED[name].stop for name in _measured(rule)]
     weights = rule.decays.weights(torch.device("cpu"), torch.float32)
     struct = RuleStruct(
         features=sum(1 << slot for slot in _slots(rule.features, names)),
         layers=len(widths),
-        rms_eps=1e-6,
+        rms_eps=rule.rms_eps,
         vector_momentum_eps=rule.vector_momentum_eps,
         norm_eps=rule.norm_eps,
         exp_mult=rule.exp_mult,
-        grad_clip=math.inf,
+        grad_clip=CLIP if isinstance(rule, MixtureRule) else math.inf,
         grad_limit=LARGEST_GRADIENT,
+        measures=max(measured, default=0),
     )
     struct.width[: len(widths)] = widths
     for kind in ("momentum", "factored"):
@@ -202,7 +225,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     """Why the native kernels cannot step a bucket, in words; None if they can."""
     if not isinstance(rule, NativeRule):
         return f"they do not know the rule {type(rule).__name__}"
-    widths = [len(bias) for bias in rule.biases]
+    widths = _widths(rule)
     if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
         return f"layers of {widths} units are more or wider than they take"
     if any(map(is_sharded, bucket.params)):
@@ -247,7 +270,8 @@ class NativeStages:
         self._buckets = buckets
         self._slots = _slots(rule.features, library.feature_names())
         self._step_mult = rule.step_mult
-        self._rule = _rule_struct(rule, [len(bias) for bias in rule.biases], library.feature_names())
+        self._rule = _rule_struct(rule, library.feature_names())
+        self._measures = _measured(rule)
         count = sum(map(len, buckets))
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._rows = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket in the table
@@ -259,6 +283,7 @@ class NativeStages:
         self._described = torch.zeros(count, SLOTS, dtype=torch.float64)
         self._statistics = torch.zeros(count, SLOTS, dtype=torch.float64)
         self._grad_squares = torch.zeros(count, dtype=torch.float64)
+        self._measured = torch.zeros(count, TENSOR_SUMS, dtype=torch.float64)
         self._tensors = np.zeros(count, _TENSOR)
         for index in range(len(buckets)):
             self._fill_records(index)
@@ -298,6 +323,7 @@ class NativeStages:
             record["param"], record["rms"] = param.data_ptr(), state["rms"].data_ptr()
             record["momentum"] = [state[name].data_ptr() for name in MOMENTUM]
             record["feature_sums"] = self._described[first + position].data_ptr()
+            record["tensor_sums"] = self._measured[first + position].data_ptr()
             record["stat_squares"] = self._statistics[first + position].data_ptr()
             if layout.factored is None:
                 record["diagonal"] = [state[name].data_ptr() for name in DIAGONAL]
@@ -325,7 +351,7 @@ class NativeStages:
         return self._known_addresses == self._addresses()
 
     def collect(self, ctx: StepContext) -> list[Sums]:
-        """Sums of squared gradients along the factored axes, for every bucket; float64. Changes nothing else."""
+        """The rule's sums before any state may change, for every bucket; float64. Changes nothing else."""
         self._grads = [
             _in_format_of(param, grad)
             for bucket in self._buckets
@@ -335,7 +361,12 @@ class NativeStages:
         self._steps["grad_dtype"] = [DTYPES[grad.dtype] for grad in self._grads]
         self._read_policy(ctx)
         self._run("collect")
-        return [dict(sums) for sums in self._collected]
+        if self._measures:
+            self._run("measure")
+        return [
+            sums | {name: self._over_tensors(self._measured[rows, _MEASURED[name]], bucket) for name in self._measures}
+            for bucket, rows, sums in zip(self._buckets, self._rows, self._collected, strict=True)
+        ]
 
     def _read_policy(self, ctx: StepContext) -> None:
         self._steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
@@ -344,6 +375,11 @@ class NativeStages:
             group = bucket.group
             self._steps["grad_scale"][rows] = -clip_scale if group["maximize"] else clip_scale
             self._steps["l2"][rows] = l2_penalty(group)
+
+    @staticmethod
+    def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
+        """Sums over whole tensors, ``(tensors, channels)``, with an axis of extent 1 for each of theirs."""
+        return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
 
     def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
         """Update factored state from the complete sums of :meth:`collect`.
@@ -363,7 +399,7 @@ class NativeStages:
         """Sums of squared features for every bucket, float64 ``(tensors, 30, *ones)``. Changes nothing else."""
         self._run("describe")
         return [
-            {"features": self._described[rows].view(-1, SLOTS, *(1,) * len(bucket.layout.shape))}
+            {"features": self._over_tensors(self._described[rows], bucket)}
             for bucket, rows in zip(self._buckets, self._rows, strict=True)
         ]
 
@@ -389,7 +425,10 @@ class NativeStages:
             )
             networks.append(network)  # alive until the call returns
             self._steps["keep"][rows], self._steps["scale"][rows] = float(keep), float(scale)
-            self._steps["step_mult"][rows] = self._step_mult
+            step_mult = torch.tensor(self._step_mult)
+            for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
+                step_mult = step_mult * control.get(factor, 1.0)
+            self._steps["step_mult"][rows] = step_mult.numpy()
         self._run("apply")
         self._grads = []  # or they would outlive zero_grad()
 

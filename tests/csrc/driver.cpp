@@ -135,6 +135,7 @@ pylo_rule a_rule(int hidden_layers, int width, uint32_t features) {
     rule.exp_mult = 1e-3f;
     rule.grad_clip = HUGE_VALF;
     rule.grad_limit = 1e14f;
+    rule.measures = width % 2 ? 1 : PYLO_TENSOR_SUMS;
     return rule;
 }
 
@@ -293,6 +294,7 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.width[0] = 65; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.features |= 1u << 31; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.grad_clip = NAN; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.measures = 4; });
 
     // Changed after the check.
     const pylo_rule rule = a_rule(2, 8, SMALL_FC);
