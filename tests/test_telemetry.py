@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from native_library import library_or_skip
 from thetas import create
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,7 +123,7 @@ def test_low_precision_parameters_have_the_numbers_of_the_update_before_rounding
     reference = [nn.Parameter(p.detach().double()) for p in params]
     told = []
     for members in (params, reference):
-        optimizer = SmallFCLOpt(members)
+        optimizer = SmallFCLOpt(members, backend="reference")
         optimizer.enable_telemetry()
         give_gradients(params, seed=0)
         for p, q in zip(params, members, strict=True):
@@ -130,6 +131,21 @@ def test_low_precision_parameters_have_the_numbers_of_the_update_before_rounding
         optimizer.step()
         told.append(optimizer.telemetry())
     assert told[0] == pytest.approx(told[1], rel=1e-4)
+
+
+def test_native_kernels_tell_of_the_update_that_arrived():
+    library_or_skip()
+    params = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in ((5, 3), (7,))]
+    numbers = {}
+    for backend in ("native", "reference"):
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        optimizer = SmallFCLOpt(copies, weight_decay=0.1, backend=backend)
+        optimizer.enable_telemetry(per_parameter=True)
+        give_gradients(copies, seed=0)
+        optimizer.step()
+        numbers[backend] = optimizer.telemetry()
+    # The kernels' update is a difference of float32 parameters, a thousand times as large as it.
+    assert numbers["native"] == pytest.approx(numbers["reference"], rel=1e-3)
 
 
 def test_what_the_rule_decides_and_remembers_is_told():
