@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_library import library_or_skip
 from thetas import theta_for
 
 pytestmark = pytest.mark.skipif(
@@ -71,11 +72,19 @@ def test_a_large_embedding_steps_in_little_memory():
 def test_chunk_bytes_bounds_the_temporaries_of_a_step(name, mebibytes):
     """As on a device without cache-sized blocks."""
     peak = measure(
-        f"engine.CACHE_NUMEL = 2**60; o = build((2000, 1000), {name!r}, chunk_bytes={mebibytes} * 2**20)\n"
+        f"engine.CACHE_NUMEL = 2**60; o = build((2000, 1000), {name!r}, backend='reference', "
+        f"chunk_bytes={mebibytes} * 2**20)\n"
         "print(peak_of(o))"
     )
     # Kernels and the allocator keep some MiB of their own, once.
     assert 0.4 * mebibytes * 2**20 < peak < (mebibytes + 30) * 2**20
+
+
+@pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "celo"])
+def test_native_kernels_need_little_memory(name):
+    library_or_skip()
+    peak = measure(f"o = build((2000, 1000), {name!r}, backend='native'); print(peak_of(o))")
+    assert peak < 64 * 2**20
 
 
 @pytest.mark.timeout(300)
