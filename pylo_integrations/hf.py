@@ -195,11 +195,6 @@ def _check_supported(spec: OptimizerSpec, args: transformers.TrainingArguments) 
                 f"{spec.name}: {what} is not supported yet, since learned optimizers need statistics of whole tensors; "
                 "train on one device or with DistributedDataParallel (torchrun)"
             )
-    if spec.needs_loss and args.world_size > 1:
-        raise ValueError(
-            f"{spec.name} uses the loss, which differs between the {args.world_size} processes; such optimizers are "
-            "supported on one process only so far"
-        )
 
 
 # -- the run: horizon and loss -----------------------------------------------------------------------------------------

@@ -677,7 +677,6 @@ def test_a_trainer_class_that_ignores_the_choice_is_an_error(make_args):
     [
         ({"fsdp": True}, "FSDP is not supported yet"),
         ({"deepspeed_plugin": object()}, "DeepSpeed is not supported yet"),
-        ({"world_size": 2}, "toy_loss uses the loss.*the 2 processes"),
     ],
 )
 def test_unsupported_ways_to_train_are_refused(toy_loss, setting, message):
@@ -790,23 +789,38 @@ DDP_SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import transformers
-from pylo_integrations import hf
+from pylo_integrations import hf, unwrap_optimizer
 from test_adapter_hf import gpt2, texts
+from toy_loss_rule import toy_loss_optimizer
 
 torch.set_num_threads(1)
 args = transformers.TrainingArguments(
     output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, save_strategy="no", report_to="none",
-    use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
+    use_cpu=True, ddp_backend="gloo", disable_tqdm=True, logging_steps=1,
 )
-trainer = hf.Trainer(gpt2(), args, train_dataset=texts(), optimizers="small_fc_lopt")
-start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
-trainer.train()
-assert args.world_size == 2
-flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-both = [torch.empty_like(flat) for _ in range(2)]
-torch.distributed.all_gather(both, flat)
-assert torch.equal(*both), "replicas differ"
-assert not torch.equal(start, flat), "nothing was trained"
+def same_everywhere(tensor):
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    torch.distributed.all_gather(both, tensor)
+    return torch.equal(*both)
+
+
+# The second steps by the loss, of which every process sees another.
+with toy_loss_optimizer():
+    for name in ("small_fc_lopt", "toy_loss"):
+        trainer = hf.Trainer(gpt2(), args, train_dataset=texts(), optimizers=name)
+        start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+        trainer.train()
+        assert args.world_size == 2
+        flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        assert same_everywhere(flat), f"{name}: replicas differ"
+        assert not torch.equal(start, flat), f"{name}: nothing was trained"
+        assert unwrap_optimizer(trainer.optimizer).iteration == 3
+        seen = getattr(unwrap_optimizer(trainer.optimizer).rule, "seen_losses", None)
+        if seen is not None:
+            logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            assert same_everywhere(torch.tensor(seen)), "ranks stepped by different losses"
+            if logged:  # by rank 0
+                assert max(abs(a - b) for a, b in zip(seen, logged, strict=True)) < 1e-3, (seen, logged)
 torch.distributed.destroy_process_group()
 """
 
