@@ -1,0 +1,57 @@
+"""Local functions of rules, compiled by ``torch.compile``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class CompiledLocal:
+    """A :class:`~pylo_integrations.rules.base.Local` that compiles a function once for every format of its arguments.
+
+    A format is the shape, strides, dtype and device of every tensor, and the value of everything else. Formats are
+    told apart here and not by the compiler, which gives a function up after a handful of them, by a limit that is
+    everybody's to set: it sees another function for each.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+
+    def __len__(self) -> int:
+        """How often a function was compiled."""
+        return len(self._compiled)
+
+    def __call__(self, function: Callable[_P, _R], /) -> Callable[_P, _R]:
+        """What to call in place of ``function``, see :class:`~pylo_integrations.rules.base.Local`."""
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **fixed: _P.kwargs) -> _R:
+            key = (function, _format(args), *fixed.items())
+            if key not in self._compiled:
+                self._compiled[key] = torch.compile(_bind(function, fixed), fullgraph=True, dynamic=False)
+            return cast(_R, self._compiled[key](*args))
+
+        return run
+
+
+def _bind(function: Callable[..., Any], fixed: dict[str, Any]) -> Callable[..., Any]:
+    """As ``functools.partial(function, **fixed)``, but with code of its own, by which the compiler knows functions."""
+
+    def bound(*args: Any) -> Any:
+        return function(*args, **fixed)
+
+    return FunctionType(bound.__code__.replace(), globals(), function.__name__, closure=bound.__closure__)
+
+
+def _format(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_format, value)) if isinstance(value, list | tuple) else value
