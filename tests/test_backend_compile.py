@@ -15,6 +15,7 @@ from thetas import create
 from torch import Tensor, nn
 
 from pylo_integrations import LearnedOptimizer
+from pylo_integrations.ops import compiled, select
 
 SHAPES = [(4, 3), (5,), (), (2, 3, 1, 3), (4, 3)]  # of which 4 are distinct
 FUNCTIONS = 3  # accumulate_, normalised, steps
@@ -29,6 +30,7 @@ def graphs(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(select, "check_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
     return graphs
 
@@ -56,25 +58,25 @@ def assert_equal(params: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "celo"])
 def test_steps_are_the_references_and_shapes_compile_once(name, graphs):
     params, twins = parameters(SHAPES), parameters(SHAPES)
-    compiled, reference = create(params, name, backend="compile"), create(twins, name, backend="reference")
+    fast, reference = create(params, name, backend="compile"), create(twins, name, backend="reference")
     start = [param.detach().clone() for param in params]
     for step in range(3):
-        take_step(compiled, step)
+        take_step(fast, step)
         take_step(reference, step)
         assert len(graphs) == FUNCTIONS * len(set(SHAPES))
     assert_equal(params, twins)
     assert all(not torch.equal(param, old) for param, old in zip(params, start, strict=True))
     for param, twin in zip(params, twins, strict=True):
         for key, value in reference.state[twin].items():
-            torch.testing.assert_close(compiled.state[param][key], value, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(fast.state[param][key], value, rtol=1e-6, atol=1e-12)
 
 
 def test_celo2_compiles_its_matrices(graphs):
     shapes = [(4, 3), (5,)]
     params, twins = parameters(shapes), parameters(shapes)
-    compiled, reference = create(params, "celo2", backend="compile"), create(twins, "celo2", backend="reference")
+    fast, reference = create(params, "celo2", backend="compile"), create(twins, "celo2", backend="reference")
     for step in range(2):
-        take_step(compiled, step)
+        take_step(fast, step)
         take_step(reference, step)
     assert_equal(params, twins)
     assert len(graphs) == FUNCTIONS  # Adam steps the vector
@@ -92,9 +94,9 @@ def test_more_shapes_than_the_compilers_own_limit_are_all_compiled(graphs):
 
 def test_equal_blocks_of_a_large_tensor_share_their_functions(graphs):
     params, twins = parameters([(64, 8)]), parameters([(64, 8)])
-    compiled = create(params, "small_fc_lopt", backend="compile", chunk_bytes=1 << 15)
-    take_step(compiled, 0)
-    blocks = compiled._engine._plan.blocks[0]
+    fast = create(params, "small_fc_lopt", backend="compile", chunk_bytes=1 << 15)
+    take_step(fast, 0)
+    blocks = fast._engine._plan.blocks[0]
     assert len(blocks) > len({block.box.shape for block in blocks})
     assert len(graphs) == FUNCTIONS * len({block.box.shape for block in blocks})
     take_step(create(twins, "small_fc_lopt", backend="reference"), 0)
@@ -113,13 +115,31 @@ def test_a_copy_compiles_afresh_and_goes_on_equally(graphs):
     assert_equal(params, twin.param_groups[0]["params"])
 
 
+def test_a_compiler_that_does_not_work_is_named_before_anything_changes(monkeypatch):
+    def no_compiler(function, **options):
+        def call(*args):
+            raise OSError("no C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(select, "check_compiler", compiled.check_compiler.__wrapped__)  # not what it found before
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    params = parameters([(4, 3)])
+    optimizer = create(params, "velo", backend="compile")
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"backend='compile' .* on cpu: no C\+\+ compiler found; use backend='auto'"):
+        take_step(optimizer, 0)
+    assert torch.equal(params[0], before)
+    assert not optimizer.state[params[0]]["row"].any()  # the first thing that a step writes
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_inductor_takes_the_references_steps():
     params, twins = parameters([(4, 3)]), parameters([(4, 3)])
-    compiled = create(params, "small_fc_lopt", backend="compile")
+    fast = create(params, "small_fc_lopt", backend="compile")
     reference = create(twins, "small_fc_lopt", backend="reference")
     for step in range(3):
-        take_step(compiled, step)
+        take_step(fast, step)
         take_step(reference, step)
     assert_equal(params, twins)

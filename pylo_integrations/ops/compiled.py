@@ -42,13 +42,28 @@ class CompiledLocal:
         return run
 
 
+@functools.cache
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing, so that a step cannot fail in its middle because the compiler does not work at all.
+
+    Raises:
+        RuntimeError: It does not work for ``device``; the message says why.
+    """
+    try:
+        torch.compile(_bind(torch.add, {"other": 1}), fullgraph=True, dynamic=False)(torch.zeros(2, device=device))
+    except Exception as error:  # of the tracer, the code generator, or the toolchain
+        raise RuntimeError(
+            f"backend='compile' is not available: torch.compile fails on {device}: {error}; use backend='auto'"
+        ) from error
+
+
 def _bind(function: Callable[..., Any], fixed: dict[str, Any]) -> Callable[..., Any]:
     """As ``functools.partial(function, **fixed)``, but with code of its own, by which the compiler knows functions."""
 
     def bound(*args: Any) -> Any:
         return function(*args, **fixed)
 
-    return FunctionType(bound.__code__.replace(), globals(), function.__name__, closure=bound.__closure__)
+    return FunctionType(bound.__code__.replace(), globals(), closure=bound.__closure__)
 
 
 def _format(value: Any) -> Hashable:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pylo_integrations.ops import loader
-from pylo_integrations.ops.compiled import CompiledLocal
+from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
@@ -54,8 +54,12 @@ def select_native(
     """Native stages by the indices of the buckets that they step; the rest is left to the rules' own functions.
 
     Raises:
-        RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it.
+        RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
+            on the device of a bucket.
     """
+    if backend == "compile":
+        for device in {bucket.device for bucket in buckets}:
+            check_compiler(device)
     library = None if backend in ("reference", "compile") else loader.load()
     if library is None or isinstance(library, str):
         return {}
