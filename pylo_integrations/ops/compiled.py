@@ -25,10 +25,6 @@ class CompiledLocal:
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
-    def __len__(self) -> int:
-        """How often a function was compiled."""
-        return len(self._compiled)
-
     def __call__(self, function: Callable[_P, _R], /) -> Callable[_P, _R]:
         """What to call in place of ``function``, see :class:`~pylo_integrations.rules.base.Local`."""
 
