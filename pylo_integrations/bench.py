@@ -359,8 +359,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizers",
         type=_names_of("optimizer", _contenders),
         default=["small_fc_lopt"],
-        help="comma-separated catalogue names, with :reference or :native for one backend (default: small_fc_lopt); "
-        "AdamW always runs beside them",
+        help="comma-separated catalogue names, with :reference, :native or :compile for one backend "
+        "(default: small_fc_lopt); AdamW always runs beside them",
     )
     parser.add_argument(
         "--threads",

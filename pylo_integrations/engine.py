@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.native import NativeStages
-from pylo_integrations.ops.select import Backend, check_backend, select_native
+from pylo_integrations.ops.select import Backend, check_backend, select_local, select_native
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
@@ -139,6 +139,7 @@ class Engine:
         check_backend(backend)
         self._rule = rule
         self._backend: Backend = backend
+        self._local = select_local(backend)
         self._chunk_bytes = chunk_bytes
         self._ranks = ranks
         self._flat_slices = flat_slices
@@ -180,7 +181,7 @@ class Engine:
         max_grad_norm: float | None,
     ) -> bool:
         plan = self._planned(groups, state)
-        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory)
+        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
         while plan.buckets or self._exchanges(plan, loss):

@@ -54,7 +54,7 @@ class StepRecord:
         param, grad = block.param, read_gradient(block, ctx)
         pairs = {"update": (update, update), "param": (param, param), "grad": (grad, grad), "descent": (update, grad)}
         axes = range(len(block.box.shape))
-        sums = {name: PartialSum.of(left * right, axes, block.box) for name, (left, right) in pairs.items()}
+        sums = {name: PartialSum.of(left * right, axes, block.box.shape) for name, (left, right) in pairs.items()}
         self._totals[index].add_(block, sums)
 
     def add_applied(

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from pylo_integrations.ops import loader
+from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
-from pylo_integrations.rules.base import Rule
+from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 
-Backend = Literal["auto", "reference", "native"]
+Backend = Literal["auto", "reference", "native", "compile"]
 """What computes a step.
 
 ``"reference"`` runs a rule's own torch functions on any device; ``"native"`` the compiled kernels, and raises where
 they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16 on a
-CPU) and the reference for the others. State is the same, so the backend may change in the middle of a run.
+CPU) and the reference for the others. ``"compile"`` runs the reference through ``torch.compile``, each function once
+for every shape of its arguments. State is the same, so the backend may change in the middle of a run.
 """
 
 
@@ -41,15 +43,24 @@ def native_report() -> str:
     return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used"
 
 
+def select_local(backend: Backend) -> Local:
+    """Who runs the local functions of rules."""
+    return CompiledLocal() if backend == "compile" else as_written
+
+
 def select_native(
     backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]
 ) -> dict[tuple[int, ...], NativeStages]:
     """Native stages by the indices of the buckets that they step; the rest is left to the rules' own functions.
 
     Raises:
-        RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it.
+        RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
+            on the device of a bucket.
     """
-    library = None if backend == "reference" else loader.load()
+    if backend == "compile":
+        for device in {bucket.device for bucket in buckets}:
+            check_compiler(device)
+    library = None if backend in ("reference", "compile") else loader.load()
     if library is None or isinstance(library, str):
         return {}
     able: dict[NativeRule, list[int]] = {}

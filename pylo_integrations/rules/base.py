@@ -9,9 +9,9 @@ in one *round* (see :mod:`pylo_integrations.engine`). Rules never see devices, r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,25 @@ RuleChoice = Literal["learned", "adamw"]
 Control = Mapping[str, Tensor]
 """What a rule decides for whole tensors: entries of shape ``(tensors or 1, ...)``."""
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class Local(Protocol):
+    """Who runs the local functions of rules, those that see one block and decide nothing.
+
+    Such a function takes tensors, or sequences of them, by position, and by keyword hashable values that stay the same
+    from step to step; it returns tensors, and may overwrite arguments if its name ends in an underscore.
+    """
+
+    def __call__(self, function: Callable[_P, _R], /) -> Callable[_P, _R]:
+        """What to call in place of ``function``; equal to it up to rounding."""
+
+
+def as_written(function: Callable[_P, _R], /) -> Callable[_P, _R]:
+    """The :class:`Local` that runs functions as they are."""
+    return function
+
 
 @dataclass
 class StepContext:
@@ -44,6 +63,7 @@ class StepContext:
         zero_nonfinite: Whether gradient elements that are not finite, or beyond ``LARGEST_GRADIENT``, are read as 0.
         memory: The rule's own whole-model memory, kept in checkpoints; a rule replaces entries in ``control``.
         constants: :meth:`Rule.constants` on the device and dtype of the tensors at hand.
+        local: Who runs the rule's local functions.
     """
 
     iteration: int
@@ -53,6 +73,7 @@ class StepContext:
     zero_nonfinite: bool = False
     memory: dict[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    local: Local = as_written
 
 
 class Rule(ABC):

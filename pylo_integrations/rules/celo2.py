@@ -152,12 +152,8 @@ class Celo2(MomentRule):
         inputs = self.normalised_features(block, prepared, sums, ctx)
         weights, biases = ([ctx.constants[f"{kind}{layer}"] for layer in range(len(self.weights))] for kind in "wb")
         weights[0] = weights[0][:, : inputs.shape[1]]
-        if self.orthogonalises and inputs.device.type != "mps":  # which has no float64
-            # Orthogonalisation multiplies the rounding errors of this network by up to 485.
-            inputs, weights, biases = inputs.double(), [w.double() for w in weights], [b.double() for b in biases]
-        outputs = mlp(inputs.flatten(2), weights, biases).view(len(block), 3, *block.box.shape)
-        direction, magnitude = outputs[:, :1], outputs[:, 1:2]
-        return direction * (magnitude * self.exp_mult).exp_() if self.exp_mult else direction
+        precise = self.orthogonalises and inputs.device.type != "mps"  # which has no float64
+        return ctx.local(unfinished_steps)(inputs, weights, biases, exp_mult=self.exp_mult, precise=precise)
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise matrices, where the rule does, and bring the root mean square to ``step_mult``."""
@@ -169,3 +165,22 @@ class Celo2(MomentRule):
         scale = (mean_square + self.norm_eps).rsqrt()
         finished: Tensor = steps * scale.mul_(self.step_mult)
         return finished
+
+
+def unfinished_steps(
+    inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float, precise: bool
+) -> Tensor:
+    """``d * exp(a * exp_mult)`` of the network's outputs ``(d, a, unused)``, ``(tensors, 1, *box)``.
+
+    Args:
+        inputs: ``(tensors, channels, *box)``.
+        weights: As for :func:`~pylo_integrations.rules.networks.mlp`.
+        biases: As for :func:`~pylo_integrations.rules.networks.mlp`.
+        exp_mult: Scale of the magnitude output inside the exponential.
+        precise: Whether to compute in float64: orthogonalisation multiplies rounding errors by up to 485.
+    """
+    if precise:
+        inputs, weights, biases = inputs.double(), [w.double() for w in weights], [b.double() for b in biases]
+    outputs = mlp(inputs.flatten(2), weights, biases).view(len(inputs), 3, *inputs.shape[2:])
+    direction, magnitude = outputs[:, :1], outputs[:, 1:2]
+    return direction * (magnitude * exp_mult).exp_() if exp_mult else direction

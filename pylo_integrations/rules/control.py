@@ -89,7 +89,7 @@ def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
 
 def param_squares(block: Block) -> PartialSum:
     """Sum of squared parameters in float64."""
-    return PartialSum.of(block.param.double().square(), range(len(block.box.shape)), block.box)
+    return PartialSum.of(block.param.double().square(), range(len(block.box.shape)), block.box.shape)
 
 
 def objective(buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from pylo_integrations.rules.base import Control, StepContext, read_clipped_grad
 from pylo_integrations.rules.control import loss_telemetry, lstm_shapes, param_squares
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import mlp
+from pylo_integrations.rules.networks import steps
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 
 DECAYS = Decays(*map(rounded_to_float32, ((0.9, 0.99, 0.999), (0.999,), (0.9, 0.99, 0.999))))
@@ -126,10 +126,10 @@ class MixtureRule(MomentRule):
         inputs = self.normalised_features(block, prepared, sums, ctx)
         parts = {name: block.rows(control[name]) for name in self.parts}
         depth = range(len(parts) // 2)
-        outputs = mlp(inputs.flatten(2), [parts[f"w{i}"] for i in depth], [parts[f"b{i}"] for i in depth])
-        direction, magnitude = outputs.view(len(block), 2, *block.box.shape).chunk(2, dim=1)
+        weights, biases = ([parts[f"{kind}{i}"] for i in depth] for kind in "wb")
         scale = block.rows(control["lr_mult"]) * block.rows(control["param_scale"]) * self.step_mult
-        return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(scale.view(-1, *(1,) * (inputs.dim() - 1)))
+        unscaled = ctx.local(steps)(inputs, weights, biases, exp_mult=self.exp_mult)
+        return unscaled.mul_(scale.view(-1, *(1,) * (inputs.dim() - 1)))
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The loss features."""

@@ -80,7 +80,10 @@ class MomentRule(Rule):
             return {}
         d1, d0 = block.layout.factored
         squared = self.gradient(block, ctx).square()
-        return {"row": PartialSum.of(squared, (d0,), block.box), "col": PartialSum.of(squared, (d1,), block.box)}
+        return {
+            "row": PartialSum.of(squared, (d0,), block.box.shape),
+            "col": PartialSum.of(squared, (d1,), block.box.shape),
+        }
 
     def prepare_(self, bucket: Bucket, sums: Sums, ctx: StepContext) -> Sums:
         """Factored EMAs, ``row`` and ``col``, and the inverse roots made of them."""
@@ -97,41 +100,116 @@ class MomentRule(Rule):
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the parameter-shaped accumulators; sum the square of every feature."""
-        grad = self.gradient(block, ctx)
-        squared = grad.square()
-        updated = {
-            MOMENTUM: ema_(block.load(MOMENTUM), grad, ctx.constants["momentum_weight"]),
-            RMS: ema_(block.load(RMS), squared, ctx.constants["rms_weight"]),
-        }
-        if block.layout.factored is None:
-            updated[DIAGONAL] = ema_(block.load(DIAGONAL), squared + 1e-30, ctx.constants["factored_weight"])
-        for names, value in updated.items():
+        accumulators = self._load(block)
+        weights = [ctx.constants[f"{name}_weight"] for name in ("momentum", "rms", "factored")]
+        recipe = self._recipe(block.layout)
+        total = ctx.local(accumulate_)(
+            self.gradient(block, ctx),
+            block.param,
+            list(accumulators.values()),
+            self._factors(block, prepared),
+            weights,
+            recipe=recipe,
+        )
+        for names, value in accumulators.items():
             block.store_(names, value)
-        moments = self._moments(block, prepared, grad, *updated.values())
-        axes = self.norm_axes(block.layout)
-        features = compact_features(self.features_of(block.layout), moments)
-        squares = [PartialSum.of(feature.square(), axes, block.box) for feature in features]
-        return {"features": PartialSum(torch.cat([s.value for s in squares], dim=1), tuple(axes))}
+        return {"features": PartialSum(total, recipe.axes)}
 
     def normalised_features(self, block: Block, prepared: Sums, sums: Sums, ctx: StepContext) -> Tensor:
         """Network inputs, ``(tensors, channels, *box)``, each channel divided by its root mean square."""
-        names = (MOMENTUM, RMS) if block.layout.factored else (MOMENTUM, RMS, DIAGONAL)
-        moments = self._moments(block, prepared, self.gradient(block, ctx), *map(block.load, names))
-        count = math.prod(block.layout.shape[axis] for axis in self.norm_axes(block.layout))
-        scale = (block.narrow(sums["features"]) / count + self.norm_eps).rsqrt()
-        features = compact_features(self.features_of(block.layout), moments)
-        return torch.cat([f.expand(-1, -1, *block.box.shape) for f in features], dim=1).mul_(scale)
+        recipe = self._recipe(block.layout)
+        count = math.prod(block.layout.shape[axis] for axis in recipe.axes)
+        return ctx.local(normalised)(
+            self.gradient(block, ctx),
+            block.param,
+            list(self._load(block).values()),
+            self._factors(block, prepared),
+            (block.narrow(sums["features"]) / count + self.norm_eps).rsqrt(),
+            recipe=recipe,
+        )
 
-    def _moments(
-        self, block: Block, prepared: Sums, grad: Tensor, momentum: Tensor, rms: Tensor, diagonal: Tensor | None = None
-    ) -> Moments:
-        if diagonal is None:
-            row, col, row_scale, col_scale = (
-                block.narrow(prepared[name]) for name in ("row", "col", "row_scale", "col_scale")
-            )
-            grad_scale = momentum_scale = row_scale * col_scale
-        else:
-            row = col = diagonal
-            grad_scale = (diagonal + 1e-9).clamp_min(1e-9).rsqrt()
-            momentum_scale = (diagonal + self.vector_momentum_eps).rsqrt()
-        return Moments(grad, block.param, momentum, rms, row, col, grad_scale, momentum_scale, self.rms_eps)
+    def _load(self, block: Block) -> dict[tuple[str, ...], Tensor]:
+        names: tuple[tuple[str, ...], ...] = (MOMENTUM, RMS) if block.layout.factored else (MOMENTUM, RMS, DIAGONAL)
+        return {channels: block.load(channels) for channels in names}
+
+    @staticmethod
+    def _factors(block: Block, prepared: Sums) -> list[Tensor]:
+        names = ("row", "col", "row_scale", "col_scale") if block.layout.factored else ()
+        return [block.narrow(prepared[name]) for name in names]
+
+    def _recipe(self, layout: TensorLayout) -> Recipe:
+        return Recipe(self.features_of(layout), tuple(self.norm_axes(layout)), self.rms_eps, self.vector_momentum_eps)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes features of moments, besides tensors.
+
+    Attributes:
+        features: Names, in order.
+        axes: Those over which features are normalised.
+        rms_eps: See :class:`MomentRule`.
+        vector_momentum_eps: See :class:`MomentRule`.
+    """
+
+    features: tuple[str, ...]
+    axes: tuple[int, ...]
+    rms_eps: float
+    vector_momentum_eps: float
+
+
+def accumulate_(
+    grad: Tensor,
+    param: Tensor,
+    accumulators: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    recipe: Recipe,
+) -> Tensor:
+    """Move a block's accumulators on, in place; sums of squared features, ``(tensors, channels, *box or ones)``.
+
+    Args:
+        grad: ``(tensors, 1, *box)``.
+        param: As ``grad``.
+        accumulators: Momentum, second moment and, for vectors, the full-size one.
+        factors: ``row``, ``col`` and their inverse roots, 3 channels each; none for vectors.
+        weights: EMA weights of the accumulators, ``(channels,)`` each.
+        recipe: The features.
+    """
+    squared = grad.square()
+    ema_(accumulators[0], grad, weights[0])
+    ema_(accumulators[1], squared, weights[1])
+    if not factors:
+        ema_(accumulators[2], squared + 1e-30, weights[2])
+    squares = (feature.square() for feature in _features(grad, param, accumulators, factors, recipe))
+    return torch.cat([PartialSum.of(square, recipe.axes, grad.shape[2:]).value for square in squares], dim=1)
+
+
+def normalised(
+    grad: Tensor,
+    param: Tensor,
+    accumulators: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    recipe: Recipe,
+) -> Tensor:
+    """Features times ``scale``, ``(tensors, channels, *box)``; arguments as for :func:`accumulate_`."""
+    features = _features(grad, param, accumulators, factors, recipe)
+    return torch.cat([f.expand(-1, -1, *grad.shape[2:]) for f in features], dim=1).mul_(scale)
+
+
+def _features(
+    grad: Tensor, param: Tensor, accumulators: Sequence[Tensor], factors: Sequence[Tensor], recipe: Recipe
+) -> list[Tensor]:
+    momentum, rms = accumulators[:2]
+    if factors:
+        row, col, row_scale, col_scale = factors
+        grad_scale = momentum_scale = row_scale * col_scale
+    else:
+        row = col = diagonal = accumulators[2]
+        grad_scale = (diagonal + 1e-9).clamp_min(1e-9).rsqrt()
+        momentum_scale = (diagonal + recipe.vector_momentum_eps).rsqrt()
+    moments = Moments(grad, param, momentum, rms, row, col, grad_scale, momentum_scale, recipe.rms_eps)
+    return compact_features(recipe.features, moments)

@@ -27,6 +27,23 @@ def mlp(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     return hidden
 
 
+def steps(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float) -> Tensor:
+    """``d * exp(a * exp_mult)`` of a network's two outputs ``(d, a)``.
+
+    Args:
+        inputs: ``(tensors, channels, *box)``.
+        weights: As for :func:`mlp`.
+        biases: As for :func:`mlp`.
+        exp_mult: Scale of the magnitude output inside the exponential.
+
+    Returns:
+        ``(tensors, 1, *box)``.
+    """
+    outputs = mlp(inputs.flatten(2), weights, biases)
+    direction, magnitude = outputs.view(len(inputs), 2, *inputs.shape[2:]).chunk(2, dim=1)
+    return magnitude.mul_(exp_mult).exp_().mul_(direction)
+
+
 def read_mlp(
     arrays: Mapping[str, Tensor], owner: str, prefix: str, inputs: int, outputs: int, others: Collection[str] = ()
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -23,7 +23,7 @@ from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import mlp, read_mlp
+from pylo_integrations.rules.networks import read_mlp, steps
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums
 
 
@@ -117,6 +117,5 @@ class SmallFC(MomentRule):
         inputs = self.normalised_features(block, prepared, sums, ctx)
         depth = range(len(self.weights))
         biases = [control["b0"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
-        outputs = mlp(inputs.flatten(2), [ctx.constants[f"w{layer}"] for layer in depth], biases)
-        direction, magnitude = outputs.view(len(block), 2, *block.box.shape).chunk(2, dim=1)
-        return magnitude.mul_(self.exp_mult).exp_().mul_(direction).mul_(self.step_mult)
+        weights = [ctx.constants[f"w{layer}"] for layer in depth]
+        return ctx.local(steps)(inputs, weights, biases, exp_mult=self.exp_mult).mul_(self.step_mult)

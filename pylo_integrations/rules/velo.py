@@ -100,8 +100,8 @@ class VeLORule(MixtureRule):
         moments = block.load((*MOMENTUM, *RMS)).double()
         axes = range(len(block.box.shape))
         sums = {
-            "moments": PartialSum.of(moments, axes, block.box),
-            "moment_squares": PartialSum.of(moments.square_(), axes, block.box),
+            "moments": PartialSum.of(moments, axes, block.box.shape),
+            "moment_squares": PartialSum.of(moments.square_(), axes, block.box.shape),
         }
         return super().collect(block, ctx) | sums
 

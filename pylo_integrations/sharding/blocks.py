@@ -35,14 +35,15 @@ class PartialSum:
     over: tuple[int, ...]
 
     @classmethod
-    def of(cls, values: Tensor, over: Sequence[int], box: Box) -> PartialSum:
-        """Sum ``values``, broadcastable to ``(tensors, channels, *box)``, over the box's axes ``over``.
+    def of(cls, values: Tensor, over: Sequence[int], shape: Sequence[int]) -> PartialSum:
+        """Sum ``values``, broadcastable to ``(tensors, channels, *shape)``, along its axes ``over``.
 
         A broadcast axis counts once for each element of the box, without being expanded.
         """
         total = values.sum([axis + 2 for axis in over], keepdim=True)
-        repeats = math.prod(box.shape[axis] // max(1, values.shape[axis + 2]) for axis in over)
-        extents = (1 if axis in over else extent for axis, extent in enumerate(box.shape))
+        # A list: torch.compile cannot follow a generator into math.prod().
+        repeats = math.prod([shape[axis] // max(1, values.shape[axis + 2]) for axis in over])
+        extents = (1 if axis in over else extent for axis, extent in enumerate(shape))
         return cls((total * repeats).expand(*total.shape[:2], *extents), tuple(over))
 
 
