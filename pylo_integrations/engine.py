@@ -165,21 +165,6 @@ class Engine:
             NonFiniteError: See :data:`NonFinitePolicy`.
             ShardingError: A parameter is distributed in an unsupported way.
         """
-        try:
-            return self._step(groups, state, progress, loss, on_nonfinite, max_grad_norm)
-        finally:
-            for bucket in self._plan.buckets:
-                bucket.grads = ()  # or they would outlive zero_grad()
-
-    def _step(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        state: Mapping[Tensor, dict[str, Any]],
-        progress: Progress,
-        loss: Tensor | None,
-        on_nonfinite: NonFinitePolicy,
-        max_grad_norm: float | None,
-    ) -> bool:
         plan = self._planned(groups, state)
         context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
@@ -214,6 +199,11 @@ class Engine:
         self._run(plan, collected or self._collect(plan, context), context)
         progress.iteration += 1
         return True
+
+    def release_gradients(self) -> None:
+        """Let go of the last step's gradients, which would outlive ``zero_grad()``."""
+        for bucket in self._plan.buckets:
+            bucket.grads = ()
 
     def _exchanges(self, plan: _Plan, loss: Tensor | None) -> bool:
         """Whether ranks talk in this step. Replicas that see no loss stay equal without."""

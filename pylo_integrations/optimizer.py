@@ -303,14 +303,17 @@ class LearnedOptimizer(Optimizer):
                 "told that training ends there. Call set_num_steps() with the true length of the run",
             )
         with torch.no_grad(), torch.autocast(self._device_type(), enabled=False):
-            taken = self._engine.step(
-                self.param_groups,
-                self.state,
-                progress,
-                loss if self.rule.needs_loss else None,
-                self.on_nonfinite,
-                self.max_grad_norm,
-            )
+            try:
+                taken = self._engine.step(
+                    self.param_groups,
+                    self.state,
+                    progress,
+                    loss if self.rule.needs_loss else None,
+                    self.on_nonfinite,
+                    self.max_grad_norm,
+                )
+            finally:
+                self._engine.release_gradients()
         if not taken:
             self._warn_once(
                 "nonfinite",
