@@ -104,7 +104,8 @@ OTHERS = [(name, *case) for name in MANY for case in WRAPPERS if (name, *case) n
 def test_wrapped_models_step_as_plain_ones_do(workers, name, wrapper, world):
     ranks = workers.run(world, wrapper_case, wrapper=wrapper, name=name, options=EXACT)
     assert ranks[0]["moved"] > 1e-6
-    assert max(rank["error"] for rank in ranks) <= 1e-12
+    # VeLO's LSTM sees logarithms of sums, and passes on what their order changed: 1.6e-12 on four ranks.
+    assert max(rank["error"] for rank in ranks) <= 1e-11
     assert len({rank["digest"] for rank in ranks}) == 1
     for counted in ranks[0]["collectives"][1:]:
         assert counted == promised(name, world, sharded=wrapper not in ("ddp", "fsdp1_no_shard"))
