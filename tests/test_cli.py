@@ -21,7 +21,6 @@ from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimi
 from pylo_integrations.ops import loader
 from pylo_integrations.weights import bootstrap, load_theta
 from pylo_integrations.weights.hub import PUBLISHED
-from pylo_integrations.weights.theta import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,8 +164,6 @@ def test_weights_convert_takes_two_sources(capsys, misuse, tmp_path):
     arrays = random_arrays("velo")
     folders = [str(write(tmp_path / module.__name__, module_files(module(arrays)))) for module in (VeLO_RNN, VeLO_MLP)]
     target = tmp_path / "velo.safetensors"
-    if "velo" not in ARCHITECTURES:
-        pytest.skip("no rule of velo yet")
     assert cli.main(["weights", "convert", *folders, str(target)]) == 0
     assert Theta.load(target) == Theta.from_arrays("velo", arrays)
     capsys.readouterr()

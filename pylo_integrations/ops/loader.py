@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
