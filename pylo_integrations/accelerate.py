@@ -4,7 +4,7 @@
 the loss in every mode. :func:`attach` does it for loops that call a bare ``optimizer.step()``, and under gradient
 accumulation, where the loss of a step is spread over micro-batches.
 
-Training on one device and with DDP is supported; sharded training is not yet.
+DDP, FSDP1 with ``fsdp_use_orig_params: true`` and FSDP2 are supported; DeepSpeed and Megatron-LM hide whole tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sized
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from pylo_integrations.attach import Attachment, observe_before_backward, require_learned
@@ -30,7 +30,7 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
     Args:
         accelerator: With one optimizer, else its ``backward`` raises RuntimeError. With several, e.g. in a GAN, call
             ``optimizer.step(lambda: loss)`` instead.
-        optimizer: Before or after ``accelerator.prepare``.
+        optimizer: Before or after ``accelerator.prepare``; with FSDP1, after the model was prepared.
         num_steps: The horizon, i.e. the optimizer steps of the whole run; see :func:`count_steps`.
 
     Returns:
@@ -38,15 +38,17 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
 
     Raises:
         TypeError: ``optimizer`` is not a learned optimizer.
-        ValueError: ``accelerator`` reports to another optimizer; its training is sharded; or ``num_steps`` is not a
-            positive integer.
+        ValueError: ``accelerator`` reports to another optimizer; it trains with DeepSpeed or Megatron-LM; or
+            ``num_steps`` is not a positive integer.
+        ShardingError: FSDP1 melted parameters together, see :meth:`LearnedOptimizer.bind_model`.
     """
     learned = require_learned(optimizer)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"{accelerator.distributed_type} shards the model, which learned optimizers do not support yet; use one "
-            "device or DDP"
+            f"{accelerator.distributed_type} hides whole tensors from the optimizer, which a learned one needs; use "
+            "one device, DDP or FSDP"
         )
+    learned.bind_model(nn.ModuleList(accelerator._models))
 
     def observe(loss: Tensor) -> None:
         if (count := len(accelerator._optimizers)) > 1:

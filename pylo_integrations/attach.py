@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.sharding.pieces import is_sharded
 
 
 class Attachment:
@@ -28,9 +29,12 @@ class Attachment:
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Report the loss, then do what ``backward`` does."""
-        if self._attached and self.optimizer.needs_loss:
+        hears = self._attached and self.optimizer.needs_loss
+        if hears:
             self._observe(loss)
         self._backward(loss, *args, **kwargs)
+        if hears:
+            look_after_backward(self.optimizer)
 
     def remove(self) -> None:
         """Undo the attachment; the horizon stays."""
@@ -82,9 +86,19 @@ def require_learned(optimizer: Optimizer) -> LearnedOptimizer:
 
 
 def observe_before_backward(optimizer: LearnedOptimizer, loss: Tensor) -> None:
-    """Report a loss that is about to go into ``backward``."""
+    """Report a loss that is about to go into ``backward``; :func:`look_after_backward` has to follow."""
     # Without gradients this backward begins a step. Losses that are still there belong to gradients that were dropped:
     # a step the GradScaler skipped, the first pass of SAM, a loss that does not depend on these parameters.
-    if all(param.grad is None for group in optimizer.param_groups for param in group["params"]):
+    if not (optimizer.loss_window.is_hidden or _has_gradients(optimizer)):
         optimizer.clear_observed_loss()
     optimizer.observe_loss(loss)
+
+
+def look_after_backward(optimizer: LearnedOptimizer) -> None:
+    """See whether gradients are where :func:`observe_before_backward` will look for them."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    optimizer.loss_window.is_hidden = any(map(is_sharded, params)) and not _has_gradients(optimizer)
+
+
+def _has_gradients(optimizer: LearnedOptimizer) -> bool:
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])

@@ -147,7 +147,8 @@ def create_optimizer(
     """Create a learned optimizer by name.
 
     Args:
-        model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups`; or parameters; or groups.
+        model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups` and bound
+            (:meth:`LearnedOptimizer.bind_model`); or parameters; or groups.
         name: One of :func:`list_optimizers`.
         lr: Factor on the whole update; by default that of the entry.
         weight_decay: Decoupled weight decay; by default that of the entry: 0, but for ``elo_celo2`` 0.1.
@@ -171,8 +172,11 @@ def create_optimizer(
     options = {**spec.defaults, **options, "backend": backend, "weight_decay": decay, **kwargs}
     if unknown := sorted(set(options) - set(spec.options)):
         raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")
-    params = spec.param_groups(model_or_params, decay) if isinstance(model_or_params, nn.Module) else model_or_params
+    model = model_or_params if isinstance(model_or_params, nn.Module) else None
+    params: Any = model_or_params if model is None else spec.param_groups(model, decay)
     optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)
+    if model is not None:
+        optimizer.bind_model(model)
     if telemetry:
         optimizer.enable_telemetry(per_parameter)
     return optimizer

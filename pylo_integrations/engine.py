@@ -17,6 +17,7 @@ apply      ``p <- keep * p - scale * step``
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,17 @@ it is the loss). Whatever the choice, parameters and state stay finite.
 
 CACHE_NUMEL = 32_768
 """Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep what one block frees for the next one.
+
+    It hands freed memory back to the system above a threshold that follows the largest tensor freed so far, up to 32
+    MiB; every block would then begin with the system clearing pages. A training usually has freed such a tensor before.
+    Measured on a 768x3072 matrix: 1.2 to 2 times as fast.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # never touched, so it takes no memory
 
 
 class NonFiniteError(RuntimeError):
@@ -254,6 +266,8 @@ class Engine:
             bucket.states.append(state[param])
             bucket.held.append(held)
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
+        if any(bucket.device.type == "cpu" for bucket in buckets):
+            _keep_freed_memory()
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
         return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets), candidates, sharded)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
+from pylo_integrations.sharding.pieces import ShardingError, read_flat_slices, unwrapped_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -32,7 +33,8 @@ def param_groups(
     convolutions and transformers' ``Conv1D``, get ``axes="in_out"``.
 
     Args:
-        model: Parameters it shares between modules appear once; being an embedding anywhere counts.
+        model: Parameters it shares between modules appear once; being an embedding anywhere counts. FSDP1's slices go
+            by the shapes and names of the parameters they are of.
         weight_decay: Of the groups that decay.
         no_decay: Full names of parameters, or their last components, to exempt as well.
         adamw: For optimizers that leave some tensors to AdamW, such as ``celo2``, which tensors from rank 2 on those
@@ -44,7 +46,9 @@ def param_groups(
 
     Raises:
         ValueError: Nothing is trainable.
+        ShardingError: FSDP1 melted parameters together, or wraps ``model``.
     """
+    slices = read_flat_slices(model)
     exempt = {*no_decay, *getattr(model, "no_weight_decay", set)()}
     to_adamw = _chooser(adamw)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -53,16 +57,23 @@ def param_groups(
             owners.setdefault(param, []).append((module, name))
 
     groups: dict[tuple[bool, AxisOrder, RuleChoice], dict[str, Any]] = {}
-    for name, param in model.named_parameters():
+    for wrapped_name, param in model.named_parameters():
         if not param.requires_grad:
             continue
+        name = unwrapped_name(wrapped_name)
+        if getattr(param, "_fsdp_flattened", False) and param not in slices:
+            raise ShardingError(
+                f"{name} is a slice made by FSDP, whose shape only the FullyShardedDataParallel around it knows: "
+                "pass that one in place of the model inside it"
+            )
+        rank = len(slices[param].shape) if param in slices else param.dim()
         modules = [module for module, _ in owners[param]]
         decays = not (
-            param.dim() < 2
+            rank < 2
             or any(isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ for module in modules)
             or _is_named(name, exempt)
         )
-        axes: AxisOrder = "in_out" if any(_stores_in_out(module, param) for module in modules) else "out_in"
+        axes: AxisOrder = "in_out" if rank >= 2 and any(map(_stores_in_out, modules)) else "out_in"
         rule: RuleChoice = "adamw" if any(to_adamw(name, param, module) for module in modules) else "learned"
         group = groups.setdefault(
             (decays, axes, rule),
@@ -87,7 +98,6 @@ def _chooser(adamw: Collection[str] | Choose | None) -> Choose:
     return lambda name, param, module: isinstance(module, _EMBEDDINGS) or _is_named(name, names)
 
 
-def _stores_in_out(module: nn.Module, param: nn.Parameter) -> bool:
+def _stores_in_out(module: nn.Module) -> bool:
     # transformers' Conv1D is recognised by name, so that transformers need not be installed.
-    is_transposed = isinstance(module, (*_EMBEDDINGS, *_TRANSPOSED)) or type(module).__name__ == "Conv1D"
-    return is_transposed and param.dim() >= 2
+    return isinstance(module, (*_EMBEDDINGS, *_TRANSPOSED)) or type(module).__name__ == "Conv1D"

@@ -160,6 +160,7 @@ class _FromGroups(Optimizer):
         optimizer = create_optimizer(
             _split_as_wanted(groups, get_optimizer_info(name).param_groups(owner)), name, lr, **options
         )
+        optimizer.bind_model(owner)
         if "num_steps" not in options:
             _horizon_is_ours.add(optimizer)
         return optimizer
@@ -189,11 +190,12 @@ def _describe(
 
 
 def _check_supported(spec: OptimizerSpec, args: transformers.TrainingArguments) -> None:
-    for is_used, what in ((args.fsdp, "FSDP"), (args.deepspeed_plugin, "DeepSpeed")):
+    is_xla = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")
+    for is_used, what in ((args.fsdp and is_xla, "FSDP of XLA"), (args.deepspeed_plugin, "DeepSpeed")):
         if is_used:
             raise ValueError(
-                f"{spec.name}: {what} is not supported yet, since learned optimizers need statistics of whole tensors; "
-                "train on one device or with DistributedDataParallel (torchrun)"
+                f"{spec.name}: {what} hides whole tensors from the optimizer, and a learned one needs statistics of "
+                "them; train with torch's FSDP (TrainingArguments(fsdp=...)), DistributedDataParallel or one device"
             )
 
 
@@ -214,6 +216,7 @@ class _RunCallback(transformers.TrainerCallback):
         if learned is None:
             return
         _tapped.add(learned)
+        learned.bind_model(kwargs["model"])  # of an optimizer that the user made
         if learned.num_steps is None:
             _horizon_is_ours.add(learned)
         if learned in _horizon_is_ours and state.max_steps > 0:
@@ -268,7 +271,7 @@ class LearnedOptimizerMixin(_TrainerBase):
 
     Raises:
         ValueError: Unknown name, schedule or option; a scheduler that belongs to another optimizer; a second optimizer
-            in ``optimizer_cls_and_kwargs``; FSDP or DeepSpeed.
+            in ``optimizer_cls_and_kwargs``; DeepSpeed or the FSDP of XLA.
         TypeError: The schedule is none of these.
     """
 

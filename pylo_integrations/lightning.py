@@ -5,7 +5,8 @@ returns the loss; under ``accumulate_grad_batches=N`` only that of the last micr
 optimization passes a closure that returns nothing; ``precision="16-mixed"`` passes none at all. What reaches
 ``backward`` is right in all of them, but for AMP's scale, so that is where :class:`LearnedOptimizerCallback` listens.
 
-Training on one device and with DDP is supported; sharded strategies are not yet.
+DDP, ModelParallelStrategy (FSDP2, tensor parallelism) and FSDPStrategy (FSDP1) are supported; DeepSpeed hides whole
+tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from pylo_integrations.attach import Attachment, observe_before_backward, require_learned
+from pylo_integrations.attach import Attachment, look_after_backward, observe_before_backward, require_learned
 from pylo_integrations.attach import attach as attach_to_backward
 from pylo_integrations.catalog import create_optimizer
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.sharding.pieces import read_flat_slices
 from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 
 Schedule: TypeAlias = Literal["cosine", "linear"] | Callable[[Optimizer, int], LRScheduler]
@@ -61,8 +63,11 @@ def configure_optimizers(
             optimizer would see a wrong loss for want of a :class:`LearnedOptimizerCallback`.
         TypeError: The optimizer has no such option.
     """
-    optimizer = create_optimizer(module, name, lr, weight_decay, **options)
     trainer = _trainer_of(module)
+    wrapped = None if trainer is None else trainer.strategy.model
+    # FSDPStrategy wraps the whole module, which then knows its parameters as nameless slices.
+    model = wrapped if wrapped is not None and read_flat_slices(wrapped) else module
+    optimizer = create_optimizer(model, name, lr, weight_decay, **options)
     if num_steps is None and trainer is not None:
         num_steps = _planned_steps(trainer)
     if num_steps is None and (scheduler is not None or optimizer.needs_horizon):
@@ -118,7 +123,7 @@ class LearnedOptimizerMixin(LightningModule):
 
 
 class LearnedOptimizerCallback(Callback):
-    """Tells the trainer's learned optimizer, if it has one, the loss of every step and the horizon.
+    """Tells the trainer's learned optimizer, if it has one, the loss of every step, the horizon and the wrapped model.
 
     The loss is what went into ``backward``, before AMP scaling, summed over the micro-batches of a step. The horizon is
     ``trainer.estimated_stepping_batches``, unless the optimizer was given one.
@@ -142,7 +147,7 @@ class LearnedOptimizerCallback(Callback):
         self._told_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the horizon, and switch telemetry on if asked to.
+        """Bind the model, set the horizon, and switch telemetry on if asked to.
 
         Before Lightning restores a checkpoint, so that the optimizer warns if that was written with another horizon.
 
@@ -155,7 +160,10 @@ class LearnedOptimizerCallback(Callback):
         optimizer, self._told_step = _only_optimizer(trainer), trainer.global_step
         if optimizer is not None and self._enables:
             optimizer.enable_telemetry(self._per_parameter)
-        if optimizer is None or optimizer.num_steps is not None:
+        if optimizer is None:
+            return
+        optimizer.bind_model(trainer.strategy.model or pl_module)
+        if optimizer.num_steps is not None:
             return
         num_steps = _planned_steps(trainer)
         if num_steps is None and optimizer.needs_horizon:
@@ -169,6 +177,12 @@ class LearnedOptimizerCallback(Callback):
         optimizer = _only_optimizer(trainer)
         if optimizer is not None and optimizer.needs_loss:
             observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See where the gradients went."""
+        optimizer = _only_optimizer(trainer)
+        if optimizer is not None and optimizer.needs_loss:
+            look_after_backward(optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from pylo_integrations.groups import param_groups
 from pylo_integrations.sharding.layout import AxisOrder, reference_order
+from pylo_integrations.sharding.pieces import read_flat_slices, unwrapped_name
 
 Shapes: TypeAlias = "Mapping[str, Sequence[int] | torch.Tensor]"
 """Shapes by parameter name; a state dict will do."""
@@ -61,6 +62,7 @@ def mup_param_groups(
     shapes = None if base is None else _shapes_of(base)
     if shapes is not None:
         _check_names(model, shapes)
+    slices = read_flat_slices(model)
     groups: list[dict[str, Any]] = []
     for group in param_groups(model, weight_decay, no_decay=no_decay):
         by_mult: dict[float, list[tuple[str, nn.Parameter]]] = {}
@@ -68,7 +70,8 @@ def mup_param_groups(
             if shapes is None:
                 mult = _mult_of_infshape(name, param)
             else:
-                mult = width_mult(name, param.shape, shapes[name], group["axes"])
+                shape = slices[param].shape if param in slices else param.shape
+                mult = width_mult(name, shape, shapes[name], group["axes"])
             by_mult.setdefault(mult, []).append((name, param))
         groups += [{**group, "params": params, "lr": lr / mult} for mult, params in by_mult.items()]
     return groups
@@ -114,7 +117,7 @@ def _shapes_of(base: nn.Module | Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(model: nn.Module, shapes: Mapping[str, Any]) -> None:
-    names = {name for name, _ in model.named_parameters()}
+    names = {unwrapped_name(name) for name, _ in model.named_parameters()}
     if absent := sorted(names - set(shapes)):
         raise ValueError(f"the base model lacks parameters {absent}; build it by the same code, at another width")
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from pylo_integrations.decay import DecayPolicy, check_decay_policy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.progress import Progress, as_scalar_loss
+from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
 from pylo_integrations.sharding.pieces import (
@@ -183,6 +183,11 @@ class LearnedOptimizer(Optimizer):
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
         self._progress.window.take()
 
+    @property
+    def loss_window(self) -> LossWindow:
+        """Where observed losses wait for the next step; for adapters."""
+        return self._progress.window
+
     # -- seeing inside ---------------------------------------------------------------------------------------------
 
     def enable_telemetry(self, per_parameter: bool = False) -> None:
@@ -233,20 +238,23 @@ class LearnedOptimizer(Optimizer):
         """Tell the optimizer what it cannot see from its parameters; idempotent.
 
         Needed for FSDP1 (``FullyShardedDataParallel``), whose parameters are 1-D slices of unknown shape, and where not
-        all processes train together. The adapters call it.
+        all processes train together. The adapters call it. With FSDP1 it also creates the state, since Accelerate loads
+        a sharded checkpoint only into state that is there.
 
         Args:
             model: As wrapped for training.
             process_group: The ranks that train this model together, over which losses are averaged; by default all.
 
         Raises:
-            ShardingError: FSDP1 flattened a parameter in an order other than row-major.
+            ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
             ValueError: This process is not in ``process_group``.
         """
         slices = read_flat_slices(model)
         self._ranks.bind(process_group)
         self._flat_slices.clear()
         self._flat_slices.update(slices)
+        if any(param in slices for param, _ in self._params()):
+            self.init_state()
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
@@ -505,9 +513,11 @@ class LearnedOptimizer(Optimizer):
         is_of_slices = any(_SMALL in group for group in state_dict["param_groups"])
         matched: dict[Tensor, dict[str, Tensor]] = {}
         for index, (param, group) in zip(saved_ids, self._params(), strict=False):  # torch reports differing groups
+            tensors = {**state_dict["state"].get(index, {}), **small.get(param, {})}
+            if not tensors:  # Accelerate loads the state of an optimizer that has none, not bound to its model yet
+                continue
             shape, held = locate(param, self._flat_slices, self._ranks.size)
             shapes, dtype = self._state_shapes(param, group), state_dtype(param)
-            tensors = {**state_dict["state"].get(index, {}), **small.get(param, {})}
             if is_of_slices:
                 tensors = {name: value for name, value in tensors.items() if name in shapes}
             if tensors and not held.numel:  # FSDP1 drops the state of what is not here

@@ -16,10 +16,15 @@ class LossWindow:
 
     Framework wrappers copy or proxy an optimizer's attributes, so an adapter may be holding a wrapper when it reports
     a loss. The window is therefore one object, only ever changed in place.
+
+    Attributes:
+        is_hidden: Whether the gradients of these losses are kept where ``param.grad`` does not show them, as FSDP does
+            while it accumulates without communication.
     """
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
+        self.is_hidden = False
 
     def add(self, loss: Tensor) -> None:
         """Add the loss of one micro-batch."""
@@ -27,7 +32,7 @@ class LossWindow:
 
     def take(self) -> Tensor | None:
         """The sum, or None if nothing was observed; empties the window."""
-        total, self._total = self._total, None
+        total, self._total, self.is_hidden = self._total, None, False
         return total
 
 

@@ -32,12 +32,14 @@ def _serve(rank: int, connection: Any) -> None:
         if task is None:
             return
         function, kwargs, world, rendezvous, timeout = task
+        # As torchrun sets them; nobody connects to that address.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         try:
             if joined != rendezvous:
                 if joined is not None:
                     dist.destroy_process_group()
                 joined = rendezvous
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
                 dist.init_process_group(
                     "gloo",
                     init_method=f"file://{rendezvous}",

@@ -288,9 +288,9 @@ def refusal_case(rank: int, world: int, what: str) -> str:
         if rank == 2:  # whatever it has, the others must not wait for it
             return "process_group"
     optimizer = SmallFCLOpt(params)
-    if what == "fsdp1_melted":
-        optimizer.bind_model(model)
     try:
+        if what == "fsdp1_melted":
+            optimizer.bind_model(model)
         if model is not None:
             loss_of(model, 0, rank).backward()
         else:

@@ -675,12 +675,14 @@ def test_a_trainer_class_that_ignores_the_choice_is_an_error(make_args):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"fsdp": True}, "FSDP is not supported yet"),
-        ({"deepspeed_plugin": object()}, "DeepSpeed is not supported yet"),
+        ({"fsdp": True, "fsdp_config": {"xla": True}}, "FSDP of XLA hides whole tensors"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed hides whole tensors"),
     ],
 )
 def test_unsupported_ways_to_train_are_refused(toy_loss, setting, message):
-    args = types.SimpleNamespace(**{"fsdp": False, "deepspeed_plugin": None, "world_size": 1, **setting})
+    args = types.SimpleNamespace(
+        **{"fsdp": False, "fsdp_config": None, "deepspeed_plugin": None, "world_size": 1, **setting}
+    )
     with pytest.raises(ValueError, match=message):
         hf._check_supported(toy_loss, args)
 

@@ -23,10 +23,14 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 
 
-def run_script(script, *options, code=0):
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
+ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
+
+
+def run_script(script, *options, launcher=(), code=0):
     """Runs a recipe as its users do; returns what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(RECIPES / script), *map(str, options)]
+    command = [sys.executable, *launcher, str(RECIPES / script), *map(str, options)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == code, f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     return run.stdout if code == 0 else run.stderr
@@ -121,6 +125,25 @@ def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, strip
     for name in ("small_fc_lopt", "adamw"):
         files = {path.name.split(".")[0] for path in (folder / name).rglob("*.*")}
         assert {"config", "metrics", "events"} <= files
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_vit_on_two_processes_learns_what_one_learns(vit_run, stripes, tmp_path, config):
+    options = (*SMALL_VIT, "--baseline=null", "--trainer.accelerator=cpu", "--trainer.devices=2")
+    config_file = RECIPES / "vit" / "launch" / f"{config}.yaml"
+    said = run_script(
+        *("vit/train.py", "--config", config_file, *options, "--data-dir", stripes, "--output", tmp_path),
+        launcher=TORCHRUN,
+    )
+    assert said.count("== small_fc_lopt ==") == said.count("written to") == 1
+    alone, together = (
+        next(row.split("|")[3:7] for row in table.splitlines() if row.startswith("| small_fc_lopt"))
+        for table in ((folder / "comparison.md").read_text() for folder in (vit_run[0], tmp_path))
+    )
+    # 30 float32 steps whose sums over images come in another order, printed with four decimals.
+    assert [float(x) for x in together] == pytest.approx([float(x) for x in alone], abs=2e-3)
 
 
 def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
@@ -328,6 +351,33 @@ def test_gpt2_with_accelerate_learns_and_resumes_exactly(small_gpt2, tmp_path):
     middle = tmp_path / "whole" / "batch-16"  # of 24, the second of the sixth epoch
     run_script("gpt2/train_accelerate.py", *options, tmp_path / "resumed", "--resume_from_checkpoint", middle)
     assert_same(parameters(tmp_path / "resumed" / "batch-24"), parameters(tmp_path / "whole" / "batch-24"))
+
+
+def logged(folder):
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_gpt2_on_two_processes_learns_what_one_learns(gpt2_run, small_gpt2, tmp_path, launcher):
+    options = [*small_gpt2, "--per_device_train_batch_size=2", "--output_dir", tmp_path]
+    said = run_script("gpt2/train.py", *options, launcher=launcher)
+    assert said.count("perplexity") == 1
+    alone, together = logged(gpt2_run[0]), logged(tmp_path)
+    # Until the end of the first epoch, whose last batch two processes divide in another way.
+    assert together[:3] == pytest.approx(alone[:3], rel=1e-3)
+    assert together[-1] < 0.7 * together[0]
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+def test_gpt2_with_accelerate_on_two_processes(small_gpt2, tmp_path):
+    options = [*small_gpt2, "--per_device_train_batch_size=2", "--output_dir", tmp_path]
+    said = run_script("gpt2/train_accelerate.py", *options, launcher=ACCELERATE)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
 
 
 def test_the_accelerate_script_is_short():

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from pylo_integrations.sharding.layout import Box
 
 _PLAIN = (Tensor, nn.Parameter)
+_MELTED = (
+    "a parameter is a FlatParameter of FSDP, in which the tensors that a learned optimizer sees one by one are melted "
+    "together: wrap the model with FullyShardedDataParallel(..., use_orig_params=True) or fully_shard(); in Accelerate "
+    "set fsdp_use_orig_params: true or fsdp_version: 2"
+)
 
 
 class ShardingError(TypeError):
@@ -164,10 +169,7 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
     if hasattr(param, "placements"):
         return _locate_dtensor(param, num_ranks)
     if hasattr(param, "_param_infos"):
-        raise ShardingError(
-            "a parameter is a FlatParameter of FSDP, in which the tensors that a learned optimizer sees one by one are "
-            "melted together: wrap the model with FullyShardedDataParallel(..., use_orig_params=True) or fully_shard()"
-        )
+        raise ShardingError(_MELTED)
     if hasattr(param, "ds_id"):
         raise ShardingError(
             "a parameter is partitioned by DeepSpeed ZeRO, which hides whole tensors from the optimizer: use "
@@ -177,7 +179,8 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
         if param not in flat_slices:
             raise ShardingError(
                 f"a parameter is a 1-D slice of {param.numel()} elements made by FSDP, which does not tell its shape: "
-                "call optimizer.bind_model(model) with the FSDP-wrapped model before the first step"
+                "call optimizer.bind_model(model) with the FSDP-wrapped model before the first step; with Accelerate, "
+                "attach() does so if it comes after accelerator.prepare(model)"
             )
         where = flat_slices[param]
         if where.parts == 1:  # NO_SHARD, or a single rank, keeps the shape
@@ -232,19 +235,28 @@ def _check_divides(shards: int, num_ranks: int) -> None:
         )
 
 
+def unwrapped_name(name: str) -> str:
+    """The name of a parameter in the model before FSDP1 wrapped it."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
     """Parameters of ``model`` that FSDP1 turned into 1-D slices, with where they come from.
 
     Raises:
-        ShardingError: FSDP1 flattened a parameter in another order than row-major.
+        ShardingError: FSDP1 melted trainable parameters into one, or flattened one in another order than row-major.
     """
     found: dict[Tensor, FlatSlice] = {}
-    names = {param: name.replace("_fsdp_wrapped_module.", "") for name, param in model.named_parameters()}
+    names = {param: unwrapped_name(name) for name, param in model.named_parameters()}
     for module in model.modules():
-        handle = getattr(module, "_handle", None)  # of FullyShardedDataParallel; spares importing it
-        if not getattr(handle, "_use_orig_params", False):
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)  # spares importing FSDP
+        if flat is None:
             continue
-        flat: Any = handle.flat_param  # type: ignore[union-attr]
+        handle: Any = module._handle
+        if not handle._use_orig_params:
+            if flat.requires_grad:
+                raise ShardingError(_MELTED)
+            continue
         contiguous = getattr(flat, "_contiguities", [True] * len(flat._params))
         for param, shape, shard, in_order in zip(
             flat._params, flat._shapes, flat._shard_param_infos, contiguous, strict=True
@@ -257,6 +269,6 @@ def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
                     "row-major runs: call .contiguous() on it before wrapping the model"
                 )
             start = shard.intra_param_start_idx or 0
-            parts = handle.process_group.size() if handle.uses_sharded_strategy else 1  # type: ignore[union-attr]
+            parts = handle.process_group.size() if handle.uses_sharded_strategy else 1
             found[param] = FlatSlice(names.get(param, ""), tuple(shape), start, parts)
     return found

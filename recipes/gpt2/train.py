@@ -6,6 +6,7 @@ Examples:
     python train.py my.yaml --max_steps 50          your own file, and options that override it
     python train.py --optim adamw_torch --learning_rate 0.003
     python train.py --resume_from_checkpoint last   go on where it was interrupted
+    accelerate launch --config_file launch/fsdp2.yaml train.py gpt2   on several devices, likewise ddp, hsdp, fsdp1
 """
 
 from __future__ import annotations
@@ -42,15 +43,19 @@ class Clock(TrainerCallback):
 def main() -> None:
     recipe, args = parse(sys.argv[1:], __doc__)
     training, evaluation, description = load_data(recipe)
-    print(description, flush=True)
+    is_first = args.process_index == 0
     set_seed(args.seed)
     model, clock = make_model(recipe), Clock()
-    print(f"model: GPT-2 with {model.num_parameters():,} parameters; optimizer: {args.optim.value}", flush=True)
+    if is_first:
+        print(description)
+        print(f"model: GPT-2 with {model.num_parameters():,} parameters; optimizer: {args.optim.value}", flush=True)
     trainer = Trainer(model, args, train_dataset=training, eval_dataset=evaluation, callbacks=[clock])
     checkpoint = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
+    if not is_first:
+        return
 
     steps = trainer.state.global_step - clock.first_step
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -24,7 +24,7 @@ class History(Callback):
         self._began = perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *args: Any) -> None:
-        self.losses.append(outputs["loss"].detach())
+        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean"))
         self.seconds += perf_counter() - self._began
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -27,7 +27,7 @@ class ImageData(LightningDataModule):
             `train-labels-idx1-ubyte.gz`), or with `train/CLASS/*.jpg` and `val/CLASS/*.jpg`. Without it, Debian's
             Fashion-MNIST, or scikit-learn's digits where that is not installed.
         image_size: Height and width; smaller images are enlarged.
-        batch_size: Images per step.
+        batch_size: Images per step, of all processes together.
         num_workers: Processes that read image files; the other data are in memory.
         seed: Of the order of the training images.
     """
@@ -48,12 +48,17 @@ class ImageData(LightningDataModule):
             raise ValueError(f"data.batch_size={batch_size} is more than the {len(self.training)} training images")
 
     def train_dataloader(self) -> ResumableLoader:
-        order = ShuffledBatches(len(self.training), self.batch_size, self.seed)
+        order = ShuffledBatches(len(self.training), self.batch_size, self.seed, self._share)
         return ResumableLoader(self.training, sampler=order, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        order = torch.arange(len(self.validation)).split(self.batch_size)
+        order = [batch[self._share] for batch in torch.arange(len(self.validation)).split(self.batch_size)]
         return DataLoader(self.validation, sampler=order, batch_size=None, num_workers=self.num_workers)
+
+    @property
+    def _share(self) -> slice:
+        """This process's part of every batch, so that all of them together see what one would."""
+        return slice(self.trainer.global_rank, None, self.trainer.world_size) if self.trainer else slice(None)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Scale and enlarge what is kept as bytes, on the device."""
@@ -152,10 +157,10 @@ class FolderImages(Dataset[Any]):
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Lists of indices, in an order that depends on nothing but the seed and the epoch."""
+    """Lists of indices, in an order that depends on nothing but the seed and the epoch; of each batch, a share."""
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(self, size: int, batch_size: int, seed: int, share: slice = slice(None)) -> None:
+        self.size, self.batch_size, self.seed, self.share = size, batch_size, seed, share
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -164,7 +169,7 @@ class ShuffledBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches = torch.randperm(self.size, generator=generator).split(self.batch_size)
-        return iter([batch.tolist() for batch in batches[self.start : len(self)]])
+        return iter([batch[self.share].tolist() for batch in batches[self.start : len(self)]])
 
 
 class ResumableLoader(DataLoader[Any]):

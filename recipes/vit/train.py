@@ -6,6 +6,7 @@ Examples:
     python train.py --model.settings.small_fc_lopt.lr=0.5 --trainer.max_steps=300
     python train.py --ckpt_path last                    go on where it was interrupted
     python train.py --preset vit_b16 --data-dir DIR     ViT-B/16 on a folder of images
+    torchrun --nproc-per-node=2 train.py --config launch/ddp.yaml   on two devices, likewise fsdp2.yaml
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ try:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
     from torch import Tensor
+    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.functional import cross_entropy
     from torch.optim import AdamW, Optimizer
     from torch.optim.lr_scheduler import LambdaLR
@@ -94,6 +97,13 @@ class Classifier(LightningModule):
         )
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
+    def configure_model(self) -> None:
+        # ModelParallelStrategy brings a mesh of devices. Lightning calls this again for every stage.
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for module in [*getattr(self.model, "blocks", []), self.model]:
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = cross_entropy(self.model(images), labels)
@@ -104,7 +114,8 @@ class Classifier(LightningModule):
         images, labels = batch
         scores = self.model(images)
         self.accuracy(scores, labels)
-        self.log("validation_loss", cross_entropy(scores, labels), batch_size=len(labels), prog_bar=True)
+        loss = cross_entropy(scores, labels)
+        self.log("validation_loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
         self.log("validation_accuracy", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
@@ -147,7 +158,10 @@ class Recipe(LightningCLI):
             args=args,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [LearnedOptimizerCallback(), self.history]},
+            trainer_defaults={
+                "callbacks": [LearnedOptimizerCallback(), self.history],
+                "use_distributed_sampler": False,  # the data know how to share
+            },
             save_config_kwargs={"config_filename": "config.yaml", "overwrite": True},
             parser_kwargs={
                 "description": __doc__,
@@ -189,7 +203,7 @@ class Recipe(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         folder = Path(self.config.output, self.config.optimizer)
         if self.config.ckpt_path is None and (folder / self.save_config_kwargs["config_filename"]).exists():
-            shutil.rmtree(folder)  # an earlier run of ours, which this one replaces
+            rank_zero_only(shutil.rmtree)(folder)  # an earlier run of ours, which this one replaces
         if self.config.trainer.logger in (None, True):
             # A continued run gets a CSV file of its own: CSVLogger empties the one it finds.
             kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
@@ -199,7 +213,7 @@ class Recipe(LightningCLI):
         name, trainer = self.config.optimizer, self.trainer
         data = self.datamodule
         counts = f"{len(data.training)} images to train on, {len(data.validation)} to validate"
-        print(f"\n== {name} ==\ndata: {data.title} ({data.origin}): {counts}", flush=True)
+        say(f"\n== {name} ==\ndata: {data.title} ({data.origin}): {counts}")
         trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
         if not trainer.fast_dev_run:
             # ModelCheckpoint saves every so many steps; the end of the run need not be one of them.
@@ -220,6 +234,22 @@ class Recipe(LightningCLI):
         )
 
 
+@rank_zero_only
+def say(text: str) -> None:
+    """Print it once, however many processes there are."""
+    print(text, flush=True)
+
+
+@rank_zero_only
+def conclude(runs: list[Run], title: str, output: Path) -> None:
+    """Write and print the comparison."""
+    output.mkdir(parents=True, exist_ok=True)  # as a dry run with --trainer.fast_dev_run=true leaves nothing there
+    table = make_table(runs)
+    (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
+    plot(runs, title, output / "comparison.png")
+    say(f"\n{table}\n\nwritten to {output}: comparison.md, comparison.png, and a folder for each optimizer")
+
+
 def main() -> None:
     # LightningCLI takes arguments in a list, as the second run needs, but then warns about those in sys.argv.
     arguments, sys.argv = sys.argv[1:], sys.argv[:1]
@@ -236,13 +266,8 @@ def main() -> None:
             changes.append("--ckpt_path=null")  # it is the other optimizer's
         runs.append(Recipe(preset, [*arguments, *changes]).train())
 
-    output = Path(first.config.output)
-    output.mkdir(parents=True, exist_ok=True)  # as a dry run with --trainer.fast_dev_run=true leaves nothing there
-    table = make_table(runs)
-    (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
     title = f"{first.config.model.backbone} ({preset}) on {first.datamodule.title}, seed {first.config.seed_everything}"
-    plot(runs, title, output / "comparison.png")
-    print(f"\n{table}\n\nwritten to {output}: comparison.md, comparison.png, and a folder for each optimizer")
+    conclude(runs, title, Path(first.config.output))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,328 @@
+"""What the ranks of the tests of distributed adapters run; see dist_workers.
+
+Accelerate and the Hugging Face Trainer shard only what they take for accelerators. So here the CPU ranks pass for GPUs
+in the one place where that is decided; everything after it is as a user gets it, but for gloo in the place of NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sharded_cases import digest, full_tensors
+from thetas import is_absent, theta_for
+from torch import Tensor, nn
+
+from pylo_integrations import get_optimizer_info, unwrap_optimizer
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process, which serves many tests here."""
+    from accelerate.state import AcceleratorState
+
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pass_for_accelerators() -> None:
+    """To be called after Accelerate has looked at the processes, before it looks at how to shard."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 knows no cpu:0
+
+
+def end_of(optimizer: Any, trained: dict[str, Tensor]) -> str:
+    """A digest of everything that a run ends with on every rank."""
+    return digest([*trained.values(), *(value for _, value in sorted(optimizer._progress.memory.items()))])
+
+
+# -- Hugging Face Trainer ----------------------------------------------------------------------------------------------
+
+
+def fsdp_options(wrapper: str, state_dict_type: str) -> dict[str, Any]:
+    if wrapper == "ddp":
+        return {}
+    config = {
+        "version": {"fsdp1": 1, "fsdp2": 2}[wrapper],
+        "state_dict_type": state_dict_type,
+        "transformer_layer_cls_to_wrap": ["GPT2Block"],
+        "reshard_after_forward": "full_shard" if wrapper == "fsdp1" else True,
+        "sync_module_states": False,  # needs an accelerator
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def hf_trainer(wrapper: str, name: str, folder: str, stock: bool = False, state_dict_type: str = "", **options: Any):
+    """A Trainer on the model of test_adapter_hf in float64, set up for ``wrapper``."""
+    import transformers
+    from test_adapter_hf import gpt2, texts
+
+    from pylo_integrations import hf
+
+    weights = os.path.join(folder, f"theta{torch.distributed.get_rank()}.safetensors")
+    if is_absent(get_optimizer_info(name).cls):
+        theta_for(name).save(weights, overwrite=True)
+        options["optim_args"] = f"weights={weights}"
+    defaults: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 0.7,
+        "max_grad_norm": 0.5,
+        **fsdp_options(wrapper, state_dict_type),
+    }
+    if stock:
+        hf.install()
+        defaults["optim"] = name
+    args = transformers.TrainingArguments(**{**defaults, **options})
+    if wrapper != "ddp":
+        pass_for_accelerators()
+    trainer_class, given = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": name})
+    model = gpt2().to(torch.float32 if wrapper == "fsdp1" else torch.float64)  # FSDP1 cannot clip float64
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # ranks draw differently
+    return trainer_class(model, args, train_dataset=texts(), **given)
+
+
+def hf_case(
+    rank: int,
+    world: int,
+    wrapper: str,
+    name: str,
+    folder: str,
+    stock: bool = False,
+    resume: bool = False,
+    state_dict_type: str = "FULL_STATE_DICT",
+    **options: Any,
+) -> dict[str, Any]:
+    """Train; with ``resume``, once more from the checkpoint in the middle."""
+    import transformers
+
+    from pylo_integrations import hf
+
+    transformers.logging.set_verbosity_error()
+    saving = {"save_strategy": "steps", "save_steps": 2} if resume else {}
+    results = []
+    try:
+        for checkpoint in [None, f"{folder}/checkpoint-2"][: 2 if resume else 1]:
+            with fresh_accelerate():
+                trainer = hf_trainer(wrapper, name, folder, stock, state_dict_type, **saving, **options)
+                trainer.train(resume_from_checkpoint=checkpoint)
+            optimizer = unwrap_optimizer(trainer.optimizer)
+            trained = full_tensors(trainer.model_wrapped)
+            results.append(
+                {
+                    "params": {key: tensor.numpy() for key, tensor in trained.items()},
+                    "digest": end_of(optimizer, trained),
+                    "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+                    "steps": (optimizer.iteration, optimizer.num_steps),
+                    "kinds": sorted({type(p).__name__ for group in optimizer.param_groups for p in group["params"]}),
+                }
+            )
+    finally:
+        if stock:
+            hf.uninstall()
+    return {"runs": results}
+
+
+# -- Accelerate --------------------------------------------------------------------------------------------------------
+
+
+def batches(count: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count * 4, 2, 5, 5, generator=generator, dtype=torch.float64)
+    return list(zip(x.split(4), x[:, 0, 0, :3].split(4), strict=True))
+
+
+def accelerate_case(
+    rank: int,
+    world: int,
+    wrapper: str,
+    name: str,
+    folder: str,
+    accumulation: int = 1,
+    resume: bool = False,
+    state_dict_type: str = "FULL_STATE_DICT",
+    attached: bool = True,
+) -> dict[str, Any]:
+    """A hand-written loop of one epoch; with ``resume``, its second half once more from ``save_state``."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from sharded_cases import make, net
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from pylo_integrations.accelerate import attach, count_steps
+
+    options: dict[str, Any] = {"cpu": True, "gradient_accumulation_steps": accumulation}
+    results = []
+    for half in (False, True)[: 2 if resume else 1]:
+        with fresh_accelerate():
+            if wrapper != "ddp":
+                pass_for_accelerators()
+                options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+                    fsdp_version={"fsdp1": 1, "fsdp1_melted": 1, "fsdp2": 2}[wrapper],
+                    use_orig_params=wrapper == "fsdp1",
+                    sync_module_states=False,
+                    state_dict_type=state_dict_type,
+                    auto_wrap_policy="transformer_based_wrap",
+                    transformer_cls_names_to_wrap=["LayerNorm", "Linear"],
+                )
+            accelerator = Accelerator(**options)
+            model: nn.Module = net()
+            loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), batch_size=4 // world)
+            if wrapper.startswith("fsdp1"):  # Accelerate wants it in this order
+                model = accelerator.prepare(model)
+                optimizer = accelerator.prepare(make(name, model.named_parameters()))
+                loader = accelerator.prepare(loader)
+            else:
+                optimizer = make(name, model.named_parameters())
+                model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            learned = unwrap_optimizer(optimizer)
+            steps = count_steps(accelerator, loader)
+            if attached:
+                attach(accelerator, optimizer, num_steps=steps)
+            else:
+                learned.set_num_steps(steps)
+                learned.bind_model(model)
+            if half:
+                accelerator.load_state(f"{folder}/state")
+                assert learned.iteration == steps // 2
+            for index, (x, y) in enumerate(loader):
+                if half and index < len(loader) // 2:
+                    continue
+                if resume and not half and index == len(loader) // 2:
+                    accelerator.save_state(f"{folder}/state")
+                with accelerator.accumulate(model):
+                    loss = (model(x) - y).square().mean()
+                    accelerator.backward(loss)
+                    optimizer.step(*([] if attached else [lambda loss=loss: loss]))
+                    optimizer.zero_grad()
+            trained = full_tensors(model)
+            results.append(
+                {
+                    "params": {key: tensor.numpy() for key, tensor in trained.items()},
+                    "digest": end_of(learned, trained),
+                    "steps": (learned.iteration, steps),
+                }
+            )
+    return {"runs": results}
+
+
+# -- Lightning ---------------------------------------------------------------------------------------------------------
+
+
+def lightning_case(
+    rank: int,
+    world: int,
+    strategy: str,
+    name: str,
+    folder: str,
+    accumulation: int = 1,
+    resume: bool = False,
+    distributed_checkpoint: bool = True,
+) -> dict[str, Any]:
+    """One epoch; with ``resume``, its second half once more from a checkpoint."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+    from sharded_cases import net
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from pylo_integrations.lightning import LearnedOptimizerCallback, configure_optimizers
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = None
+
+        def configure_model(self) -> None:
+            if self.net is not None:
+                return
+            self.net = net()
+            if strategy == "tensor_parallel":
+                plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+            if strategy == "fsdp2":
+                fully_shard(self.net.up, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, batch, index):
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self):
+            options = {"weights": theta_for(name)} if is_absent(get_optimizer_info(name).cls) else {}
+            return configure_optimizers(self, name, scheduler="cosine", **options)
+
+        def train_dataloader(self):
+            data = TensorDataset(*map(torch.cat, zip(*batches(), strict=True)))
+            return DataLoader(data, batch_size=4 if strategy == "tensor_parallel" else 4 // world)
+
+    class FSDPOnCPU(FSDPStrategy):
+        """As its base, which passes no index of a device, and FSDP then wants an accelerator."""
+
+        def _setup_model(self, model):
+            return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+    results = []
+    for checkpoint in (None, f"{folder}/half.ckpt")[: 2 if resume else 1]:
+        strategies: dict[str, Any] = {
+            "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+            "fsdp2": lambda: ModelParallelStrategy(
+                data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=distributed_checkpoint
+            ),
+            "tensor_parallel": lambda: ModelParallelStrategy(
+                data_parallel_size=1, tensor_parallel_size=world, save_distributed_checkpoint=distributed_checkpoint
+            ),
+            "fsdp1": lambda: FSDPOnCPU(
+                auto_wrap_policy={nn.LayerNorm, nn.Linear},
+                state_dict_type="sharded" if distributed_checkpoint else "full",
+            ),
+        }
+        saver = ModelCheckpoint(folder, "half", every_n_train_steps=len(batches()) // accumulation // 2, save_top_k=1)
+        check = _AcceleratorConnector._check_strategy_and_fallback
+        if strategy == "fsdp1":  # refuses a CPU
+            _AcceleratorConnector._check_strategy_and_fallback = lambda self: None
+        try:
+            trainer = Trainer(
+                accelerator="cpu",
+                devices=world,
+                strategy=strategies[strategy](),
+                max_epochs=1,
+                accumulate_grad_batches=accumulation,
+                callbacks=[LearnedOptimizerCallback(), *([saver] if resume and checkpoint is None else [])],
+                enable_checkpointing=resume and checkpoint is None,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+        finally:
+            _AcceleratorConnector._check_strategy_and_fallback = check
+        module = Module()
+        trainer.fit(module, ckpt_path=checkpoint)
+        learned = unwrap_optimizer(trainer.optimizers[0])
+        trained = full_tensors(trainer.strategy.model)
+        results.append(
+            {
+                "params": {key.removeprefix("net."): tensor.numpy() for key, tensor in trained.items()},
+                "digest": end_of(learned, trained),
+                "steps": (learned.iteration, learned.num_steps),
+            }
+        )
+    return {"runs": results}
