@@ -355,6 +355,35 @@ def nonfinite_case(rank: int, world: int, policy: str) -> dict[str, Any]:
     }
 
 
+def scaler_case(rank: int, world: int, wrapper: str) -> dict[str, Any]:
+    """In the second of four steps one element of a gradient overflows, which only the last rank holds."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    from pylo_integrations.sharding.pieces import local_part
+
+    model = wrap(net(torch.float32), wrapper, world)
+    optimizer = make("toy_loss", model.named_parameters())
+    optimizer.bind_model(model)
+    scaler = ShardedGradScaler(device="cpu", init_scale=1024.0)
+    scales = []
+    for step in range(4):
+        loss = loss_of(model, step, rank, torch.float32)
+        scaler.scale(loss).backward()
+        if step == 1 and rank == world - 1:
+            here = (local_part(p.grad) for p in model.parameters() if p.grad is not None)
+            next(grad for grad in here if grad.numel()).view(-1)[0] = float("inf")
+        scaler.step(optimizer, loss=loss.detach())
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return {
+        "steps": (optimizer.iteration, optimizer.nonfinite_steps),
+        "scales": scales,
+        "seen": [float(loss) for loss in optimizer.rule.seen_losses],
+        "digest": digest(full_tensors(model).values()),
+    }
+
+
 def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     grads = some_gradients(3)
     norms = [torch.stack([g.square().sum() for g in step]).sum().sqrt().item() for step in grads]

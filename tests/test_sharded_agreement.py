@@ -9,6 +9,7 @@ from sharded_cases import (
     nonfinite_case,
     pending_case,
     probe_case,
+    scaler_case,
     two_trainings_case,
 )
 
@@ -30,6 +31,15 @@ def test_a_nonfinite_gradient_on_one_rank_is_everyones(workers, policy, second):
         assert rank["steps"] == rank["reference"] == ((3, 1) if policy == "zero" else (2, 1))
         assert rank["error"] <= EXACT
         assert [names for names in rank["collectives"]] == [["allreduce_"] * 2, second, ["allreduce_"] * 2]
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp1", "fsdp2"])
+def test_a_grad_scaler_skips_on_all_ranks_when_one_overflows(workers, wrapper):
+    ranks = workers.run(2, scaler_case, wrapper=wrapper)
+    for rank in ranks:
+        assert rank["steps"] == (3, 0) and rank["scales"] == [1024, 512, 512, 512]
+        assert len(rank["seen"]) == 3 and rank["seen"] == ranks[0]["seen"]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
 
 
 @pytest.mark.parametrize("layout", ["shard0", "hsdp", "replicate"])
