@@ -162,6 +162,7 @@ def accelerate_case(
 ) -> dict[str, Any]:
     """A hand-written loop of one epoch; with ``resume``, its second half once more from ``save_state``."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.parallelism_config import ParallelismConfig
     from sharded_cases import make, net
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -174,13 +175,15 @@ def accelerate_case(
             if wrapper != "ddp":
                 pass_for_accelerators()
                 options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-                    fsdp_version={"fsdp1": 1, "fsdp1_melted": 1, "fsdp2": 2}[wrapper],
+                    fsdp_version=1 if wrapper.startswith("fsdp1") else 2,
                     use_orig_params=wrapper == "fsdp1",
                     sync_module_states=False,
                     state_dict_type=state_dict_type,
                     auto_wrap_policy="transformer_based_wrap",
                     transformer_cls_names_to_wrap=["LayerNorm", "Linear"],
                 )
+            if wrapper == "hsdp":
+                options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world // 2)
             accelerator = Accelerator(**options)
             model: nn.Module = net()
             loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), batch_size=4 // world)

@@ -92,6 +92,11 @@ def test_accelerate(workers, alone, tmp_path, wrapper, attached):
     check(workers.run(2, accelerate_case, timeout=LIMIT, **case), want)
 
 
+def test_accelerate_with_copies_of_shards(workers, alone, tmp_path):
+    want = alone(accelerate_case, wrapper="ddp", name="velo")
+    check(workers.run(4, accelerate_case, timeout=LIMIT, wrapper="hsdp", name="velo", folder=str(tmp_path)), want)
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp1"])
 def test_accelerate_accumulates(workers, alone, tmp_path, wrapper):
     want = alone(accelerate_case, wrapper="ddp", name="velo", accumulation=2)
