@@ -219,13 +219,22 @@ def make(name: str, params: Any, **options: Any):
 
 
 def wrapper_case(
-    rank: int, world: int, wrapper: str, name: str, steps: int = 3, options: dict[str, Any] | None = None
+    rank: int,
+    world: int,
+    wrapper: str,
+    name: str,
+    steps: int = 3,
+    options: dict[str, Any] | None = None,
+    frozen: str | None = None,
 ) -> dict[str, Any]:
     """Train a wrapped model, and a plain one on the same gradients."""
     import torch.distributed as dist
 
     options = options or {}
-    model, plain = wrap(net(), wrapper, world), net()
+    model, plain = net(), net()
+    if frozen is not None:
+        model.get_submodule(frozen).requires_grad_(False)
+    model = wrap(model, wrapper, world)
     optimizer, reference = make(name, model.parameters(), **options), make(name, plain.parameters(), **options)
     optimizer.bind_model(model)
     counted: list[list[str]] = []
@@ -236,7 +245,7 @@ def wrapper_case(
         loss.backward()
         gradients = full_tensors(model, of_gradients=True)
         for key, p in plain.named_parameters():
-            p.grad = gradients[key]
+            p.grad = gradients.get(key)
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
         reference.step(loss=mean_loss / world)
@@ -257,7 +266,8 @@ def wrapper_case(
     error = max((trained[key] - want[key]).abs().max().item() / max(moved[key], 1e-3) for key in want)
     return {
         "error": error,
-        "moved": min(moved.values()),
+        "moved": min(value for key, value in moved.items() if frozen is None or not key.startswith(frozen)),
+        "frozen": [value for key, value in moved.items() if frozen is not None and key.startswith(frozen)],
         "collectives": counted,
         "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
     }

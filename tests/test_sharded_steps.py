@@ -109,3 +109,11 @@ def test_wrapped_models_step_as_plain_ones_do(workers, name, wrapper, world):
     assert len({rank["digest"] for rank in ranks}) == 1
     for counted in ranks[0]["collectives"][1:]:
         assert counted == promised(name, world, sharded=wrapper not in ("ddp", "fsdp1_no_shard"))
+
+
+@pytest.mark.parametrize(("wrapper", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp1", 2), ("hsdp", 4), ("tp", 2)])
+def test_frozen_parameters_stay_and_do_not_count(workers, wrapper, world):
+    ranks = workers.run(world, wrapper_case, wrapper=wrapper, name="velo", options=EXACT, frozen="up")
+    assert ranks[0]["moved"] > 1e-6 and ranks[0]["frozen"] == [0, 0]
+    assert max(rank["error"] for rank in ranks) <= 1e-11
+    assert len({rank["digest"] for rank in ranks}) == 1
