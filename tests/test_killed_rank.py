@@ -6,8 +6,10 @@ Real processes under torchrun, which starts all ranks again when one dies.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,19 +77,25 @@ def launch(folder: Path, killed_in: str) -> tuple[list[str], str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     checkpoints = folder / f"killed-{killed_in}"
-    run = subprocess.run(
+    run = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
             *("--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.1"),
             *(str(script), str(Path(__file__).parent), str(checkpoints), killed_in),
         ],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=220,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        start_new_session=True,
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-    lines = run.stdout.splitlines()
+    try:
+        said, complaints = run.communicate(timeout=220)
+    finally:  # of all that torchrun started
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, complaints[-4000:]
+    lines = said.splitlines()
     [end] = [line for line in lines if "digest" in line]
     return [line for line in lines if line.startswith("start")], end
 
