@@ -6,15 +6,16 @@ Real processes under torchrun, which starts all ranks again when one dies.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(500)]
+
+# Otherwise a restart finds in torchrun's store where the dead ranks listened, and gloo may wait for those.
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 SCRIPT = """
 import os, signal, sys
@@ -80,20 +81,19 @@ def launch(folder: Path, killed_in: str) -> tuple[list[str], str]:
     run = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-            *("--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.1"),
+            *("--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"),
             *(str(script), str(Path(__file__).parent), str(checkpoints), killed_in),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", FRESH_STORE: "1"},
     )
     try:
         said, complaints = run.communicate(timeout=220)
-    finally:  # of all that torchrun started
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+    finally:
+        run.terminate()  # torchrun then ends what it started
+        run.wait(60)
     assert run.returncode == 0, complaints[-4000:]
     lines = said.splitlines()
     [end] = [line for line in lines if "digest" in line]
@@ -103,13 +103,12 @@ def launch(folder: Path, killed_in: str) -> tuple[list[str], str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     starts, end = launch(tmp_path_factory.mktemp("undisturbed"), "nothing")
-    assert set(starts) == {"start at 0"} and end.startswith("6 steps")
+    assert starts == ["start at 0"] * 2 and end.startswith("6 steps")
     return end
 
 
 @pytest.mark.parametrize(("killed_in", "resumes_at"), [("step", 4), ("save", 2)])
 def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(tmp_path, undisturbed, killed_in, resumes_at):
     starts, end = launch(tmp_path, killed_in)
-    # A start in which gloo fails to connect, which happens on a busy machine, is one more that changes nothing.
-    assert set(starts) == {"start at 0", f"start at {resumes_at}"}
+    assert sorted(starts) == ["start at 0"] * 2 + [f"start at {resumes_at}"] * 2
     assert end == undisturbed
