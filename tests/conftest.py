@@ -10,7 +10,14 @@ from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 
 # Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
-BOTH_BACKENDS = {"test_golden", "test_golden_velo", "test_optimizer_contract", "test_torch_optimizer_checks"}
+BOTH_BACKENDS = {
+    "test_golden",
+    "test_golden_celo2",
+    "test_golden_elo",
+    "test_golden_velo",
+    "test_optimizer_contract",
+    "test_torch_optimizer_checks",
+}
 
 
 def pytest_generate_tests(metafunc):

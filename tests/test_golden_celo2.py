@@ -120,7 +120,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
         return features
 
     monkeypatch.setattr(Celo2, "normalised_features", record)
-    optimizer = build(case, params)
+    optimizer = build(case, params, backend="reference")
     precision, tolerance = DTYPES[dtype]
     compared = 0
     for step in range(STEPS):

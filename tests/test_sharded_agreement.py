@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from native_library import library_or_skip
 from sharded_cases import (
     absence_case,
     clipping_case,
+    disagreement_case,
     nonfinite_case,
     pending_case,
     probe_case,
@@ -64,6 +66,19 @@ def test_tensors_without_a_gradient_are_left_out_everywhere_or_nowhere(workers):
         assert rank["iterations"] == (4, 4)
         # Whenever the set of stepped tensors changes, ranks notice in the first round and collect once more.
         assert [len(names) for names in rank["collectives"]] == [3, 3, 3, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["small_fc_lopt", "celo2_base"])
+def test_kernels_run_on_every_rank_or_on_none(workers, name):
+    library_or_skip()
+    for rank in workers.run(3, disagreement_case, name=name):
+        assert rank["native"] == [True, False, False, True, True]
+        rounds, finishing = [2, 3, 2, 3, 2], 2 if name == "celo2_base" else 0
+        first = 1 if finishing else 0  # which tells who holds what
+        assert [len(names) for names in rank["collectives"]] == [
+            count + finishing + (first if step == 0 else 0) for step, count in enumerate(rounds)
+        ]
+        assert rank["error"] <= 1e-4  # rounding of parameters and of backends, in units of what they moved
 
 
 def test_ranks_tell_a_probe_from_a_step_together(workers):

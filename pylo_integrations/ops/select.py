@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast, get_args
 
 from pylo_integrations.ops import loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
+from pylo_integrations.ops.loader import Library
 from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
@@ -48,10 +49,8 @@ def select_local(backend: Backend) -> Local:
     return CompiledLocal() if backend == "compile" else as_written
 
 
-def select_native(
-    backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]
-) -> dict[tuple[int, ...], NativeStages]:
-    """Native stages by the indices of the buckets that they step; the rest is left to the rules' own functions.
+def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> list[bool]:
+    """Which buckets the native kernels can and may step, as far as this process can tell.
 
     Raises:
         RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
@@ -62,16 +61,25 @@ def select_native(
             check_compiler(device)
     library = None if backend in ("reference", "compile") else loader.load()
     if library is None or isinstance(library, str):
-        return {}
-    able: dict[NativeRule, list[int]] = {}
-    for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-        reason = obstacle(rule, bucket)
-        if reason is None and isinstance(rule, NativeRule):
-            able.setdefault(rule, []).append(index)
-        elif backend == "native":
+        return [False] * len(buckets)
+    reasons = [obstacle(rule, bucket) for rule, bucket in zip(rules, buckets, strict=True)]
+    for bucket, reason in zip(buckets, reasons, strict=True):
+        if reason and backend == "native":
             raise RuntimeError(
                 f"backend='native' cannot step a tensor of shape {bucket.layout.shape}: {reason}; use backend='auto'"
             )
+    return [reason is None for reason in reasons]
+
+
+def native_stages(
+    rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
+) -> dict[tuple[int, ...], NativeStages]:
+    """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
+    library = loader.load()
+    by_rule: dict[NativeRule, list[int]] = {}
+    for index in indices:
+        by_rule.setdefault(cast(NativeRule, rules[index]), []).append(index)
     return {
-        tuple(indices): NativeStages(library, rule, [buckets[i] for i in indices]) for rule, indices in able.items()
+        tuple(mine): NativeStages(cast(Library, library), rule, [buckets[i] for i in mine])
+        for rule, mine in by_rule.items()
     }
