@@ -75,7 +75,7 @@ class _Plan:
     native: dict[tuple[int, ...], NativeStages] = field(default_factory=dict)  # by the buckets that it steps
     candidates: list[tuple[Mapping[str, Any], Tensor]] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
-    able: list[bool] = field(default_factory=list)  # of each of them, whether native kernels can step what is here
+    able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +91,8 @@ class _Agreed(NamedTuple):
 
     Attributes:
         present: Whether it has a gradient on some rank.
-        able: Whether native kernels can step it on every rank: sums of features are not the reference's.
+        able: Whether native kernels, if they are for it, can step it on every rank: their sums of features are not the
+            reference's.
     """
 
     present: tuple[bool, ...] = ()
@@ -115,7 +116,7 @@ class _Facts:
             square overflows: either would poison the state.
         loss: Mean over the ranks, 0-d; None if the rule does not use it.
         present: Per sharded tensor, on how many ranks it has a gradient.
-        able: Per sharded tensor, on what part of the ranks native kernels can step it.
+        able: Per sharded tensor, on what part of the ranks nothing is in the native kernels' way.
     """
 
     squares: Tensor
@@ -287,13 +288,11 @@ class Engine:
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        able = find_native(self._backend, rules, buckets)
-        unable_here = {p for mine, bucket in zip(able, buckets, strict=True) if not mine for p in bucket.params}
-        unable = {param for param, everywhere in zip(sharded, self._agreed.able, strict=True) if not everywhere}
-        chosen = [i for i, bucket in enumerate(buckets) if able[i] and unable.isdisjoint(bucket.params)]
-        native = native_stages(rules, buckets, chosen)
-        able_here = [param not in unable_here for param in sharded]
-        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here)
+        able, unable = find_native(self._backend, rules, buckets)
+        unable_here = {param for i in unable for param in buckets[i].params}
+        unable_there = {param for param, everywhere in zip(sharded, self._agreed.able, strict=True) if not everywhere}
+        native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, [p not in unable_here for p in sharded])
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))

@@ -23,7 +23,7 @@ from torch import nn
 from pylo_integrations import SmallFCLOpt, Theta
 from pylo_integrations.ops import loader, records
 from pylo_integrations.ops.loader import ABI_VERSION, ISAS, CallStruct, Library, NativeError, RuleStruct
-from pylo_integrations.ops.native import NativeStages, obstacle
+from pylo_integrations.ops.native import NativeStages, local_obstacle, obstacle
 from pylo_integrations.ops.records import Table, memory_order, record_axes
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.features import channel_count
@@ -380,7 +380,8 @@ def test_obstacles_are_named():
 
     def why(param, state=None, rule=rule):
         state = {"rms": torch.zeros_like(param)} if state is None else state
-        return obstacle(rule, bucket_of(param, state, group))
+        bucket = bucket_of(param, state, group)
+        return obstacle(rule, bucket) or local_obstacle(rule, bucket)
 
     assert why(torch.zeros(4, 3)) is None
     assert "strides" in why(torch.zeros(4, 6)[:, ::2])

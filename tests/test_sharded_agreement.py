@@ -73,11 +73,9 @@ def test_kernels_run_on_every_rank_or_on_none(workers, name):
     library_or_skip()
     for rank in workers.run(3, disagreement_case, name=name):
         assert rank["native"] == [True, False, False, True, True]
-        rounds, finishing = [2, 3, 2, 3, 2], 2 if name == "celo2_base" else 0
-        first = 1 if finishing else 0  # which tells who holds what
-        assert [len(names) for names in rank["collectives"]] == [
-            count + finishing + (first if step == 0 else 0) for step, count in enumerate(rounds)
-        ]
+        finishing = 2 if name == "celo2_base" else 0
+        # The first step with tensors that owners finish also tells everyone who holds what.
+        assert [len(names) - finishing for names in rank["collectives"][1:]] == [3, 2, 3, 2]
         assert rank["error"] <= 1e-4  # rounding of parameters and of backends, in units of what they moved
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, Library, RuleStruct
@@ -136,7 +135,7 @@ def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Ten
 
 
 def obstacle(rule: Rule, bucket: Bucket) -> str | None:
-    """Why the native kernels cannot step what is here of a bucket, in words; None if they can."""
+    """Why the native kernels cannot step a bucket, on any rank, in words; None if they can."""
     if not isinstance(rule, NativeRule):
         return f"they do not know the rule {type(rule).__name__}"
     widths = _widths(rule)
@@ -144,10 +143,14 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"layers of {widths} units are more or wider than they take"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
+    dtype = bucket.params[0].dtype
+    return None if dtype in DTYPES else f"its parameters are {dtype}"
+
+
+def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
+    """Why they cannot step what this process holds of it, which may lie in memory otherwise than on other ranks."""
     factored = not isinstance(rule, _ADAM)
     for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
-        if param.dtype not in DTYPES:
-            return f"its parameters are {param.dtype}"
         local = local_part(param)
         for piece in pieces_of(bucket, position):
             order = piece_order(piece, local)
@@ -204,7 +207,7 @@ class NativeStages:
     Args:
         library: The loaded library.
         rule: The mathematics.
-        buckets: What to step; :func:`obstacle` must be None for each.
+        buckets: What to step; there must be no :func:`obstacle` or :func:`local_obstacle`.
         isa: Instruction set, by default the best one of this machine.
 
     Raises:
@@ -269,7 +272,7 @@ class NativeStages:
             record["extent"][0] = piece.box.numel
             return
         axes = record_axes(layout, piece_order(piece, param) or (), piece.box, self._norm_axes[index])
-        assert axes is not None, "see obstacle()"
+        assert axes is not None, "see local_obstacle()"
         record["rank"] = rank = len(axes.extent)
         for name in ("row_offset", "col_offset", "norm_offset", "d0_axis", "d1_axis"):
             record[name] = getattr(axes, name)
@@ -458,7 +461,7 @@ class NativeStages:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
         for index, control in enumerate(controls):
-            values: dict[str, NDArray[Any] | float] = {}
+            values: dict[str, Any] = {}
             if isinstance(self._rule, _ADAM):
                 values["momentum_correction"], values["rms_correction"] = self._rule.corrections(ctx.iteration)
             else:

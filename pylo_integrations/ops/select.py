@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 from pylo_integrations.ops import loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import Library
-from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
+from pylo_integrations.ops.native import NativeRule, NativeStages, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 
@@ -49,8 +49,12 @@ def select_local(backend: Backend) -> Local:
     return CompiledLocal() if backend == "compile" else as_written
 
 
-def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> list[bool]:
-    """Which buckets the native kernels can and may step, as far as this process can tell.
+def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> tuple[list[int], list[int]]:
+    """Which buckets are for the native kernels.
+
+    Returns:
+        The indices of those that they can step here, and of those that they could step but for what may differ between
+        processes: whether there is a library, and how a tensor lies in memory.
 
     Raises:
         RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
@@ -59,16 +63,22 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     if backend == "compile":
         for device in {bucket.device for bucket in buckets}:
             check_compiler(device)
-    library = None if backend in ("reference", "compile") else loader.load()
-    if library is None or isinstance(library, str):
-        return [False] * len(buckets)
-    reasons = [obstacle(rule, bucket) for rule, bucket in zip(rules, buckets, strict=True)]
-    for bucket, reason in zip(buckets, reasons, strict=True):
-        if reason and backend == "native":
+    able: list[int] = []
+    unable: list[int] = []
+    if backend in ("reference", "compile"):
+        return able, unable
+    missing = isinstance(loader.load(), str)
+    for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
+        reason = obstacle(rule, bucket)
+        if reason is None and not missing and (reason := local_obstacle(cast(NativeRule, rule), bucket)) is None:
+            able.append(index)
+        elif backend == "native":
             raise RuntimeError(
                 f"backend='native' cannot step a tensor of shape {bucket.layout.shape}: {reason}; use backend='auto'"
             )
-    return [reason is None for reason in reasons]
+        elif obstacle(rule, bucket) is None:
+            unable.append(index)
+    return able, unable
 
 
 def native_stages(
