@@ -331,13 +331,17 @@ def refusal_case(rank: int, world: int, what: str) -> str:
 def train_shards(
     place: Callable[[Tensor], Tensor], name: str, gradients: list[list[Tensor | None]], edit=None, **options: Any
 ) -> tuple[list[Any], Any, list[list[str]]]:
-    """Train float64 tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first."""
-    params = [nn.Parameter(place(random(shape, i, torch.float64))) for i, shape in enumerate(SHAPES)]
+    """Train tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first.
+
+    They are float64, or float32 with ``backend="native"``.
+    """
+    dtype = torch.float32 if options.get("backend") == "native" else torch.float64
+    params = [nn.Parameter(place(random(shape, i, dtype))) for i, shape in enumerate(SHAPES)]
     optimizer = make(name, params, **options)
     counted = []
     for step, grads in enumerate(gradients):
         for p, grad in zip(params, grads, strict=True):
-            p.grad = None if grad is None else place(grad)
+            p.grad = None if grad is None else place(grad.to(dtype))
         if edit:
             edit(step, params)
         with collectives() as names:
@@ -358,13 +362,13 @@ def compare(sharded: list[Any], plain: list[Any]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def nonfinite_case(rank: int, world: int, policy: str) -> dict[str, Any]:
+def nonfinite_case(rank: int, world: int, policy: str, backend: str) -> dict[str, Any]:
     """One element of one rank's gradient is not a number in the second of three steps."""
     grads = some_gradients(3)
     spoiled = [list(step) for step in grads]
     spoiled[1][8] = spoiled[1][8].clone()
     spoiled[1][8][-1, 0] = float("nan")
-    options = {"on_nonfinite": policy, "max_grad_norm": 3.0}
+    options = {"on_nonfinite": policy, "max_grad_norm": 3.0, "backend": backend}
     params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", spoiled, **options)
     plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", spoiled, **options)
     return {
@@ -407,7 +411,7 @@ def scaler_case(rank: int, world: int, wrapper: str) -> dict[str, Any]:
 def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     grads = some_gradients(3)
     norms = [torch.stack([g.square().sum() for g in step]).sum().sqrt().item() for step in grads]
-    limit = sorted(norms)[1]  # clips one step, and not the others
+    limit = 1.001 * sorted(norms)[1]  # clips one step, and not the others, in float32 too
     params, _, counted = train_shards(distribute(layout, world), name, grads, max_grad_norm=limit, **options)
     plain, _, _ = train_shards(lambda t: t, name, grads, max_grad_norm=limit, **options)
     free, _, _ = train_shards(lambda t: t, name, grads, **options)
@@ -419,7 +423,7 @@ def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[s
     }
 
 
-def absence_case(rank: int, world: int) -> dict[str, Any]:
+def absence_case(rank: int, world: int, backend: str) -> dict[str, Any]:
     """Some tensors have no gradient for some steps: all of them, nowhere, or on one rank only."""
     grads = some_gradients(5)
     grads[0] = [None if i in (3, 9) else g for i, g in enumerate(grads[0])]
@@ -433,8 +437,9 @@ def absence_case(rank: int, world: int) -> dict[str, Any]:
         if step == 4 and rank == 0:
             params[9].grad = None
 
-    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", grads, drop)
-    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads)
+    place = distribute("shard0", world)
+    params, optimizer, counted = train_shards(place, "small_fc_lopt", grads, drop, backend=backend)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads, backend=backend)
     return {
         "error": compare(params, plain),
         "collectives": counted,

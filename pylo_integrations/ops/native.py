@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -249,8 +250,12 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             layer.table.check()
+        self._params = [param for bucket in buckets for param in bucket.params]
+        self._states = [state for bucket in buckets for state in bucket.states]
         self._known_addresses = self._addresses()
         self._grads: list[Tensor] = []
+        self._grad_formats: list[tuple[Any, ...]] = []  # strides and dtypes that the kernels read as they are
+        self._grad_sizes = np.zeros(len(self._params), np.uint64)
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -295,11 +300,9 @@ class NativeStages:
             record[f"{name}_scale"] = self._scales[index][name][position].data_ptr()
 
     def _addresses(self) -> list[int]:
-        tensors: Iterator[Tensor] = itertools.chain.from_iterable(
-            (param, *state.values())
-            for bucket in self._buckets
-            for param, state in zip(bucket.params, bucket.states, strict=True)
-        )
+        # Every step asks, of every tensor: no loop of Python's own.
+        states: Iterator[Tensor] = itertools.chain.from_iterable(map(dict.values, self._states))
+        tensors = itertools.chain(self._params, states)
         return list(map(Tensor.data_ptr, map(local_part, tensors) if self._sharded else tensors))
 
     def is_current(self) -> bool:
@@ -316,18 +319,7 @@ class NativeStages:
 
     def collect(self, ctx: StepContext) -> list[Sums]:
         """The rule's sums before any state may change, for every bucket; float64. Changes nothing else."""
-        self._grads = [
-            _in_format_of(local_part(param) if self._sharded else param, grad)
-            for bucket in self._buckets
-            for param, grad in zip(bucket.params, bucket.grads, strict=True)
-        ]
-        addresses = np.array([grad.data_ptr() for grad in self._grads], np.uint64)
-        sizes = np.array([grad.element_size() for grad in self._grads], np.uint64)
-        dtypes = np.array([DTYPES[grad.dtype] for grad in self._grads], np.int32)
-        for layer in self._layers:
-            owners = layer.owners
-            layer.table.steps["grad"] = addresses[owners] + layer.offsets * sizes[owners]
-            layer.table.steps["grad_dtype"] = dtypes[owners]
+        self._read_gradients()
         self._read_policy(ctx)
         if not isinstance(self._rule, _ADAM):
             self._run("collect")
@@ -345,6 +337,24 @@ class NativeStages:
             | {name: _over_tensors(first.measured[index][:, _MEASURED[name]], bucket) for name in measured[index]}
             for index, bucket in enumerate(self._buckets)
         ]
+
+    def _read_gradients(self) -> None:
+        given = list(itertools.chain.from_iterable(bucket.grads for bucket in self._buckets))
+        formats = list(zip(map(Tensor.stride, given), [grad.dtype for grad in given], strict=True))
+        if formats == self._grad_formats:
+            self._grads = given
+        else:
+            pairs = zip(map(local_part, self._params), given, strict=True)
+            self._grads = [_in_format_of(param, grad) for param, grad in pairs]
+            as_given = all(map(operator.is_, self._grads, given))
+            self._grad_formats = formats if as_given else []
+            self._grad_sizes = np.array([grad.element_size() for grad in self._grads], np.uint64)
+            dtypes = np.array([DTYPES[grad.dtype] for grad in self._grads], np.int32)
+            for layer in self._layers:
+                layer.table.steps["grad_dtype"] = dtypes[layer.owners]
+        addresses = np.array(list(map(Tensor.data_ptr, self._grads)), np.uint64)
+        for layer in self._layers:
+            layer.table.steps["grad"] = addresses[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
 
     def _read_policy(self, ctx: StepContext) -> None:
         clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
@@ -475,10 +485,10 @@ class NativeStages:
                 count = len(self._buckets[index])
                 values["network"] = network.data_ptr() + each * np.arange(count, dtype=np.uint64)
             # A rule that finishes scales its steps then.
-            mult = torch.tensor(1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0))
+            mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
-                mult = mult * control.get(factor, 1.0)
-            values["step_mult"] = mult.numpy()
+                mult = control[factor] * mult if factor in control else mult
+            values["step_mult"] = mult.numpy() if isinstance(mult, Tensor) else mult
             for layer in self._layers:
                 rows, members = layer.rows[index], layer.members[index]
                 for name, value in values.items():
