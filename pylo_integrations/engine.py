@@ -301,11 +301,15 @@ class Engine:
     def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None) -> _Facts:
         dtype = max((bucket.dtype for bucket in plan.buckets), key=lambda dtype: dtype.itemsize, default=torch.float32)
         squares = torch.zeros((), dtype=dtype, device=plan.device)
+        exchanges = self._exchanges(plan, loss)
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}  # a call for each bucket would cost more than small tensors do
         for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
             # In the round, tensors that several ranks hold must count once.
-            copies = self._ranks.size // bucket.parts if self._exchanges(plan, loss) else 1
+            copies = self._ranks.size // bucket.parts if exchanges else 1
             grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
-            norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype=bucket.dtype))
+            alike.setdefault((bucket.dtype, copies, bucket.params[0].dtype, bucket.device), []).extend(grads)
+        for (wide, copies, *_), tensors in alike.items():
+            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
         present = torch.tensor([param.grad is not None for param in plan.sharded])
         able = torch.tensor(plan.able)
