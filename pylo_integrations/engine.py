@@ -23,14 +23,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.native import NativeStages
-from pylo_integrations.ops.select import Backend, check_backend, select_local, select_native
+from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages, select_local
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
@@ -75,6 +75,7 @@ class _Plan:
     native: dict[tuple[int, ...], NativeStages] = field(default_factory=dict)  # by the buckets that it steps
     candidates: list[tuple[Mapping[str, Any], Tensor]] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
+    able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
 
     @property
     def device(self) -> torch.device:
@@ -85,12 +86,25 @@ class _Plan:
         return frozenset(itertools.chain(*self.native))
 
 
+class _Agreed(NamedTuple):
+    """What ranks last agreed on about each sharded tensor.
+
+    Attributes:
+        present: Whether it has a gradient on some rank.
+        able: Whether native kernels, if they are for it, can step it on every rank: their sums of features are not the
+            reference's.
+    """
+
+    present: tuple[bool, ...] = ()
+    able: tuple[bool, ...] = ()
+
+
 @dataclass
 class _Verdict:
     norm: float
     grads_finite: bool
     loss_finite: bool
-    present: tuple[bool, ...]
+    agreed: _Agreed
 
 
 @dataclass
@@ -102,26 +116,29 @@ class _Facts:
             square overflows: either would poison the state.
         loss: Mean over the ranks, 0-d; None if the rule does not use it.
         present: Per sharded tensor, on how many ranks it has a gradient.
+        able: Per sharded tensor, on what part of the ranks nothing is in the native kernels' way.
     """
 
     squares: Tensor
     loss: Tensor | None
     present: Tensor
+    able: Tensor
 
     def shares(self, ranks: Ranks) -> list[tuple[Tensor, int]]:
         loss = [] if self.loss is None else [(self.loss, ranks.size)]
-        return [(self.squares, 1), *loss, (self.present, 1)]
+        return [(self.squares, 1), *loss, (self.present, 1), (self.able, ranks.size)]
 
     def read(self) -> _Verdict:
         """The one read of the device in a step."""
         loss = self.squares.new_zeros(()) if self.loss is None else self.loss
-        squares, loss_value, *present = torch.cat([torch.stack([self.squares, loss]), self.present]).tolist()
+        squares, loss_value, *rest = torch.cat([torch.stack([self.squares, loss]), self.present, self.able]).tolist()
+        present, able = rest[: len(self.present)], rest[len(self.present) :]
         finite = math.isfinite(squares)
         return _Verdict(
             math.sqrt(squares) if finite else squares,
             finite,
             math.isfinite(loss_value),
-            tuple(count > 0 for count in present),
+            _Agreed(tuple(count > 0 for count in present), tuple(part == 1 for part in able)),
         )
 
 
@@ -156,7 +173,7 @@ class Engine:
         self._ranks = ranks
         self._flat_slices = flat_slices
         self._plan = _Plan()
-        self._present: tuple[bool, ...] = ()  # which sharded tensors had a gradient on some rank in the last step
+        self._agreed = _Agreed()
         self._assembly: Assembly | None = None
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
@@ -185,8 +202,8 @@ class Engine:
             facts = self._measure(plan, context, loss)
             collected = self._collect(plan, context, facts) if self._exchanges(plan, loss) else None
             verdict = facts.read()
-            if verdict.present != self._present:
-                self._present = verdict.present
+            if verdict.agreed != self._agreed:
+                self._agreed = verdict.agreed
                 plan = self._planned(groups, state)
             elif (verdict.grads_finite and verdict.loss_finite) or context.zero_nonfinite:
                 break
@@ -216,6 +233,8 @@ class Engine:
         """Let go of the last step's gradients, which would outlive ``zero_grad()``."""
         for bucket in self._plan.buckets:
             bucket.grads = ()
+        for native in self._plan.native.values():
+            native.release_gradients()
 
     def _exchanges(self, plan: _Plan, loss: Tensor | None) -> bool:
         """Whether ranks talk in this step. Replicas that see no loss stay equal without."""
@@ -228,7 +247,7 @@ class Engine:
             (id(g), g["axes"], g["rule"], id(p), p.dtype, p.device, p.shape, p.grad is None, id(state.get(p)))
             for g, p in candidates
         )
-        key = (self._ranks.size, self._present, *tensors)
+        key = (self._ranks.size, self._agreed, *tensors)
         if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
             self._plan = self._build(key, candidates, state)
         for bucket in self._plan.buckets:
@@ -247,11 +266,11 @@ class Engine:
             if param.grad is not None or is_sharded(param)
         ]
         sharded = [param for _, param, _, held in located if held.parts > 1]
-        if len(self._present) != len(sharded):
-            self._present = (True,) * len(sharded)
-            key = (key[0], self._present, *key[2:])
+        if len(self._agreed.present) != len(sharded):
+            self._agreed = _Agreed((True,) * len(sharded), (True,) * len(sharded))
+            key = (key[0], self._agreed, *key[2:])
         # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
-        absent = {param for param, present in zip(sharded, self._present, strict=True) if not present}
+        absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
@@ -269,7 +288,11 @@ class Engine:
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        return _Plan(key, buckets, rules, blocks, select_native(self._backend, rules, buckets), candidates, sharded)
+        able, unable = find_native(self._backend, rules, buckets)
+        unable_here = {param for i in unable for param in buckets[i].params}
+        unable_there = {param for param, everywhere in zip(sharded, self._agreed.able, strict=True) if not everywhere}
+        native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, [p not in unable_here for p in sharded])
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
@@ -278,14 +301,21 @@ class Engine:
     def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None) -> _Facts:
         dtype = max((bucket.dtype for bucket in plan.buckets), key=lambda dtype: dtype.itemsize, default=torch.float32)
         squares = torch.zeros((), dtype=dtype, device=plan.device)
+        exchanges = self._exchanges(plan, loss)
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}  # a call for each bucket would cost more than small tensors do
         for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
             # In the round, tensors that several ranks hold must count once.
-            copies = self._ranks.size // bucket.parts if self._exchanges(plan, loss) else 1
+            copies = self._ranks.size // bucket.parts if exchanges else 1
             grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
-            norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype=bucket.dtype))
+            alike.setdefault((bucket.dtype, copies, bucket.params[0].dtype, bucket.device), []).extend(grads)
+        for (wide, copies, *_), tensors in alike.items():
+            norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
         present = torch.tensor([param.grad is not None for param in plan.sharded])
-        return _Facts(squares, None if loss is None else loss.to(squares, copy=True), present.to(squares))
+        able = torch.tensor(plan.able)
+        return _Facts(
+            squares, None if loss is None else loss.to(squares, copy=True), present.to(squares), able.to(squares)
+        )
 
     def _constants_for(self, rule: Rule, bucket: Bucket) -> Mapping[str, Tensor]:
         key = (rule, bucket.device, bucket.dtype)
@@ -337,29 +367,36 @@ class Engine:
             plan, lambda i, block: rules[i].describe_(block, prepared[i], contexts[i]), NativeStages.describe
         )
 
-        def propose(i: int, block: Block) -> Tensor:
-            return rules[i].propose(block, prepared[i], described[i], controls[i], contexts[i])
+        def propose(i: int) -> Iterator[Tensor]:
+            blocks = plan.blocks[i]
+            return (rules[i].propose(block, prepared[i], described[i], controls[i], contexts[i]) for block in blocks)
 
-        finished = self._finish_sharded(plan, propose, contexts)
+        proposed = [propose(i) for i in range(len(rules))]
         record = None if self.telemetry is None else StepRecord(buckets)
         numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
+        done: set[int] = set()
         for indices, native in plan.native.items():
+            decided, ctx = [controls[i] for i in indices], contexts[indices[0]]
+            if rules[indices[0]].finishes:
+                steps_of = native.propose_([plan.blocks[i] for i in indices], decided, ctx)
+                for i, mine in zip(indices, steps_of, strict=True):
+                    proposed[i] = mine
+                continue
             before = [] if record is None else [[p.clone() for p in buckets[i].params] for i in indices]
-            native.apply_([controls[i] for i in indices], contexts[indices[0]].constants, [numbers[i] for i in indices])
+            native.apply_(decided, ctx, [numbers[i] for i in indices])
+            done.update(indices)
             if record is not None:
                 for i, params in zip(indices, before, strict=True):
                     record.add_applied(i, params, plan.blocks[i], numbers[i][0], contexts[i])
+        finished = self._finish_sharded(plan, proposed, contexts)
         for i, rule in enumerate(rules):
-            if i in plan.natively:
+            if i in done:
                 continue
             keep, scale = numbers[i]
             for blocks in by_tensors(plan.blocks[i]):
-                if i in finished:
-                    steps: Iterable[Tensor] = [next(finished[i]) for _ in blocks]
-                elif rule.finishes:
-                    steps = self._finished(rule, blocks, (propose(i, block) for block in blocks), contexts[i])
-                else:
-                    steps = (propose(i, block) for block in blocks)
+                steps: Iterable[Tensor] = itertools.islice(finished.get(i, proposed[i]), len(blocks))
+                if rule.finishes and i not in finished:
+                    steps = self._finished(rule, blocks, steps, contexts[i])
                 for block, step in zip(blocks, steps, strict=True):
                     if record is not None:
                         record.add(i, block, step * scale, contexts[i])
@@ -390,11 +427,12 @@ class Engine:
         whole = torch.empty(len(blocks[0]), 1, *layout.shape, dtype=bucket.dtype, device=bucket.device)
         for piece, step in zip(pieces, steps, strict=True):
             whole[piece] = step
+        del step  # what kernels proposed is one tensor as large as the whole
         whole = rule.finish(whole, layout, ctx)
         return [whole[piece] for piece in pieces]
 
     def _finish_sharded(
-        self, plan: _Plan, propose: Callable[[int, Block], Tensor], contexts: Sequence[StepContext]
+        self, plan: _Plan, proposed: Sequence[Iterator[Tensor]], contexts: Sequence[StepContext]
     ) -> dict[int, Iterator[Tensor]]:
         """Finished steps of every block, by bucket, where rules finish tensors that no rank has the whole of.
 
@@ -406,8 +444,7 @@ class Engine:
         buckets = [plan.buckets[i] for i in mine]
         if self._assembly is None or not self._assembly.fits(buckets):
             self._assembly = Assembly(buckets, self._ranks)
-        proposed = [[propose(i, block) for block in plan.blocks[i]] for i in mine]
-        wholes = self._assembly.gather([plan.blocks[i] for i in mine], proposed)
+        wholes = self._assembly.gather([plan.blocks[i] for i in mine], [list(proposed[i]) for i in mine])
         finished = [
             plan.rules[i].finish(whole, bucket.layout, contexts[i]) if len(whole) else whole
             for i, bucket, whole in zip(mine, buckets, wholes, strict=True)

@@ -10,21 +10,28 @@ from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 
 # Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
-BOTH_BACKENDS = {"test_golden", "test_golden_velo", "test_optimizer_contract", "test_torch_optimizer_checks"}
+BOTH_BACKENDS = {
+    "test_golden",
+    "test_golden_celo2",
+    "test_golden_elo",
+    "test_golden_velo",
+    "test_optimizer_contract",
+    "test_torch_optimizer_checks",
+}
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.module.__name__ in BOTH_BACKENDS:
-        metafunc.fixturenames.append("auto_backend")
         metafunc.parametrize("auto_backend", ["native", "reference"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)  # or pytest would not set it up for tests that do not ask for it
 def auto_backend(request, monkeypatch):
     """What ``backend="auto"`` finds."""
-    if request.param == "native":
+    choice = getattr(request, "param", None)
+    if choice == "native":
         library_or_skip()
-    else:
+    elif choice == "reference":
         monkeypatch.setattr(loader, "load", lambda: "left out by the test")
 
 

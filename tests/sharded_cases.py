@@ -101,6 +101,12 @@ def take_steps(
     return [full(p) for p in params], counted, optimizer
 
 
+def is_native(optimizer) -> bool:
+    """Whether all of the last step was the kernels'."""
+    plan = optimizer._engine._plan
+    return len(plan.natively) == len(plan.buckets) > 0
+
+
 def dtensor_case(rank: int, world: int, layouts, name: str, dtype, steps: int = 3, options=None) -> dict[str, Any]:
     """Trained parameters, collectives of a step, and a digest of them and of all that is replicated, per layout."""
     results = {}
@@ -124,6 +130,7 @@ def dtensor_case(rank: int, world: int, layouts, name: str, dtype, steps: int = 
             "params": [t.numpy() for t in runs[0][0]],
             "collectives": runs[0][1],
             "digest": runs[0][2],
+            "native": is_native(optimizer),
         }
     return results
 
@@ -226,12 +233,13 @@ def wrapper_case(
     steps: int = 3,
     options: dict[str, Any] | None = None,
     frozen: str | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:
     """Train a wrapped model, and a plain one on the same gradients."""
     import torch.distributed as dist
 
     options = options or {}
-    model, plain = net(), net()
+    model, plain = net(dtype), net(dtype)
     if frozen is not None:
         model.get_submodule(frozen).requires_grad_(False)
     model = wrap(model, wrapper, world)
@@ -241,7 +249,7 @@ def wrapper_case(
     # Data differs between data-parallel ranks only.
     data_rank = {"tp": 0, "fsdp2_tp": rank // max(1, world // 2)}.get(wrapper, rank)
     for step in range(steps):
-        loss = loss_of(model, step, data_rank)
+        loss = loss_of(model, step, data_rank, dtype)
         loss.backward()
         gradients = full_tensors(model, of_gradients=True)
         for key, p in plain.named_parameters():
@@ -261,13 +269,15 @@ def wrapper_case(
         for key, value in optimizer.state[p].items()
         if key in ("row", "col") and value is not None
     ]
-    moved = {key: (want[key] - start).abs().max().item() for key, start in full_tensors(net()).items()}
+    moved = {key: (want[key] - start).abs().max().item() for key, start in full_tensors(net(dtype)).items()}
     # Rules that step in proportion to a parameter hardly move biases, which start near 0.
     error = max((trained[key] - want[key]).abs().max().item() / max(moved[key], 1e-3) for key in want)
     return {
         "error": error,
+        "relative": max(((trained[key] - want[key]).abs().max() / want[key].abs().max()).item() for key in want),
         "moved": min(value for key, value in moved.items() if frozen is None or not key.startswith(frozen)),
         "frozen": [value for key, value in moved.items() if frozen is not None and key.startswith(frozen)],
+        "native": is_native(optimizer),
         "collectives": counted,
         "digest": digest([*trained.values(), *small, *optimizer._progress.memory.values()]),
     }
@@ -321,13 +331,17 @@ def refusal_case(rank: int, world: int, what: str) -> str:
 def train_shards(
     place: Callable[[Tensor], Tensor], name: str, gradients: list[list[Tensor | None]], edit=None, **options: Any
 ) -> tuple[list[Any], Any, list[list[str]]]:
-    """Train float64 tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first."""
-    params = [nn.Parameter(place(random(shape, i, torch.float64))) for i, shape in enumerate(SHAPES)]
+    """Train tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first.
+
+    They are float64, or float32 with ``backend="native"``.
+    """
+    dtype = torch.float32 if options.get("backend") == "native" else torch.float64
+    params = [nn.Parameter(place(random(shape, i, dtype))) for i, shape in enumerate(SHAPES)]
     optimizer = make(name, params, **options)
     counted = []
     for step, grads in enumerate(gradients):
         for p, grad in zip(params, grads, strict=True):
-            p.grad = None if grad is None else place(grad)
+            p.grad = None if grad is None else place(grad.to(dtype))
         if edit:
             edit(step, params)
         with collectives() as names:
@@ -348,13 +362,13 @@ def compare(sharded: list[Any], plain: list[Any]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def nonfinite_case(rank: int, world: int, policy: str) -> dict[str, Any]:
+def nonfinite_case(rank: int, world: int, policy: str, backend: str) -> dict[str, Any]:
     """One element of one rank's gradient is not a number in the second of three steps."""
     grads = some_gradients(3)
     spoiled = [list(step) for step in grads]
     spoiled[1][8] = spoiled[1][8].clone()
     spoiled[1][8][-1, 0] = float("nan")
-    options = {"on_nonfinite": policy, "max_grad_norm": 3.0}
+    options = {"on_nonfinite": policy, "max_grad_norm": 3.0, "backend": backend}
     params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", spoiled, **options)
     plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", spoiled, **options)
     return {
@@ -397,7 +411,7 @@ def scaler_case(rank: int, world: int, wrapper: str) -> dict[str, Any]:
 def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     grads = some_gradients(3)
     norms = [torch.stack([g.square().sum() for g in step]).sum().sqrt().item() for step in grads]
-    limit = sorted(norms)[1]  # clips one step, and not the others
+    limit = 1.001 * sorted(norms)[1]  # clips one step, and not the others, in float32 too
     params, _, counted = train_shards(distribute(layout, world), name, grads, max_grad_norm=limit, **options)
     plain, _, _ = train_shards(lambda t: t, name, grads, max_grad_norm=limit, **options)
     free, _, _ = train_shards(lambda t: t, name, grads, **options)
@@ -409,7 +423,7 @@ def clipping_case(rank: int, world: int, layout: str, name: str, options: dict[s
     }
 
 
-def absence_case(rank: int, world: int) -> dict[str, Any]:
+def absence_case(rank: int, world: int, backend: str) -> dict[str, Any]:
     """Some tensors have no gradient for some steps: all of them, nowhere, or on one rank only."""
     grads = some_gradients(5)
     grads[0] = [None if i in (3, 9) else g for i, g in enumerate(grads[0])]
@@ -423,8 +437,9 @@ def absence_case(rank: int, world: int) -> dict[str, Any]:
         if step == 4 and rank == 0:
             params[9].grad = None
 
-    params, optimizer, counted = train_shards(distribute("shard0", world), "small_fc_lopt", grads, drop)
-    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads)
+    place = distribute("shard0", world)
+    params, optimizer, counted = train_shards(place, "small_fc_lopt", grads, drop, backend=backend)
+    plain, reference, _ = train_shards(lambda t: t, "small_fc_lopt", plain_grads, backend=backend)
     return {
         "error": compare(params, plain),
         "collectives": counted,
@@ -448,6 +463,37 @@ def probe_case(rank: int, world: int) -> tuple[bool, bool]:
         assert len(optimizer.state) == len(params)
         iterations.append(optimizer.iteration)
     return iterations[0] == 0, iterations[1] == 1
+
+
+def disagreement_case(rank: int, world: int, name: str) -> dict[str, Any]:
+    """In the second and third of five steps, one rank is without kernels."""
+    from pylo_integrations.ops import loader
+
+    load = loader.load
+    place = distribute("shard0", world)
+    params = [nn.Parameter(place(random(shape, i, torch.float32))) for i, shape in enumerate(SHAPES)]
+    plain = [nn.Parameter(random(shape, i, torch.float32)) for i, shape in enumerate(SHAPES)]
+    optimizers = [make(name, params), make(name, plain, backend="reference")]
+    counted, native = [], []
+    try:
+        for step in range(5):
+            if rank == 1:
+                loader.load = (lambda: "not here") if step in (1, 2) else load
+            optimizers[0].state.update({p: dict(state) for p, state in optimizers[0].state.items()})  # a new plan
+            for i, (p, q) in enumerate(zip(params, plain, strict=True)):
+                q.grad = random(q.shape, 1000 * step + i, torch.float32)
+                p.grad = place(q.grad)
+            with collectives() as names:
+                optimizers[0].step(loss=1.0)
+            optimizers[1].step(loss=1.0)
+            counted.append(names)
+            native.append(is_native(optimizers[0]))
+    finally:
+        loader.load = load
+    starts = [random(shape, i, torch.float32) for i, shape in enumerate(SHAPES)]
+    moved = [(q.detach() - start).abs().max() for q, start in zip(plain, starts, strict=True)]
+    errors = [((full(p) - q.detach()).abs().max() / m).item() for p, q, m in zip(params, plain, moved, strict=True)]
+    return {"collectives": counted, "native": native, "error": max(errors)}
 
 
 def pending_case(rank: int, world: int) -> float:

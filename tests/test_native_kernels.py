@@ -21,15 +21,16 @@ from native_library import CSRC, library_or_skip
 from torch import nn
 
 from pylo_integrations import SmallFCLOpt, Theta
-from pylo_integrations.ops import loader, native
+from pylo_integrations.ops import loader, records
 from pylo_integrations.ops.loader import ABI_VERSION, ISAS, CallStruct, Library, NativeError, RuleStruct
-from pylo_integrations.ops.native import NativeStages, memory_order, obstacle, record_axes
+from pylo_integrations.ops.native import NativeStages, local_obstacle, obstacle
+from pylo_integrations.ops.records import Table, memory_order, record_axes
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.features import channel_count
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import Box, TensorLayout
-from pylo_integrations.sharding.pieces import Held, Piece
+from pylo_integrations.sharding.pieces import Held, Piece, locate
 
 # 0-d; vectors; matrices wide, tall, of one row, of less than a SIMD vector; tied axes; factored axes anywhere.
 SHAPES = [
@@ -257,17 +258,19 @@ def test_gradients_in_other_types_and_memory_formats():
 # -- the same bits ----------------------------------------------------------------------------------------------------
 
 
-def stages_of(params, *, isa=None, library=None, layouts=None):
+def bucket_of(param, state, group) -> Bucket:
+    """A bucket of one whole tensor."""
+    shape, held = locate(param, {}, 1)
+    return Bucket(TensorLayout.whole(shape), [param], [state], group, torch.float32, held=[held])
+
+
+def stages_of(params, *, isa=None, library=None):
     """Native stages over buckets of one tensor each, and a function that takes a step with them."""
     rule = theta().rule()
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     optimizer = SmallFCLOpt(params, weights=theta())
     optimizer.init_state()
-    layouts = layouts or [TensorLayout.whole(p.shape) for p in params]
-    buckets = [
-        Bucket(layout, [p], [optimizer.state[p]], group, torch.float32)
-        for p, layout in zip(params, layouts, strict=True)
-    ]
+    buckets = [bucket_of(p, optimizer.state[p], group) for p in params]
     stages = NativeStages(library or library_or_skip(), rule, buckets, isa)
     constants = rule.constants(torch.device("cpu"), torch.float32)
 
@@ -278,7 +281,7 @@ def stages_of(params, *, isa=None, library=None, layouts=None):
         stages.prepare_(stages.collect(context), context)
         stages.describe()
         controls = rule.control(buckets, [{}] * len(buckets), context)
-        stages.apply_(controls, constants, [(1.0, scale)] * len(buckets))
+        stages.apply_(controls, context, [(1.0, scale)] * len(buckets))
 
     stages.optimizer = optimizer
     return stages, run
@@ -377,7 +380,8 @@ def test_obstacles_are_named():
 
     def why(param, state=None, rule=rule):
         state = {"rms": torch.zeros_like(param)} if state is None else state
-        return obstacle(rule, Bucket(TensorLayout.whole(param.shape), [param], [state], group, torch.float32))
+        bucket = bucket_of(param, state, group)
+        return obstacle(rule, bucket) or local_obstacle(rule, bucket)
 
     assert why(torch.zeros(4, 3)) is None
     assert "strides" in why(torch.zeros(4, 6)[:, ::2])
@@ -494,7 +498,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
         for mine in described:
             mine.copy_(features)
         for shard, bucket in zip(shards, buckets, strict=True):
-            shard.apply_(rule.control([bucket], [{}], context), constants, [(1.0, 1.0)])
+            shard.apply_(rule.control([bucket], [{}], context), context, [(1.0, 1.0)])
     for bucket, box in zip(buckets, boxes, strict=True):
         want = whole.detach()[box.slices(origin)]
         moved = (whole.detach() - start).abs().max()
@@ -535,16 +539,23 @@ def test_structures_have_the_size_that_the_library_expects(library):
         library.check(call)
     sizes = re.findall(r"static_assert\(sizeof\(pylo_(\w+)\) == (\d+)", (CSRC / "cpu/library.cpp").read_text())
     assert {name: int(size) for name, size in sizes} == {
-        "tensor": native._TENSOR.itemsize,
-        "step": native._STEP.itemsize,
+        "tensor": records.TENSOR.itemsize,
+        "step": records.STEP.itemsize,
         "rule": ctypes.sizeof(RuleStruct),
         "call": ctypes.sizeof(CallStruct),
     }
 
 
+def table_of(stages: NativeStages) -> Table:
+    """The table of tensors that are in one piece."""
+    (layer,) = stages._layers
+    return layer.table
+
+
 def damage(field, value):
     def apply(stages):
-        stages._tensors[field][0] = value(stages._tensors[field][0]) if callable(value) else value
+        tensors = table_of(stages).tensors
+        tensors[field][0] = value(tensors[field][0]) if callable(value) else value
 
     return apply
 
@@ -573,7 +584,7 @@ def test_a_bad_table_is_refused_and_nothing_changes(library, field, value, messa
     before = snapshot(stages.optimizer, params)
     damage(field, value)(stages)
     with pytest.raises(NativeError, match=f"tensor 0: {message}"):
-        library.check(stages._call)
+        library.check(table_of(stages).call)
     with pytest.raises(NativeError, match="check them again"):
         run()
     assert_equal_bits(before, snapshot(stages.optimizer, params))
@@ -582,13 +593,15 @@ def test_a_bad_table_is_refused_and_nothing_changes(library, field, value, messa
 def test_overlapping_buffers_are_refused(library):
     params = parameters([(6, 5), (7,)])
     stages, _ = stages_of(params, library=library)
-    stages._tensors["rms"][1] = stages._tensors["diagonal"][1][0]
+    tensors = table_of(stages).tensors
+    tensors["rms"][1] = tensors["diagonal"][1][0]
     with pytest.raises(NativeError, match="(rms|diagonal) of tensor 1 overlaps (rms|diagonal) of tensor 1"):
-        library.check(stages._call)
+        library.check(table_of(stages).call)
     stages, _ = stages_of(params, library=library)
-    stages._tensors["param"][1] = stages._tensors["param"][0] + 8
+    tensors = table_of(stages).tensors
+    tensors["param"][1] = tensors["param"][0] + 8
     with pytest.raises(NativeError, match="param of tensor . overlaps param of tensor ."):
-        library.check(stages._call)
+        library.check(table_of(stages).call)
 
 
 @pytest.mark.parametrize(
@@ -608,11 +621,12 @@ def test_a_bad_call_is_refused(library, attribute, value, message):
     params = parameters([(6, 5), (7,)])
     stages, _ = stages_of(params, library=library)
     give_gradients(params, 0)
-    stages._steps["grad"] = [p.grad.data_ptr() for p in params]
+    table = table_of(stages)
+    table.steps["grad"] = [p.grad.data_ptr() for p in params]
     before = snapshot(stages.optimizer, params)
-    setattr(stages._call, attribute, value)
+    setattr(table.call, attribute, value)
     with pytest.raises(NativeError, match=message):
-        library.run("collect", stages._call)
+        library.run("collect", table.call)
     assert_equal_bits(before, snapshot(stages.optimizer, params))
 
 

@@ -144,5 +144,15 @@ PYLO_FN V proposed_step(V direction, V magnitude, float exp_mult) {
     return direction * exponential(magnitude * V(exp_mult));
 }
 
+// -- Adam --------------------------------------------------------------------------------------------------------------
+
+template <class V, class Rule, class Step>
+PYLO_FN V adam_step(const Rule &rule, const Step &step, V grad, V &momentum, V &rms) {
+    momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
+    rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
+    const V root_rms = root(rms / V(step.rms_correction) + V(rule.adam_eps_root));
+    return momentum / V(step.momentum_correction) / (root_rms + V(rule.adam_eps));
+}
+
 }  // namespace PYLO_ISA
 }  // namespace pylo

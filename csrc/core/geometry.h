@@ -20,6 +20,8 @@ struct Geometry {
     int64_t outer, slices;          // products of extents
     int64_t extent[PYLO_MAX_RANK];  // of the outer axes
     int64_t step[PYLO_MAX_RANK], row_step[PYLO_MAX_RANK], col_step[PYLO_MAX_RANK], slice_step[PYLO_MAX_RANK];
+    int64_t norm_step[PYLO_MAX_RANK];  // in slices over which features are normalised
+    int64_t lane_norm_step;            // not 0 if every lane is in another such slice: then parts have one lane
 };
 
 // A part of a record, the unit of work: outer indices and lanes from begin to end. How a record is cut depends on the
@@ -34,8 +36,10 @@ static inline int64_t local_numel(const pylo_tensor &t) {
     return numel;
 }
 
-// Waste of cutting `extent` lanes into vectors of 16, and of gathering lanes that are not neighbours.
-static inline double lane_cost(int64_t extent, int64_t step) {
+// Waste of cutting `extent` lanes into vectors of 16, and of gathering lanes that are not neighbours. Lanes that are
+// `split` over slices are taken one by one.
+static inline double lane_cost(int64_t extent, int64_t step, bool split) {
+    if (split && extent > 1) return 16.0 * 1.4;
     return (double)((extent + 15) / 16 * 16) / (double)(extent ? extent : 1) * (step == 1 ? 1.0 : 1.4);
 }
 
@@ -53,12 +57,14 @@ static inline Geometry geometry(const pylo_tensor &t) {
         return g;
     }
     const int d0 = t.d0_axis, d1 = t.d1_axis;
-    const double cost0 = lane_cost(t.extent[d0], step[d0]), cost1 = lane_cost(t.extent[d1], step[d1]);
+    const double cost0 = lane_cost(t.extent[d0], step[d0], t.norm_stride[d0] != 0);
+    const double cost1 = lane_cost(t.extent[d1], step[d1], t.norm_stride[d1] != 0);
     const bool take_d0 = cost0 < cost1 || (cost0 == cost1 && step[d0] < step[d1]);
     const int lane = take_d0 ? d0 : d1;
     g.lanes = t.extent[lane];
     g.lane_step = step[lane];
     g.row_varies = lane == d1;  // row keeps d1
+    g.lane_norm_step = t.norm_stride[lane];
     g.lane_stat_step = g.row_varies ? t.row_stride[lane] : t.col_stride[lane];
     g.outer = g.slices = 1;
     for (int axis = t.rank - 1; axis >= 0; --axis) {
@@ -74,6 +80,7 @@ static inline Geometry geometry(const pylo_tensor &t) {
         g.step[i] = step[axis];
         g.row_step[i] = t.row_stride[axis];
         g.col_step[i] = t.col_stride[axis];
+        g.norm_step[i] = t.norm_stride[axis];
         if (axis != d0 && axis != d1) g.slice_step[i] = slice_step /= t.extent[axis];
     }
     return g;

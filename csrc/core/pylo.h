@@ -9,6 +9,8 @@
  *   describe  sums of squared features; nothing is written but the sums
  *   apply     accumulators and parameters, from complete sums
  *
+ * A rule without layers is Adam: it needs no sums, so there is only apply (and measure).
+ *
  * Every function returns a pylo_status and, unless it is PYLO_OK, has changed nothing; pylo_last_error() then says
  * which argument was wrong. All memory belongs to the caller. Structs have no padding; zero their reserved fields.
  */
@@ -27,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 2u
+#define PYLO_ABI_VERSION 3u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
@@ -49,7 +51,7 @@ enum pylo_isa { PYLO_BEST = 0, PYLO_BASELINE = 1, PYLO_AVX2 = 2, PYLO_AVX512 = 3
 
 enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite, or larger than the limit, as 0 */ };
 
-/* One box of one tensor: its buffers and axes. Fixed from step to step.
+/* One box of one tensor: its buffers and axes. Fixed from step to step. Adam needs param, momentum[0] and rms only.
  *
  * Parameter, gradient and the parameter-shaped state share one dense layout: axes are listed from the slowest to the
  * fastest. Factored state belongs to the whole tensor; `row` has no d0 axis and `col` no d1 axis, and an element's
@@ -65,8 +67,9 @@ typedef struct pylo_tensor {
     float *col_scale;
     double *row_sums;     /* (row_numel): written by collect, read by prepare */
     double *col_sums;
-    double *feature_sums; /* (PYLO_SLOTS): written by describe, read by apply */
-    double *stat_squares; /* (PYLO_SLOTS): mean squares of row and column features, by prepare for apply */
+    double *feature_sums; /* (norm_slices, PYLO_SLOTS): written by describe, read by apply */
+    double *stat_squares; /* (norm_slices, PYLO_SLOTS): mean squares of row and column features, for apply; written by
+                           * prepare if norm_slices is 1, else by the caller */
     double *tensor_sums;  /* (PYLO_TENSOR_SUMS), written by measure; null if rule.measures is 0 */
     float *direction;     /* null, or where apply leaves the step instead of updating the parameter */
     int64_t extent[PYLO_MAX_RANK];
@@ -77,6 +80,9 @@ typedef struct pylo_tensor {
     int64_t d0_extent, d1_extent; /* of the whole tensor */
     int64_t d1_row_stride;        /* distance of neighbours along d1 in row */
     int64_t numel;                /* of the whole tensor */
+    int64_t norm_stride[PYLO_MAX_RANK]; /* features are normalised over the axes where this is 0; an element belongs to */
+    int64_t norm_offset;                /* slice offset + sum(index[a] * stride[a]) */
+    int64_t norm_slices;                /* of the whole tensor; 1 if it is normalised as one */
     int32_t rank;
     int32_t d0_axis, d1_axis; /* -1 if unfactored */
     int32_t param_dtype;
@@ -85,11 +91,13 @@ typedef struct pylo_tensor {
 /* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step. */
 typedef struct pylo_step {
     const void *grad;
-    const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs */
+    const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs.
+                           * Null for Adam */
     float keep, scale;
     float step_mult;  /* factor on the step */
     float grad_scale; /* factor on the gradient: sign and clipping */
     float l2;         /* multiple of the parameter added to the gradient */
+    float momentum_correction, rms_correction; /* divisors of Adam's averages: 1 - beta^t, or 1 for none */
     int32_t grad_dtype;
     int32_t flags;
     int32_t reserved;
@@ -98,7 +106,7 @@ typedef struct pylo_step {
 /* The rule. An exponential moving average is  keep * old + weight * new. */
 typedef struct pylo_rule {
     uint32_t features;               /* bit i: the network reads slot i */
-    int32_t layers;                  /* weight matrices, at least 2 */
+    int32_t layers;                  /* weight matrices, at least 2; 0 for Adam */
     int32_t width[PYLO_MAX_LAYERS];  /* outputs of each; those of the last are direction, magnitude, ... */
     float momentum_keep[3], momentum_weight[3];
     float factored_keep[3], factored_weight[3];
@@ -109,6 +117,7 @@ typedef struct pylo_rule {
     float exp_mult;                  /* step = direction * exp(magnitude * exp_mult) */
     float grad_clip;                 /* bound on gradient elements, infinity for none */
     float grad_limit;                /* largest gradient element that PYLO_ZERO_NONFINITE keeps */
+    float adam_eps, adam_eps_root;   /* step = m / (sqrt(r + eps_root) + eps), m and r corrected */
     int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called */
 } pylo_rule;
 

@@ -20,12 +20,13 @@ constexpr int MAX_CHANNELS = Channels<false>::all;
 struct Position {
     const Geometry *geometry;
     int64_t index[PYLO_MAX_RANK];
-    int64_t memory, row, col, slice;
+    int64_t memory, row, col, slice, norm;
 
     PYLO_FN Position(const Job &job, int64_t outer) : geometry(&job.geometry) {
         memory = slice = 0;
         row = job.tensor->row_offset;
         col = job.tensor->col_offset;
+        norm = job.tensor->norm_offset + job.part.lane_begin * geometry->lane_norm_step;
         for (int axis = geometry->outer_axes - 1; axis >= 0; --axis) {
             index[axis] = outer % geometry->extent[axis];
             outer /= geometry->extent[axis];
@@ -38,6 +39,7 @@ struct Position {
         row += by * geometry->row_step[axis];
         col += by * geometry->col_step[axis];
         slice += by * geometry->slice_step[axis];
+        norm += by * geometry->norm_step[axis];
     }
 
     PYLO_FN void advance() {
@@ -325,6 +327,7 @@ void prepare(const Job &job) {
                 for (int64_t i = 0; i < along; ++i) scale[start + i * step] = row_scale(row[start + i * step], mean);
             }
         for (int64_t i = 0; i < t.col_numel; ++i) t.col_scale[k * t.col_numel + i] = col_scale(col[i]);
+        if (t.norm_slices > 1) continue;
         t.stat_squares[ROW + k] = mean_of_squares(row, t.row_numel, identity);
         t.stat_squares[COL + k] = mean_of_squares(col, t.col_numel, identity);
         t.stat_squares[INVERSE_ROW + k] = mean_of_squares(row, t.row_numel, inverse);
@@ -354,10 +357,17 @@ void describe_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
     const Part &part = job.part;
-    const bool extra = has_extra(*job.rule);
+    const bool extra = has_extra(*job.rule), sliced = t.norm_slices > 1;
     Sums<Channels<Factored>::all> sums;
     Window<Factored, WIDE> window;
     alignas(64) float gathered[3][WIDE];
+    const auto add_to_slice = [&](int64_t norm) {
+        sums.flush();
+        for (int channel = 0; channel < Channels<Factored>::all; ++channel) {
+            job.partial[norm * SLOTS + Channels<Factored>::slot(channel)] += sums.total[channel];
+            sums.total[channel] = 0;
+        }
+    };
     for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
         const int count = (int)smaller(WIDE, part.lane_end - first);
         Position at(job, part.outer_begin);
@@ -389,16 +399,16 @@ void describe_part(const Job &job) {
                         sums.add(channel, lane, first_lanes(inside, f * f));
                     });
             }
-            sums.count(count);
+            if (sliced)
+                add_to_slice(at.norm);
+            else
+                sums.count(count);
         }
     }
-    sums.flush();
-    for (int channel = 0; channel < Channels<Factored>::all; ++channel)
-        job.partial[Channels<Factored>::slot(channel)] = sums.total[channel];
+    if (!sliced) add_to_slice(0);
 }
 
 void describe(const Job &job) {
-    for (int slot = 0; slot < SLOTS; ++slot) job.partial[slot] = 0;
     if (job.tensor->d0_axis < 0)
         describe_part<false>(job);
     else
@@ -407,8 +417,26 @@ void describe(const Job &job) {
 
 // -- the network --------------------------------------------------------------------------------------------------------
 
+// Slot of one of the six channels of row or col: three of the statistic, three of its inverse root.
+PYLO_FN int statistic_slot(bool of_row, int k) { return (k < 3 ? ROW : INVERSE_ROW - 3) + k + (of_row ? 0 : 3); }
+
+// What normalises a feature in slice `norm`.
+PYLO_FN float normaliser(const Job &job, double mean_of_squares) {
+    return (float)inverse_root(mean_of_squares + (double)job.rule->norm_eps);
+}
+
+PYLO_FN float element_scale(const Job &job, int slot, int64_t norm) {
+    const pylo_tensor &t = *job.tensor;
+    return normaliser(job, t.feature_sums[norm * SLOTS + slot] / (double)(t.numel / t.norm_slices));
+}
+
+PYLO_FN float statistic_scale(const Job &job, int slot, int64_t norm) {
+    return normaliser(job, job.tensor->stat_squares[norm * SLOTS + slot]);
+}
+
 // The network as one tensor needs it: the normalisers are folded into the first layer, whose inputs are split into
-// channels of elements, of the statistic along lanes and of the fixed one.
+// channels of elements, of the statistic along lanes and of the fixed one. If there are several slices, each with
+// normalisers of its own, then features are multiplied by them instead.
 struct Network {
     int layers, channels;
     int width[PYLO_MAX_LAYERS], padded[PYLO_MAX_LAYERS];
@@ -436,29 +464,30 @@ struct Network {
         for (int n = 0; n < PYLO_MAX_WIDTH; ++n) bias[n] = n < padded[0] ? biases[0][n] : 0;
         for (int channel = 0; channel < channels; ++channel) {
             const int slot = Channels<Factored>::slot(channel);
-            const double mean = t.feature_sums[slot] / (double)t.numel;
-            fold_slot(rule, slot, mean, element[channel]);
+            const float scale = t.norm_slices > 1 ? 1.0f : element_scale(job, slot, 0);
+            fold_slot(rule, slot, scale, element[channel]);
             const int twin = slot == ROW || slot == ROW + 1 || slot == ROW + 2                         ? slot + 3
                              : slot == INVERSE_ROW || slot == INVERSE_ROW + 1 || slot == INVERSE_ROW + 2 ? slot + 3
                                                                                                          : -1;
             if (!Factored && twin >= 0) {
                 float other[PYLO_MAX_WIDTH];
-                fold_slot(rule, twin, mean, other);
+                fold_slot(rule, twin, scale, other);
                 for (int n = 0; n < PYLO_MAX_WIDTH; ++n) element[channel][n] += other[n];
             }
         }
         if constexpr (Factored)
             for (int k = 0; k < 6; ++k) {
-                const int row = (k < 3 ? ROW : INVERSE_ROW - 3) + k, col = row + 3;
-                fold_slot(rule, row, t.stat_squares[row], job.geometry.row_varies ? lane[k] : fixed[k]);
-                fold_slot(rule, col, t.stat_squares[col], job.geometry.row_varies ? fixed[k] : lane[k]);
+                const int row = statistic_slot(true, k), col = statistic_slot(false, k);
+                const float row_scale = t.norm_slices > 1 ? 1.0f : statistic_scale(job, row, 0);
+                const float col_scale = t.norm_slices > 1 ? 1.0f : statistic_scale(job, col, 0);
+                fold_slot(rule, row, row_scale, job.geometry.row_varies ? lane[k] : fixed[k]);
+                fold_slot(rule, col, col_scale, job.geometry.row_varies ? fixed[k] : lane[k]);
             }
     }
 
 private:
-    void fold_slot(const pylo_rule &rule, int slot, double mean_of_squares, float *to) const {
+    void fold_slot(const pylo_rule &rule, int slot, float scale, float *to) const {
         const bool used = rule.features >> slot & 1;
-        const float scale = used ? (float)inverse_root(mean_of_squares + (double)rule.norm_eps) : 0;
         const float *from = weights[0] + slot * padded[0];
         for (int n = 0; n < padded[0]; ++n) to[n] = used ? from[n] * scale : 0;
         for (int n = padded[0]; n < PYLO_MAX_WIDTH; ++n) to[n] = 0;
@@ -522,7 +551,8 @@ PYLO_FN void relu_layer(
 
 // What the statistic that varies along lanes contributes to a tile, for one slice.
 struct LaneTable {
-    int64_t slice;
+    int64_t slice, norm;
+    float element_scale[MAX_CHANNELS], fixed_scale[6];  // normalisers, if there are several slices of them
     alignas(64) float scale[3][TILE];
     alignas(64) float preactivation[PYLO_MAX_WIDTH][TILE];
 };
@@ -539,14 +569,24 @@ void fill_table(const Job &job, const Network &network, const Position &at, int6
     const pylo_tensor &t = *job.tensor;
     const int64_t step = job.geometry.lane_stat_step;
     alignas(64) float statistics[6][V * Vec::lanes];
+    float lane_scale[6] = {1, 1, 1, 1, 1, 1};
+    table.norm = at.norm;
+    if (t.norm_slices > 1) {
+        for (int channel = 0; channel < network.channels; ++channel)
+            table.element_scale[channel] = element_scale(job, Channels<true>::slot(channel), at.norm);
+        for (int k = 0; k < 6; ++k) {
+            lane_scale[k] = statistic_scale(job, statistic_slot(job.geometry.row_varies, k), at.norm);
+            table.fixed_scale[k] = statistic_scale(job, statistic_slot(!job.geometry.row_varies, k), at.norm);
+        }
+    }
     for (int k = 0; k < 3; ++k) {
         const float *value = lane_statistic(job, t.row, t.col, k, at.lane());
         const float *scale = lane_statistic(job, t.row_scale, t.col_scale, k, at.lane());
         for (int i = 0; i < V * Vec::lanes; ++i) {
             const bool inside = i < count;
             const float x = inside ? value[(first + i) * step] : 0.0f;
-            statistics[k][i] = x;
-            statistics[3 + k][i] = inverse_statistic(x);
+            statistics[k][i] = x * lane_scale[k];
+            statistics[3 + k][i] = inverse_statistic(x) * lane_scale[3 + k];
             table.scale[k][i] = inside ? scale[(first + i) * step] : 0.0f;
         }
     }
@@ -560,7 +600,7 @@ void fill_table(const Job &job, const Network &network, const Position &at, int6
     table.slice = at.slice;
 }
 
-void fill_fixed(const Job &job, const Position &at, Workplace &work) {
+void fill_fixed(const Job &job, const Position &at, const LaneTable &table, Workplace &work) {
     const pylo_tensor &t = *job.tensor;
     const Network &network = work.network;
     float statistics[6];
@@ -568,6 +608,8 @@ void fill_fixed(const Job &job, const Position &at, Workplace &work) {
         statistics[k] = fixed_statistic(job, t.row, t.col, k, at.fixed());
         statistics[3 + k] = inverse_statistic(statistics[k]);
     }
+    if (t.norm_slices > 1)
+        for (int k = 0; k < 6; ++k) statistics[k] *= table.fixed_scale[k];
     for (int unit = 0; unit < network.padded[0]; unit += Vec::lanes) {
         Vec sum(0.0f);
         for (int k = 0; k < 6; ++k) sum = madd(Vec(statistics[k]), Vec::load(network.fixed[k] + unit), sum);
@@ -575,8 +617,8 @@ void fill_fixed(const Job &job, const Position &at, Workplace &work) {
     }
 }
 
-// One tile of V vectors.
-template <bool Factored, int V>
+// One tile of V vectors. `Sliced`: of a tensor with several slices over which features are normalised.
+template <bool Factored, bool Sliced, int V>
 PYLO_FN void apply_tile(
     const Job &job, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale) {
     const pylo_tensor &t = *job.tensor;
@@ -593,6 +635,7 @@ PYLO_FN void apply_tile(
 #pragma GCC unroll 3
             for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(table->scale[k] + i * Vec::lanes);
         features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
+            if constexpr (Sliced) f = f * Vec(table->element_scale[channel]);
             f.store(in + (channel * V + i) * Vec::lanes);
         });
     }
@@ -643,7 +686,7 @@ PYLO_FN void prefetch_tile(const Job &job, int64_t index) {
     for (int k = 0; k < 3; ++k) prefetch(t.momentum[k], PYLO_FLOAT32, index);
 }
 
-template <bool Factored, int V>
+template <bool Factored, bool Sliced, int V>
 void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
@@ -659,18 +702,19 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
         Vec fixed_scale[3];
         if constexpr (Factored) {
             table = &work.tables[tables > 1 ? at.slice : 0];
-            if (table->slice != at.slice) fill_table<V>(job, work.network, at, first, count, *table);
-            fill_fixed(job, at, work);
+            if (table->slice != at.slice || table->norm != at.norm)
+                fill_table<V>(job, work.network, at, first, count, *table);
+            fill_fixed(job, at, *table, work);
             for (int k = 0; k < 3; ++k)
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         }
         window.load(job, at.memory + first * g.lane_step, count);
-        apply_tile<Factored, V>(job, work, window, table, fixed_scale);
+        apply_tile<Factored, Sliced, V>(job, work, window, table, fixed_scale);
         at = next;
     }
 }
 
-template <bool Factored>
+template <bool Factored, bool Sliced>
 void apply_part(const Job &job, Workplace &work) {
     work.network.fold<Factored>(job);
     for (int64_t first = job.part.lane_begin; first < job.part.lane_end;) {
@@ -678,21 +722,58 @@ void apply_part(const Job &job, Workplace &work) {
         const int take = vectors == 4 ? 2 : (int)smaller(vectors, TILE_VECTORS);  // four are better halved
         const int count = (int)smaller(left, take * Vec::lanes);
         if (take == 3)
-            apply_strip<Factored, 3>(job, work, first, count);
+            apply_strip<Factored, Sliced, 3>(job, work, first, count);
         else if (take == 2)
-            apply_strip<Factored, 2>(job, work, first, count);
+            apply_strip<Factored, Sliced, 2>(job, work, first, count);
         else
-            apply_strip<Factored, 1>(job, work, first, count);
+            apply_strip<Factored, Sliced, 1>(job, work, first, count);
         first += count;
     }
 }
 
+void adam(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    const pylo_step &step = *job.step;
+    alignas(64) float buffer[5][WIDE];
+    for (int64_t first = job.part.lane_begin; first < job.part.lane_end; first += WIDE) {
+        const int count = (int)smaller(WIDE, job.part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
+        const auto load = [&](void *base, int dtype, int stream) {
+            return load_lanes(base, dtype, first, 1, count, padded, 0, buffer[stream]);
+        };
+        const float *grad = load(const_cast<void *>(step.grad), step.grad_dtype, 0);
+        float *param = load(t.param, t.param_dtype, 1), *rms = load(t.rms, PYLO_FLOAT32, 2);
+        float *momentum = load(t.momentum[0], PYLO_FLOAT32, 3);
+        float *direction = t.direction ? buffer[4] : nullptr;
+        for (int lane = 0; lane < padded; lane += Vec::lanes) {
+            const Vec p = Vec::load(param + lane);
+            const Vec g = read_gradient(job, Vec::load(grad + lane), p);
+            Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
+            const Vec proposed = Vec(step.step_mult) * adam_step(*job.rule, step, g, m, r);
+            m.store(momentum + lane);
+            r.store(rms + lane);
+            if (direction)
+                proposed.store(direction + lane);
+            else
+                madd(Vec(-step.scale), proposed, Vec(step.keep) * p).store(param + lane);
+        }
+        store_lanes(t.momentum[0], PYLO_FLOAT32, first, 1, count, momentum);
+        store_lanes(t.rms, PYLO_FLOAT32, first, 1, count, rms);
+        if (direction)
+            store_lanes(t.direction, PYLO_FLOAT32, first, 1, count, direction);
+        else
+            store_lanes(t.param, t.param_dtype, first, 1, count, param);
+    }
+}
+
 void apply(const Job &job) {
+    if (job.rule->layers == 0) return adam(job);
     Workplace work;
     if (job.tensor->d0_axis < 0)
-        apply_part<false>(job, work);
+        apply_part<false, false>(job, work);
+    else if (job.tensor->norm_slices > 1)
+        apply_part<true, true>(job, work);
     else
-        apply_part<true>(job, work);
+        apply_part<true, false>(job, work);
 }
 
 }  // namespace

@@ -10,9 +10,9 @@
 #include "../core/geometry.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
-static_assert(sizeof(pylo_tensor) == 368, "");
-static_assert(sizeof(pylo_step) == 48, "");
-static_assert(sizeof(pylo_rule) == 108, "");
+static_assert(sizeof(pylo_tensor) == 432, "");
+static_assert(sizeof(pylo_step) == 56, "");
+static_assert(sizeof(pylo_rule) == 116, "");
 static_assert(sizeof(pylo_call) == 80, "");
 
 namespace {
@@ -108,8 +108,8 @@ struct Span {
 // Checks one record and appends its buffers to `spans`.
 class RecordCheck {
 public:
-    RecordCheck(const pylo_tensor &tensor, int64_t record, std::vector<Span> &spans)
-        : t_(tensor), record_(record), spans_(spans) {}
+    RecordCheck(const pylo_tensor &tensor, bool adam, int64_t record, std::vector<Span> &spans)
+        : t_(tensor), adam_(adam), record_(record), spans_(spans) {}
 
     int run() {
         if (t_.rank < 1 || t_.rank > PYLO_MAX_RANK)
@@ -125,20 +125,26 @@ public:
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
         if (int status = buffer("param", t_.param, local, (size_t)itemsize(t_.param_dtype))) return status;
         if (int status = buffer("rms", t_.rms, local, sizeof(float))) return status;
-        for (const float *momentum : t_.momentum)
+        for (const float *momentum : t_.momentum) {
             if (int status = buffer("momentum", momentum, local, sizeof(float))) return status;
-        if (int status = buffer("feature_sums", t_.feature_sums, PYLO_SLOTS, sizeof(double))) return status;
-        if (int status = buffer("stat_squares", t_.stat_squares, PYLO_SLOTS, sizeof(double))) return status;
+            if (adam_) break;
+        }
         if (t_.tensor_sums)
             if (int status = buffer("tensor_sums", t_.tensor_sums, PYLO_TENSOR_SUMS, sizeof(double))) return status;
         if (t_.direction)
             if (int status = buffer("direction", t_.direction, local, sizeof(float))) return status;
+        if (adam_) return t_.d0_axis == -1 && t_.d1_axis == -1 ? PYLO_OK : bad("d0_axis", "and d1_axis must be -1 for Adam");
+        if (int status = slices()) return status;
+        const int64_t sums = t_.norm_slices * PYLO_SLOTS;
+        if (int status = buffer("feature_sums", t_.feature_sums, sums, sizeof(double))) return status;
+        if (int status = buffer("stat_squares", t_.stat_squares, sums, sizeof(double))) return status;
         return t_.d0_axis < 0 ? unfactored(local) : factored();
     }
 
 private:
     int unfactored(int64_t local) {
         if (t_.d0_axis != -1 || t_.d1_axis != -1) return bad("d0_axis", "and d1_axis must both be -1 or neither");
+        if (t_.norm_slices != 1) return bad("norm_slices", "must be 1 without d0_axis");
         for (const float *diagonal : t_.diagonal)
             if (int status = buffer("diagonal", diagonal, local, sizeof(float))) return status;
         return PYLO_OK;
@@ -165,8 +171,17 @@ private:
 
     // Whether every element's entry lies inside a statistic that lacks the axis `missing`.
     int statistic(const char *name, const int64_t *stride, int missing, int64_t offset, int64_t numel) {
-        if (numel < 1 || numel > INT64_MAX / 64) return bad(name, "must have a positive number of entries");
         if (stride[missing] != 0) return bad(name, "must have stride 0 along axis %d", missing);
+        return entries(name, stride, offset, numel);
+    }
+
+    int slices() {
+        if (int status = entries("norm_slices", t_.norm_stride, t_.norm_offset, t_.norm_slices)) return status;
+        return t_.numel % t_.norm_slices == 0 ? PYLO_OK : bad("norm_slices", "must divide numel");
+    }
+
+    int entries(const char *name, const int64_t *stride, int64_t offset, int64_t numel) {
+        if (numel < 1 || numel > INT64_MAX / 512) return bad(name, "must have a positive number of entries");
         if (offset < 0 || offset >= numel) return bad(name, "the offset lies outside");
         int64_t last = offset;
         for (int axis = 0; axis < t_.rank; ++axis) {
@@ -198,6 +213,7 @@ private:
     }
 
     const pylo_tensor &t_;
+    const bool adam_;
     const int64_t record_;
     std::vector<Span> &spans_;
 };
@@ -214,13 +230,14 @@ int check_header(const pylo_call *call) {
 }
 
 int check_rule(const pylo_rule &rule) {
-    if (pylo::network_floats(rule) == 0)
+    const bool adam = rule.layers == 0;
+    if (!adam && pylo::network_floats(rule) == 0)
         return fail(PYLO_BAD_ARGUMENT,
                     "rule: %d layers; there may be 2 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
                     PYLO_MAX_LAYERS, PYLO_MAX_WIDTH);
     if (rule.features >> PYLO_SLOTS) return fail(PYLO_BAD_ARGUMENT, "rule: features names slots beyond %d", PYLO_SLOTS);
-    if (rule.measures != 0 && rule.measures != 1 && rule.measures != PYLO_TENSOR_SUMS)
-        return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0, 1 or %d", PYLO_TENSOR_SUMS);
+    if (rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))
+        return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0, 1 or, but for Adam, %d", PYLO_TENSOR_SUMS);
     if (!(rule.grad_clip > 0)) return fail(PYLO_BAD_ARGUMENT, "rule: grad_clip must be positive, or infinity for none");
     return PYLO_OK;
 }
@@ -248,7 +265,7 @@ int64_t partial_doubles(Stage stage, const pylo_tensor &t, const Geometry &g) {
         case MEASURE:
             return PYLO_TENSOR_SUMS;
         case DESCRIBE:
-            return PYLO_SLOTS;
+            return t.norm_slices * PYLO_SLOTS;
         default:
             return 0;
     }
@@ -272,12 +289,14 @@ void cut_record(Stage stage, const pylo_tensor &t, const Geometry &g, Cut &&cut)
             break;
         case MEASURE:
         case DESCRIBE:
-            lanes = std::min<int64_t>(lanes, 1 << 16);
+            lanes = std::min<int64_t>(lanes, stage == DESCRIBE && g.lane_norm_step ? 1 : 1 << 16);
             outer = (1 << 16) / lanes;
+            // Each part has sums of its own for all slices.
+            if (stage == DESCRIBE && t.norm_slices > 1) outer = std::max(outer, 512 * t.norm_slices / lanes);
             break;
         case APPLY:
             // Many rows of few lanes, so that what lanes contribute to the network is computed once for many rows.
-            lanes = std::min<int64_t>(lanes, t.d0_axis < 0 ? 1 << 15 : 768);
+            lanes = std::min<int64_t>(lanes, t.d0_axis < 0 ? 1 << 15 : g.lane_norm_step ? 1 : 768);
             outer = std::max<int64_t>((1 << 16) / lanes, 1);
             break;
     }
@@ -334,6 +353,9 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (call.threads < 1) return fail(PYLO_BAD_ARGUMENT, "threads must be positive, is %d", call.threads);
     if (!kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa))
         return fail(PYLO_NO_SUCH_ISA, "instruction set %d is not available here", call.isa);
+    const bool adam = call.rule->layers == 0;
+    if (adam && stage != MEASURE && stage != APPLY)
+        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only measure and apply");
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
@@ -352,7 +374,9 @@ int check_stage(Stage stage, const pylo_call &call) {
         const bool empty = pylo::local_numel(call.tensors[i]) == 0;
         if ((!step.grad && !empty) || !aligned(step.grad, (size_t)itemsize(step.grad_dtype)))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad is null or misaligned", record);
-        if (stage == APPLY && (!step.network || !aligned(step.network, sizeof(float))))
+        if (stage == APPLY && adam && !(step.momentum_correction > 0 && step.rms_correction > 0))
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
+        if (stage == APPLY && !adam && (!step.network || !aligned(step.network, sizeof(float))))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network is null or misaligned", record);
     }
     return PYLO_OK;
@@ -387,12 +411,12 @@ void merge(Stage stage, const pylo_call &call, const Plan &plan, const double *s
     const pylo_tensor &t = call.tensors[i];
     const int64_t first = plan.first_part[(size_t)i], end = plan.first_part[(size_t)i + 1];
     double *sums = stage == DESCRIBE ? t.feature_sums : stage == MEASURE ? t.tensor_sums : nullptr;
-    const int count = stage == DESCRIBE ? PYLO_SLOTS : stage == MEASURE ? PYLO_TENSOR_SUMS : 0;
+    const int64_t count = stage == DESCRIBE || stage == MEASURE ? partial_doubles(stage, t, plan.geometries[(size_t)i]) : 0;
     std::fill_n(sums, count, 0.0);
     if (stage == COLLECT) call.grad_squares[i] = 0;
     for (int64_t part = first; part < end; ++part) {
         const double *partial = scratch + plan.parts[(size_t)part].slot;
-        for (int k = 0; k < count; ++k) sums[k] += partial[k];
+        for (int64_t k = 0; k < count; ++k) sums[k] += partial[k];
         if (stage != COLLECT) continue;
         call.grad_squares[i] += partial[0];
         if (t.d0_axis >= 0) merge_lanes(t, plan.geometries[(size_t)i], partial + 1);
@@ -469,7 +493,7 @@ int32_t pylo_check(const pylo_call *call, uint64_t *token, int64_t *workspace_by
         std::vector<Span> spans;
         spans.reserve((size_t)call->count * 12);
         for (int64_t i = 0; i < call->count; ++i)
-            if (int status = RecordCheck(call->tensors[i], i, spans).run()) return status;
+            if (int status = RecordCheck(call->tensors[i], call->rule->layers == 0, i, spans).run()) return status;
         if (int status = check_overlaps(spans)) return status;
     } catch (const std::bad_alloc &) {
         return fail(PYLO_OUT_OF_MEMORY, "out of memory for the list of buffers");

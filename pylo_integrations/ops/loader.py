@@ -1,7 +1,7 @@
 """Finds the library of native kernels, loads it on first use, and says why when it cannot.
 
 The library has a plain C interface (``csrc/core/pylo.h``); the structures here and in
-:mod:`pylo_integrations.ops.native` mirror it, and its version is checked before anything is called.
+:mod:`pylo_integrations.ops.records` mirror it, and its version is checked before anything is called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -49,6 +49,8 @@ class RuleStruct(ctypes.Structure):
         ("exp_mult", ctypes.c_float),
         ("grad_clip", ctypes.c_float),
         ("grad_limit", ctypes.c_float),
+        ("adam_eps", ctypes.c_float),
+        ("adam_eps_root", ctypes.c_float),
         ("measures", ctypes.c_int32),
     ]
 

@@ -1,119 +1,106 @@
 """The stages of a step on the native CPU kernels: one call per stage for all tensors.
 
-A table describes every tensor to the library: its buffers and the roles of its axes. It is built when tensors are
-replaced; a step only refreshes what changes (gradients, learning rates). Sums leave one stage and enter the next as
-flat torch tensors, which is where a sharded run completes them. State and results are those of the reference backend,
-so backends may change in the middle of a run.
+A table describes what is here of every tensor to the library: its buffers and the roles of its axes. It is built when
+tensors are replaced; a step only refreshes what changes (gradients, learning rates). Sums leave one stage and enter the
+next as torch tensors, which is where a sharded run completes them. State and results are those of the reference
+backend, so backends may change in the middle of a run.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pylo_integrations.ops.loader import (
-    ABI_VERSION,
-    ISAS,
-    MAX_LAYERS,
-    MAX_RANK,
-    MAX_WIDTH,
-    SLOTS,
-    TENSOR_SUMS,
-    CallStruct,
-    Library,
-    RuleStruct,
+from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, Library, RuleStruct
+from pylo_integrations.ops.records import (
+    DTYPES,
+    Table,
+    norm_shape,
+    piece_order,
+    pieces_of,
+    record_axes,
+    same_format,
+    strides,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
+from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import CLIP, LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
+from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.mixture import MixtureRule
+from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
-from pylo_integrations.sharding.blocks import Bucket, Sums
-from pylo_integrations.sharding.layout import Box, TensorLayout
-from pylo_integrations.sharding.pieces import is_sharded
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Storage types of parameters and gradients, by their number in the interface; state is float32."""
+from pylo_integrations.sharding.blocks import Block, Bucket, Sums, by_tensors
+from pylo_integrations.sharding.layout import TensorLayout
+from pylo_integrations.sharding.pieces import Piece, local_part
 
 ZERO_NONFINITE = 1
 
-_TENSOR = np.dtype(
-    [
-        ("param", "u8"),
-        ("momentum", "u8", 3),
-        ("rms", "u8"),
-        ("diagonal", "u8", 3),
-        *((name, "u8") for name in ("row", "col", "row_scale", "col_scale", "row_sums", "col_sums")),
-        *((name, "u8") for name in ("feature_sums", "stat_squares", "tensor_sums", "direction")),
-        ("extent", "i8", MAX_RANK),
-        ("row_stride", "i8", MAX_RANK),
-        ("col_stride", "i8", MAX_RANK),
-        *((name, "i8") for name in ("row_offset", "col_offset", "row_numel", "col_numel")),
-        *((name, "i8") for name in ("d0_extent", "d1_extent", "d1_row_stride", "numel")),
-        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype")),
-    ]
-)
-_STEP = np.dtype(
-    [
-        ("grad", "u8"),
-        ("network", "u8"),
-        *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
-        *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
-    ]
-)
-
-
-NativeRule = SmallFC | MixtureRule
+NativeRule = SmallFC | MixtureRule | Celo2 | AdamW | CeloAdamRule
 """The rules that the kernels know."""
+
+_ADAM = AdamW | CeloAdamRule
+"""Those without a network."""
 
 _MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squares": slice(5, TENSOR_SUMS)}
 """Sums over parameters, momenta and second moment before the step, by the names under which rules know them."""
 
 
-def _measured(rule: Rule) -> list[str]:
-    """Which of them a rule asks for."""
+# -- rules as the library sees them ------------------------------------------------------------------------------------
+
+
+def _measured(rule: Rule, bucket: Bucket) -> list[str]:
+    """Which of :data:`_MEASURED` a rule asks for."""
     if isinstance(rule, VeLORule):
         return list(_MEASURED)
-    return ["param_squares"] if isinstance(rule, MixtureRule) else []
+    asks = isinstance(rule, MixtureRule) or (isinstance(rule, CeloAdamRule) and l2_penalty(bucket.group) != 0)
+    return ["param_squares"] if asks else []
 
 
 def _widths(rule: NativeRule) -> list[int]:
-    """Outputs of every layer of the network."""
+    """Outputs of every layer of the network; none without one."""
     if isinstance(rule, MixtureRule):
         return [shape[0] for name, shape in rule.parts.items() if name.startswith("b")]
-    return [len(bias) for bias in rule.biases]
+    return [] if isinstance(rule, _ADAM) else [len(bias) for bias in rule.biases]
+
+
+def _norm_axes(rule: NativeRule, layout: TensorLayout) -> list[int]:
+    return list(rule.norm_axes(layout) if isinstance(rule, MomentRule) else range(len(layout.shape)))
 
 
 def _rule_struct(rule: NativeRule, names: Sequence[str]) -> RuleStruct:
     """A rule as the library reads it; ``names`` are the library's slots."""
-    widths = _widths(rule)
-    measured = [_MEASURED[name].stop for name in _measured(rule)]
-    weights = rule.decays.weights(torch.device("cpu"), torch.float32)
-    struct = RuleStruct(
-        features=sum(1 << slot for slot in _slots(rule.features, names)),
-        layers=len(widths),
-        rms_eps=rule.rms_eps,
-        vector_momentum_eps=rule.vector_momentum_eps,
-        norm_eps=rule.norm_eps,
-        exp_mult=rule.exp_mult,
-        grad_clip=CLIP if isinstance(rule, MixtureRule) else math.inf,
-        grad_limit=LARGEST_GRADIENT,
-        measures=max(measured, default=0),
-    )
-    struct.width[: len(widths)] = widths
+    constants = rule.constants(torch.device("cpu"), torch.float32)
+    struct = RuleStruct(grad_clip=CLIP, grad_limit=LARGEST_GRADIENT)
     for kind in ("momentum", "factored"):
-        weight = weights[f"{kind}_weight"]
-        getattr(struct, f"{kind}_weight")[:] = weight.tolist()
-        getattr(struct, f"{kind}_keep")[:] = (1 - weight).tolist()
-    rms = weights["rms_weight"]
+        weights = constants.get(f"{kind}_weight", torch.empty(0))
+        getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
+        getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
+    rms = constants["rms_weight"]
     struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()
+    if isinstance(rule, _ADAM):
+        struct.adam_eps, struct.adam_eps_root = rule.eps, rule.eps_root
+        struct.measures = int(isinstance(rule, CeloAdamRule))
+        if not rule.clips:
+            struct.grad_clip = math.inf
+        return struct
+    widths = _widths(rule)
+    struct.layers = len(widths)
+    struct.width[: len(widths)] = widths
+    struct.features = sum(1 << slot for slot in _slots(rule.features, names))
+    struct.rms_eps, struct.vector_momentum_eps, struct.norm_eps = rule.rms_eps, rule.vector_momentum_eps, rule.norm_eps
+    struct.exp_mult = rule.exp_mult
+    struct.measures = TENSOR_SUMS if isinstance(rule, VeLORule) else int(isinstance(rule, MixtureRule))
+    if isinstance(rule, SmallFC):
+        struct.grad_clip = math.inf
     return struct
 
 
@@ -127,14 +114,14 @@ def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int]) -> Tens
 
     Args:
         layers: Weights ``(networks or 1, outputs, inputs)`` and biases ``(networks or 1, outputs)``.
-        slots: Of the inputs of the first layer.
+        slots: Of the inputs of the first layer; inputs beyond them are left out.
     """
     parts = []
     for index, (weight, bias) in enumerate(layers):
         matrix = weight.float().transpose(1, 2)
         if index == 0:
             spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
-            spread[:, slots] = matrix
+            spread[:, slots] = matrix[:, : len(slots)]
             matrix = spread
         rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
         parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
@@ -145,109 +132,72 @@ def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Ten
     """The network of a bucket's tensors; decisions of this step go before what theta fixes."""
     known = {**constants, **control}
     depth = next(layer for layer in itertools.count() if f"w{layer}" not in known)
-    pairs = [(known[f"w{layer}"], known[f"b{layer}"]) for layer in range(depth)]
-    return [(w if w.dim() == 3 else w.unsqueeze(0), b if b.dim() == 2 else b.unsqueeze(0)) for w, b in pairs]
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """A tensor's axes from the slowest to the fastest, neighbours of equal role merged, see ``pylo_tensor``."""
-
-    extent: tuple[int, ...]
-    row_stride: tuple[int, ...]
-    col_stride: tuple[int, ...]
-    row_offset: int = 0
-    col_offset: int = 0
-    d0_axis: int = -1
-    d1_axis: int = -1
-
-
-def _strides(shape: Sequence[int], missing: int) -> list[int]:
-    """Strides of a contiguous tensor of ``shape``, 0 along the axis of extent 1 that it averages over."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    strides[missing] = 0
-    return strides
-
-
-def memory_order(param: Tensor) -> list[int] | None:
-    """Axes of extent above 1 from the slowest to the fastest, or None if memory has gaps or overlaps."""
-    axes = sorted((a for a, n in enumerate(param.shape) if n > 1), key=param.stride, reverse=True)
-    step = 1
-    for axis in reversed(axes):
-        if param.stride(axis) != step:
-            return None
-        step *= param.shape[axis]
-    return axes
-
-
-def record_axes(layout: TensorLayout, order: Sequence[int], box: Box | None = None) -> _Axes | None:
-    """The axes of a box, or None if they are more than the library takes.
-
-    Args:
-        layout: Roles of the axes.
-        order: :func:`memory_order` of the parameter.
-        box: The piece of the tensor; by default all of it.
-    """
-    box = Box((0,) * len(layout.shape), layout.shape) if box is None else box
-    if layout.factored is None:
-        return _Axes((box.numel,), (0,), (0,))
-    d1, d0 = layout.factored
-    row, col = _strides(layout.without(d0), d0), _strides(layout.without(d1), d1)
-    extent: list[int] = []
-    row_stride: list[int] = []
-    col_stride: list[int] = []
-    role: list[int] = []
-    for axis in [axis for axis in (d1, d0) if axis not in order] + list(order):
-        n = box.shape[axis]
-        other = axis not in (d1, d0)
-        if other and role and role[-1] == -1 and (row_stride[-1], col_stride[-1]) == (row[axis] * n, col[axis] * n):
-            extent[-1] *= n
-            row_stride[-1], col_stride[-1] = row[axis], col[axis]
-            continue
-        extent.append(n)
-        row_stride.append(row[axis])
-        col_stride.append(col[axis])
-        role.append(-1 if other else axis)
-    if len(extent) > MAX_RANK:
-        return None
-    return _Axes(
-        tuple(extent),
-        tuple(row_stride),
-        tuple(col_stride),
-        sum(start * stride for start, stride in zip(box.start, row, strict=True)),
-        sum(start * stride for start, stride in zip(box.start, col, strict=True)),
-        role.index(d0),
-        role.index(d1),
-    )
+    return [(known[f"w{layer}"], known[f"b{layer}"]) for layer in range(depth)]
 
 
 def obstacle(rule: Rule, bucket: Bucket) -> str | None:
-    """Why the native kernels cannot step a bucket, in words; None if they can."""
+    """Why the native kernels cannot step a bucket, on any rank, in words; None if they can."""
     if not isinstance(rule, NativeRule):
         return f"they do not know the rule {type(rule).__name__}"
     widths = _widths(rule)
-    if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
+    if widths and (not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH):
         return f"layers of {widths} units are more or wider than they take"
-    if any(map(is_sharded, bucket.params)):
-        return "its tensors are sharded"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
-    for param, state in zip(bucket.params, bucket.states, strict=True):
-        if param.dtype not in DTYPES:
-            return f"its parameters are {param.dtype}"
-        order = memory_order(param)
-        if order is None:
-            return f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, with gaps or overlaps"
-        if record_axes(bucket.layout, order) is None:
-            return f"its shape {bucket.layout.shape} has too many axes of different roles"
+    dtype = bucket.params[0].dtype
+    return None if dtype in DTYPES else f"its parameters are {dtype}"
+
+
+def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
+    """Why they cannot step what this process holds of it, which may lie in memory otherwise than on other ranks."""
+    factored = not isinstance(rule, _ADAM)
+    for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+        local = local_part(param)
+        for piece in pieces_of(bucket, position):
+            order = piece_order(piece, local)
+            if order is None:
+                return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
+            if factored and record_axes(bucket.layout, order, piece.box, _norm_axes(rule, bucket.layout)) is None:
+                return f"its shape {bucket.layout.shape} has too many axes of different roles"
         for name, value in state.items():
             if name.startswith(("momentum", "rms", "diagonal")):
-                fits = _same_format(value, param)
+                fits = not local.numel() or same_format(local_part(value), local)
             else:
                 fits = value.is_contiguous()
             if not fits:
-                return f"the state {name} of a parameter of shape {tuple(param.shape)} has another memory format"
+                return f"the state {name} of a parameter of shape {tuple(local.shape)} has another memory format"
     return None
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+class _Layer:
+    """The ``number``-th piece of every tensor that has so many, as one table, and the buffers for its sums.
+
+    Attributes:
+        members: For each bucket, the positions of these tensors in it.
+        rows: For each bucket, its records in the table.
+        collected: For each bucket, sums of squared gradients by name, ``(members, 1, *axes)``.
+        described: For each bucket, sums of squared features, ``(members, norm slices, SLOTS)``.
+        measured: For each bucket, ``(members, TENSOR_SUMS)``.
+        owners: Of every record, the position of its tensor among those of all buckets.
+        offsets: Of every record, where it begins in the local tensor, in elements.
+    """
+
+    def __init__(self, table: Table, buckets: Sequence[Bucket], members: list[list[int]], slices: list[int]) -> None:
+        self.table = table
+        self.members = members
+        ends = list(itertools.accumulate(map(len, members), initial=0))
+        self.rows = [slice(first, end) for first, end in itertools.pairwise(ends)]
+        self.collected = [_empty_sums(*pair) for pair in zip(buckets, members, strict=True)]
+        self.described = [
+            torch.zeros(len(mine), count, SLOTS, dtype=torch.float64)
+            for mine, count in zip(members, slices, strict=True)
+        ]
+        self.measured = [torch.zeros(len(mine), TENSOR_SUMS, dtype=torch.float64) for mine in members]
+        self.owners = np.zeros(ends[-1], np.int64)
+        self.offsets = np.zeros(ends[-1], np.uint64)
 
 
 class NativeStages:
@@ -258,7 +208,7 @@ class NativeStages:
     Args:
         library: The loaded library.
         rule: The mathematics.
-        buckets: What to step; :func:`obstacle` must be None for each.
+        buckets: What to step; there must be no :func:`obstacle` or :func:`local_obstacle`.
         isa: Instruction set, by default the best one of this machine.
 
     Raises:
@@ -266,120 +216,154 @@ class NativeStages:
     """
 
     def __init__(self, library: Library, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
-        self._library = library
+        names = library.feature_names()
+        self._rule = rule
         self._buckets = buckets
-        self._slots = _slots(rule.features, library.feature_names())
-        self._step_mult = rule.step_mult
-        self._rule = _rule_struct(rule, library.feature_names())
-        self._measures = _measured(rule)
-        count = sum(map(len, buckets))
-        ends = list(itertools.accumulate(map(len, buckets), initial=0))
-        self._rows = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket in the table
-        self._collected = [_empty_sums(bucket) for bucket in buckets]
-        self._scales = [
-            {name: sums.new_empty(3 * sums.numel(), dtype=torch.float32) for name, sums in c.items()}
-            for c in self._collected
+        self._struct = _rule_struct(rule, names)
+        self._norm_axes = [_norm_axes(rule, bucket.layout) for bucket in buckets]
+        slices = [
+            math.prod(norm_shape(bucket.layout, axes)) for bucket, axes in zip(buckets, self._norm_axes, strict=True)
         ]
-        self._described = torch.zeros(count, SLOTS, dtype=torch.float64)
-        self._statistics = torch.zeros(count, SLOTS, dtype=torch.float64)
-        self._grad_squares = torch.zeros(count, dtype=torch.float64)
-        self._measured = torch.zeros(count, TENSOR_SUMS, dtype=torch.float64)
-        self._tensors = np.zeros(count, _TENSOR)
-        for index in range(len(buckets)):
-            self._fill_records(index)
+        self._slots = [
+            _slots(rule.features_of(bucket.layout), names) if isinstance(rule, MomentRule) else [] for bucket in buckets
+        ]
+        self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
+        ends = list(itertools.accumulate(map(len, buckets), initial=0))
+        self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
+        self._sharded = any(local_part(param) is not param for bucket in buckets for param in bucket.params)
+        # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
+        self._layers: list[_Layer] = []
+        for number in itertools.count():
+            members = [[i for i in range(len(b)) if len(pieces_of(b, i)) > number] for b in buckets]
+            if number and not any(members):
+                break
+            table = Table(library, self._struct, sum(map(len, members)), isa)
+            self._layers.append(_Layer(table, buckets, members, slices))
+        first = self._layers[0]
+        self._scales = [
+            {name: sums.new_empty(len(sums), 3, *sums.shape[2:], dtype=torch.float32) for name, sums in c.items()}
+            for c in first.collected
+        ]
+        self._statistics = [torch.zeros_like(described) for described in first.described]
+        for number, layer in enumerate(self._layers):
+            for index, mine in enumerate(layer.members):
+                for row, position in enumerate(mine):
+                    self._fill_record(number, index, row, position)
+            layer.table.check()
+        self._params = [param for bucket in buckets for param in bucket.params]
+        self._states = [state for bucket in buckets for state in bucket.states]
         self._known_addresses = self._addresses()
-        self._steps = np.zeros(count, _STEP)
         self._grads: list[Tensor] = []
-        self._call = CallStruct(
-            abi_version=ABI_VERSION,
-            size=ctypes.sizeof(CallStruct),
-            rule=ctypes.pointer(self._rule),
-            tensors=self._tensors.ctypes.data,
-            steps=self._steps.ctypes.data,
-            count=count,
-            grad_squares=self._grad_squares.data_ptr(),
-            threads=1,
-            isa=ISAS[isa] if isa else 0,
-        )
-        self._call.token, size = library.check(self._call)
-        self._workspace = torch.empty(size // 8 + 8, dtype=torch.float64)
-        self._call.workspace = -(-self._workspace.data_ptr() // 64) * 64
-        self._call.workspace_bytes = size
+        self._grad_formats: list[tuple[Any, ...]] = []  # strides and dtypes that the kernels read as they are
+        self._grad_sizes = np.zeros(len(self._params), np.uint64)
 
-    def _fill_records(self, index: int) -> None:
-        bucket, first = self._buckets[index], self._rows[index].start
-        layout, sums, scales = bucket.layout, self._collected[index], self._scales[index]
-        for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
-            record = self._tensors[first + position]
-            box = bucket.held[position].pieces[0].box if bucket.held else None
-            axes = record_axes(layout, memory_order(param) or (), box)
-            assert axes is not None, "see obstacle()"
-            rank = len(axes.extent)
-            for name in ("row_offset", "col_offset", "d0_axis", "d1_axis"):
-                record[name] = getattr(axes, name)
-            for name in ("extent", "row_stride", "col_stride"):
-                record[name][:rank] = getattr(axes, name)
-            record["rank"], record["numel"], record["param_dtype"] = rank, layout.numel, DTYPES[param.dtype]
-            record["param"], record["rms"] = param.data_ptr(), state["rms"].data_ptr()
-            record["momentum"] = [state[name].data_ptr() for name in MOMENTUM]
-            record["feature_sums"] = self._described[first + position].data_ptr()
-            record["tensor_sums"] = self._measured[first + position].data_ptr()
-            record["stat_squares"] = self._statistics[first + position].data_ptr()
-            if layout.factored is None:
-                record["diagonal"] = [state[name].data_ptr() for name in DIAGONAL]
-                continue
-            d1, d0 = layout.factored
-            record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
-            record["d1_row_stride"] = _strides(layout.without(d0), d0)[d1]
-            for name in ("row", "col"):
-                numel = sums[name][position].numel()
-                record[f"{name}_numel"] = numel
-                record[name] = state[name].data_ptr()
-                record[f"{name}_sums"] = sums[name][position].data_ptr()
-                record[f"{name}_scale"] = scales[name][3 * numel * position :].data_ptr()
+    def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
+        """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
+        layer, bucket, layout = self._layers[number], self._buckets[index], self._buckets[index].layout
+        state, piece = bucket.states[position], pieces_of(bucket, position)[number]
+        param = local_part(bucket.params[position])
+        where = layer.rows[index].start + row
+        record = layer.table.tensors[where]
+        layer.owners[where] = self._tensors[index].start + position
+        layer.offsets[where] = piece.offset or 0
+        record["param"], record["param_dtype"] = _address(param, piece), DTYPES[param.dtype]
+        record["numel"] = layout.numel
+        record["rms"] = _address(local_part(state["rms"]), piece)
+        momentum = [name for name in MOMENTUM if name in state]
+        record["momentum"][: len(momentum)] = [_address(local_part(state[name]), piece) for name in momentum]
+        record["tensor_sums"] = layer.measured[index][row].data_ptr()
+        if isinstance(self._rule, _ADAM):
+            record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
+            record["extent"][0] = piece.box.numel
+            return
+        axes = record_axes(layout, piece_order(piece, param) or (), piece.box, self._norm_axes[index])
+        assert axes is not None, "see local_obstacle()"
+        record["rank"] = rank = len(axes.extent)
+        for name in ("row_offset", "col_offset", "norm_offset", "d0_axis", "d1_axis"):
+            record[name] = getattr(axes, name)
+        for name in ("extent", "row_stride", "col_stride", "norm_stride"):
+            record[name][:rank] = getattr(axes, name)
+        record["norm_slices"] = layer.described[index].shape[1]
+        record["feature_sums"] = layer.described[index][row].data_ptr()
+        record["stat_squares"] = self._statistics[index][position].data_ptr()
+        if layout.factored is None:
+            record["diagonal"] = [_address(local_part(state[name]), piece) for name in DIAGONAL]
+            return
+        d1, d0 = layout.factored
+        record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
+        record["d1_row_stride"] = strides(layout.without(d0), [d0])[d1]
+        for name in ("row", "col"):
+            sums = layer.collected[index][name][row]
+            record[f"{name}_numel"] = sums.numel()
+            record[name] = state[name].data_ptr()
+            record[f"{name}_sums"] = sums.data_ptr()
+            record[f"{name}_scale"] = self._scales[index][name][position].data_ptr()
 
     def _addresses(self) -> list[int]:
-        return [
-            tensor.data_ptr()
-            for bucket in self._buckets
-            for param, state in zip(bucket.params, bucket.states, strict=True)
-            for tensor in (param, *state.values())
-        ]
+        # Every step asks, of every tensor: no loop of Python's own.
+        states: Iterator[Tensor] = itertools.chain.from_iterable(map(dict.values, self._states))
+        tensors = itertools.chain(self._params, states)
+        return list(map(Tensor.data_ptr, map(local_part, tensors) if self._sharded else tensors))
 
     def is_current(self) -> bool:
         """Whether all memory is where it was when the table was built. Other code may give a parameter new storage."""
         return self._known_addresses == self._addresses()
 
+    def release_gradients(self) -> None:
+        """Let go of the last step's gradients, which would outlive ``zero_grad()``."""
+        self._grads = []
+
+    def _run(self, stage: str) -> None:
+        for layer in self._layers:
+            layer.table.run(stage)
+
     def collect(self, ctx: StepContext) -> list[Sums]:
         """The rule's sums before any state may change, for every bucket; float64. Changes nothing else."""
-        self._grads = [
-            _in_format_of(param, grad)
-            for bucket in self._buckets
-            for param, grad in zip(bucket.params, bucket.grads, strict=True)
-        ]
-        self._steps["grad"] = [grad.data_ptr() for grad in self._grads]
-        self._steps["grad_dtype"] = [DTYPES[grad.dtype] for grad in self._grads]
+        self._read_gradients()
         self._read_policy(ctx)
-        self._run("collect")
-        if self._measures:
+        if not isinstance(self._rule, _ADAM):
+            self._run("collect")
+        measured = [_measured(self._rule, bucket) for bucket in self._buckets]
+        if any(measured):
             self._run("measure")
+        first, *others = self._layers
+        for layer in others:
+            for index, members in enumerate(layer.members):
+                for name, share in layer.collected[index].items():
+                    first.collected[index][name][members] += share
+                first.measured[index][members] += layer.measured[index]
         return [
-            sums | {name: self._over_tensors(self._measured[rows, _MEASURED[name]], bucket) for name in self._measures}
-            for bucket, rows, sums in zip(self._buckets, self._rows, self._collected, strict=True)
+            first.collected[index]
+            | {name: _over_tensors(first.measured[index][:, _MEASURED[name]], bucket) for name in measured[index]}
+            for index, bucket in enumerate(self._buckets)
         ]
+
+    def _read_gradients(self) -> None:
+        given = list(itertools.chain.from_iterable(bucket.grads for bucket in self._buckets))
+        formats = list(zip(map(Tensor.stride, given), [grad.dtype for grad in given], strict=True))
+        if formats == self._grad_formats:
+            self._grads = given
+        else:
+            pairs = zip(map(local_part, self._params), given, strict=True)
+            self._grads = [_in_format_of(param, grad) for param, grad in pairs]
+            as_given = all(map(operator.is_, self._grads, given))
+            self._grad_formats = formats if as_given else []
+            self._grad_sizes = np.array([grad.element_size() for grad in self._grads], np.uint64)
+            dtypes = np.array([DTYPES[grad.dtype] for grad in self._grads], np.int32)
+            for layer in self._layers:
+                layer.table.steps["grad_dtype"] = dtypes[layer.owners]
+        addresses = np.array(list(map(Tensor.data_ptr, self._grads)), np.uint64)
+        for layer in self._layers:
+            layer.table.steps["grad"] = addresses[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
 
     def _read_policy(self, ctx: StepContext) -> None:
-        self._steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
         clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
-        for bucket, rows in zip(self._buckets, self._rows, strict=True):
-            group = bucket.group
-            self._steps["grad_scale"][rows] = -clip_scale if group["maximize"] else clip_scale
-            self._steps["l2"][rows] = l2_penalty(group)
-
-    @staticmethod
-    def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
-        """Sums over whole tensors, ``(tensors, channels)``, with an axis of extent 1 for each of theirs."""
-        return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
+        for layer in self._layers:
+            steps = layer.table.steps
+            steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
+            for bucket, rows in zip(self._buckets, layer.rows, strict=True):
+                steps["grad_scale"][rows] = -clip_scale if bucket.group["maximize"] else clip_scale
+                steps["l2"][rows] = l2_penalty(bucket.group)
 
     def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
         """Update factored state from the complete sums of :meth:`collect`.
@@ -389,72 +373,157 @@ class NativeStages:
             ctx: For the gradients' scale, which may have been found since they were collected.
         """
         self._read_policy(ctx)
-        for ours, sums in zip(self._collected, collected, strict=True):
+        if isinstance(self._rule, _ADAM):
+            return
+        first = self._layers[0]
+        for ours, sums in zip(first.collected, collected, strict=True):
             for name, total in ours.items():
                 if sums[name] is not total:
                     total.copy_(sums[name])
-        self._run("prepare")
+        first.table.run("prepare")
+        for index, statistics in enumerate(self._statistics):
+            if statistics.shape[1] > 1:
+                self._normalise_statistics_(index)
+
+    def _normalise_statistics_(self, index: int) -> None:
+        """Mean squares of the row and column features of every slice over which a bucket's features are normalised."""
+        bucket, axes = self._buckets[index], self._norm_axes[index]
+        shape = norm_shape(bucket.layout, axes)
+        for name in ("row", "col"):
+            value = bucket.stack(name).double()
+            for square, feature in ((value.square(), name), ((value + 1e-8).reciprocal(), f"inverse_{name}")):
+                mean = square.mean([axis + 2 for axis in axes], keepdim=True)
+                slot = self._statistic_slots[feature]
+                of_slices = mean.expand(-1, -1, *shape).flatten(2).transpose(1, 2)
+                self._statistics[index][:, :, slot : slot + 3] = of_slices
 
     def describe(self) -> list[Sums]:
-        """Sums of squared features for every bucket, float64 ``(tensors, 30, *ones)``. Changes nothing else."""
+        """Sums of squared features for every bucket, ``(tensors, norm slices, 30)``. Changes nothing else."""
+        if isinstance(self._rule, _ADAM):
+            return [{}] * len(self._buckets)
         self._run("describe")
-        return [
-            {"features": self._over_tensors(self._described[rows], bucket)}
-            for bucket, rows in zip(self._buckets, self._rows, strict=True)
-        ]
+        first, *others = self._layers
+        for layer in others:
+            for total, share, members in zip(first.described, layer.described, layer.members, strict=True):
+                total[members] += share
+        return [{"features": described} for described in first.described]
 
     def apply_(
         self,
         controls: Sequence[Control],
-        constants: Mapping[str, Tensor],
+        ctx: StepContext,
         keep_and_scale: Sequence[tuple[float | Tensor, float | Tensor]],
     ) -> None:
         """Update parameter-shaped state and parameters from the complete sums of :meth:`describe`, in place.
 
         Args:
             controls: Of every bucket.
-            constants: Of the rule.
+            ctx: With the rule's constants.
             keep_and_scale: Of every bucket, see :mod:`pylo_integrations.decay`.
         """
-        networks = []
-        for rows, control, (keep, scale) in zip(self._rows, controls, keep_and_scale, strict=True):
-            network = _pack(_layers(constants, control), self._slots)
-            step = network.element_size() * network.shape[1] if len(network) > 1 else 0
-            self._steps["network"][rows] = network.data_ptr() + step * np.arange(
-                rows.stop - rows.start, dtype=np.uint64
-            )
-            networks.append(network)  # alive until the call returns
-            self._steps["keep"][rows], self._steps["scale"][rows] = float(keep), float(scale)
-            step_mult = torch.tensor(self._step_mult)
-            for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
-                step_mult = step_mult * control.get(factor, 1.0)
-            self._steps["step_mult"][rows] = step_mult.numpy()
+        networks = self._read_decisions(controls, ctx)
+        for layer in self._layers:
+            for rows, (keep, scale) in zip(layer.rows, keep_and_scale, strict=True):
+                layer.table.steps["keep"][rows], layer.table.steps["scale"][rows] = float(keep), float(scale)
         self._run("apply")
-        self._grads = []  # or they would outlive zero_grad()
+        del networks  # which had to live until here
 
-    def _run(self, stage: str) -> None:
-        self._call.threads = torch.get_num_threads()
-        self._library.run(stage, self._call)
+    def propose_(
+        self, blocks: Sequence[Sequence[Block]], controls: Sequence[Control], ctx: StepContext
+    ) -> list[Iterator[Tensor]]:
+        """As :meth:`apply_`, but for a rule that finishes: parameters stay, and the proposed steps are returned.
+
+        Only those of a block's tensors are held at a time.
+
+        Args:
+            blocks: Of every bucket, what steps to return.
+            controls: Of every bucket.
+            ctx: With the rule's constants.
+
+        Returns:
+            For every bucket an iterator over the steps of its blocks, ``(tensors, 1, *box)``.
+        """
+        networks = self._read_decisions(controls, ctx)
+        return [self._propose_bucket_(index, mine, networks) for index, mine in enumerate(blocks)]
+
+    def _propose_bucket_(self, index: int, blocks: Sequence[Block], networks: list[Tensor]) -> Iterator[Tensor]:
+        # `networks` is memory that the table refers to: this iterator keeps it alive.
+        bucket = self._buckets[index]
+        for pieces in by_tensors(blocks):
+            tensors = pieces[0].tensors
+            steps = [torch.empty_like(local_part(p), dtype=torch.float32) for p in bucket.params[tensors]]
+            for number, layer in enumerate(self._layers):
+                start = self._tensors[index].start
+                rows = slice(*np.searchsorted(layer.owners, [start + tensors.start, start + tensors.stop]).tolist())
+                records = layer.table.tensors
+                for row in range(rows.start, rows.stop):
+                    position = int(layer.owners[row]) - start
+                    piece = pieces_of(bucket, position)[number]
+                    records["direction"][row] = _address(steps[position - tensors.start], piece)
+                layer.table.run_some("apply", rows)
+                records["direction"][rows] = 0
+            cuts = [block.cut(steps) for block in reversed(pieces)]
+            del steps  # so that they are gone when whoever takes the last cut lets go of it
+            while cuts:
+                yield cuts.pop()
+
+    def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
+        """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
+        networks: dict[tuple[int, ...], Tensor] = {}
+        for index, control in enumerate(controls):
+            values: dict[str, Any] = {}
+            if isinstance(self._rule, _ADAM):
+                values["momentum_correction"], values["rms_correction"] = self._rule.corrections(ctx.iteration)
+            else:
+                layers = _layers(ctx.constants, control)
+                key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
+                if key not in networks:
+                    batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
+                    networks[key] = _pack(batched, self._slots[index])
+                network = networks[key]
+                each = network.element_size() * network.shape[1] if len(network) > 1 else 0
+                count = len(self._buckets[index])
+                values["network"] = network.data_ptr() + each * np.arange(count, dtype=np.uint64)
+            # A rule that finishes scales its steps then.
+            mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
+            for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
+                mult = control[factor] * mult if factor in control else mult
+            values["step_mult"] = mult.numpy() if isinstance(mult, Tensor) else mult
+            for layer in self._layers:
+                rows, members = layer.rows[index], layer.members[index]
+                for name, value in values.items():
+                    of_members = value[members] if isinstance(value, np.ndarray) and value.size > 1 else value
+                    layer.table.steps[name][rows] = of_members
+        first, *others = self._layers
+        for layer in others:
+            for share, total, members in zip(layer.described, first.described, layer.members, strict=True):
+                share.copy_(total[members])
+        return list(networks.values())
 
 
-def _empty_sums(bucket: Bucket) -> dict[str, Tensor]:
-    if bucket.layout.factored is None:
+def _address(local: Tensor, piece: Piece) -> int:
+    """Where a piece of a local tensor begins."""
+    return local.data_ptr() + (piece.offset or 0) * local.element_size()
+
+
+def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
+    """Sums over whole tensors, ``(tensors, channels)``, with an axis of extent 1 for each of theirs."""
+    return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
+
+
+def _empty_sums(bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
+    if bucket.layout.factored is None or "row" not in bucket.states[0]:
         return {}
     d1, d0 = bucket.layout.factored
     return {
-        name: torch.zeros(len(bucket), 1, *bucket.layout.without(axis), dtype=torch.float64)
+        name: torch.zeros(len(members), 1, *bucket.layout.without(axis), dtype=torch.float64)
         for name, axis in (("row", d0), ("col", d1))
     }
 
 
 def _in_format_of(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient in the memory format of its parameter and a type that the library reads; a copy if need be."""
-    if grad.dtype in DTYPES and _same_format(grad, param):
+    if grad.dtype in DTYPES and same_format(grad, param):
         return grad
     dtype = grad.dtype if grad.dtype in DTYPES else torch.float32
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(grad)
-
-
-def _same_format(tensor: Tensor, param: Tensor) -> bool:
-    """Whether equal offsets are equal elements; strides of axes with one element mean nothing."""
-    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())

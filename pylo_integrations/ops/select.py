@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Literal, cast, get_args
 
 from pylo_integrations.ops import loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
-from pylo_integrations.ops.native import NativeRule, NativeStages, obstacle
+from pylo_integrations.ops.loader import Library
+from pylo_integrations.ops.native import NativeRule, NativeStages, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 
@@ -48,10 +49,12 @@ def select_local(backend: Backend) -> Local:
     return CompiledLocal() if backend == "compile" else as_written
 
 
-def select_native(
-    backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]
-) -> dict[tuple[int, ...], NativeStages]:
-    """Native stages by the indices of the buckets that they step; the rest is left to the rules' own functions.
+def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> tuple[list[int], list[int]]:
+    """Which buckets are for the native kernels.
+
+    Returns:
+        The indices of those that they can step here, and of those that they could step but for what may differ between
+        processes: whether there is a library, and how a tensor lies in memory.
 
     Raises:
         RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
@@ -60,18 +63,33 @@ def select_native(
     if backend == "compile":
         for device in {bucket.device for bucket in buckets}:
             check_compiler(device)
-    library = None if backend in ("reference", "compile") else loader.load()
-    if library is None or isinstance(library, str):
-        return {}
-    able: dict[NativeRule, list[int]] = {}
+    able: list[int] = []
+    unable: list[int] = []
+    if backend in ("reference", "compile"):
+        return able, unable
+    missing = isinstance(loader.load(), str)
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
         reason = obstacle(rule, bucket)
-        if reason is None and isinstance(rule, NativeRule):
-            able.setdefault(rule, []).append(index)
+        if reason is None and not missing and (reason := local_obstacle(cast(NativeRule, rule), bucket)) is None:
+            able.append(index)
         elif backend == "native":
             raise RuntimeError(
                 f"backend='native' cannot step a tensor of shape {bucket.layout.shape}: {reason}; use backend='auto'"
             )
+        elif obstacle(rule, bucket) is None:
+            unable.append(index)
+    return able, unable
+
+
+def native_stages(
+    rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
+) -> dict[tuple[int, ...], NativeStages]:
+    """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
+    library = loader.load()
+    by_rule: dict[NativeRule, list[int]] = {}
+    for index in indices:
+        by_rule.setdefault(cast(NativeRule, rules[index]), []).append(index)
     return {
-        tuple(indices): NativeStages(library, rule, [buckets[i] for i in indices]) for rule, indices in able.items()
+        tuple(mine): NativeStages(cast(Library, library), rule, [buckets[i] for i in mine])
+        for rule, mine in by_rule.items()
     }

@@ -49,6 +49,12 @@ class AdamW(Rule):
         weights = 1 - torch.tensor(rounded_to_float32(self.betas), dtype=dtype, device=device)
         return {"momentum_weight": weights[:1], "rms_weight": weights[1:]}
 
+    def corrections(self, iteration: int) -> tuple[float, float]:
+        """Divisors of both averages after ``iteration`` earlier steps."""
+        if not self.bias_correction:
+            return 1.0, 1.0
+        return 1 - self.betas[0] ** (iteration + 1), 1 - self.betas[1] ** (iteration + 1)
+
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update both averages."""
         grad = read_clipped_gradient(block, ctx) if self.clips else read_gradient(block, ctx)
@@ -60,6 +66,6 @@ class AdamW(Rule):
         """The momentum over the root of the second moment."""
         momentum, rms = block.load(_MOMENTUM), block.load(RMS)
         if self.bias_correction:
-            for average, beta in ((momentum, self.betas[0]), (rms, self.betas[1])):
-                average.div_(1 - beta ** (ctx.iteration + 1))
+            for average, correction in zip((momentum, rms), self.corrections(ctx.iteration), strict=True):
+                average.div_(correction)
         return momentum.div_(rms.add_(self.eps_root).sqrt_().add_(self.eps))

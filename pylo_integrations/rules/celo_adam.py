@@ -42,6 +42,9 @@ class CeloAdamRule(Rule):
     Attributes:
         controller: Weights of the LSTM, by the reference's names.
         step_mult: Adam's learning rate before the learned factor.
+        eps: Added to the root of the second moment.
+        eps_root: Added to the second moment under the root.
+        clips: Whether the gradient is clipped element by element.
     """
 
     controller: Mapping[str, Tensor]
@@ -49,6 +52,9 @@ class CeloAdamRule(Rule):
 
     needs_loss: ClassVar[bool] = True
     needs_horizon: ClassVar[bool] = True
+    eps: ClassVar[float] = 1e-8
+    eps_root: ClassVar[float] = 1e-10
+    clips: ClassVar[bool] = True
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], *, step_mult: float = 1e-3) -> CeloAdamRule:
@@ -82,6 +88,11 @@ class CeloAdamRule(Rule):
         hidden = global_lstm_step_(objective(buckets, sums, ctx, start), ctx)
         return [{"lr_mult": global_lr_mult(hidden, ctx.constants)}] * len(buckets)
 
+    def corrections(self, iteration: int) -> tuple[float, float]:
+        """Divisors of both averages after ``iteration`` earlier steps."""
+        (beta,), (rms_beta,) = DECAYS.momentum, DECAYS.rms
+        return 1 - beta ** (iteration + 1), 1 - rms_beta ** (iteration + 1)
+
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the moments."""
         grad = read_clipped_gradient(block, ctx)
@@ -91,12 +102,11 @@ class CeloAdamRule(Rule):
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Adam's step at the learned rate."""
-        (beta,), (rms_beta,) = DECAYS.momentum, DECAYS.rms
-        taken = ctx.iteration + 1
-        momentum = block.load(("momentum_0",)).div_(1 - beta**taken)
-        root = block.load(("rms",)).div_(1 - rms_beta**taken).add_(1e-10).sqrt_()
+        correction, rms_correction = self.corrections(ctx.iteration)
+        momentum = block.load(("momentum_0",)).div_(correction)
+        root = block.load(("rms",)).div_(rms_correction).add_(self.eps_root).sqrt_()
         rate = (control["lr_mult"] * self.step_mult).view(-1, *(1,) * (momentum.dim() - 1))
-        return momentum.mul_(rate).div_(root.add_(1e-8))
+        return momentum.mul_(rate).div_(root.add_(self.eps))
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The loss features."""

@@ -130,20 +130,21 @@ class Block:
     def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [self.piece.view(local_part(tensor))[self._index] for tensor in tensors]
 
-    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        views = self._views(tensors[self.tensors])
+    def cut(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This box of tensors shaped like its parameters, one for each, ``(tensors, 1, *box)``; may alias them."""
+        views = self._views(tensors)
         stacked = views[0].unsqueeze(0) if len(views) == 1 else torch.stack(views)
         return stacked.to(self.bucket.dtype).unsqueeze(1)
 
     @property
     def param(self) -> Tensor:
         """Parameters in compute dtype, ``(tensors, 1, *box)``; may alias the parameter: do not write to it."""
-        return self._gather(self.bucket.params)
+        return self.cut(self.bucket.params[self.tensors])
 
     @property
     def raw_grad(self) -> Tensor:
         """Gradients in compute dtype, ``(tensors, 1, *box)``; may alias ``p.grad``: do not write to it."""
-        return self._gather(self.bucket.grads)
+        return self.cut(self.bucket.grads[self.tensors])
 
     def load(self, names: Sequence[str]) -> Tensor:
         """Parameter-shaped states as channels, ``(tensors, len(names), *box)``; always a copy."""

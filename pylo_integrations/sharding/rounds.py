@@ -88,8 +88,8 @@ def sum_over_ranks_(shares: Sequence[tuple[Tensor, int]], ranks: Ranks) -> None:
     if not shares:
         return
     tensors = [tensor for tensor, _ in shares]
-    widest = max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-    flat = torch.cat([tensor.reshape(-1).to(tensors[0].device, widest) for tensor in tensors])
+    # Always float64: ranks must agree on a type, and the kernels' sums are wider than the reference's.
+    flat = torch.cat([tensor.reshape(-1).to(tensors[0].device, torch.float64) for tensor in tensors])
     ranks.sum_(flat)
     for (tensor, copies), total in zip(shares, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         total = total.view(tensor.shape)

@@ -36,13 +36,14 @@ std::unique_ptr<T[]> block(int64_t count) {
 struct Shape {
     std::vector<int64_t> extent;
     int d0, d1;  // -1 for vectors
+    std::vector<int> apart = {};  // axes over which features are not normalised together
 };
 
 struct Record {
     std::unique_ptr<float[]> state[8], row, col, row_scale, col_scale;
     std::unique_ptr<double[]> row_sums, col_sums, feature_sums, stat_squares, tensor_sums;
     std::unique_ptr<char[]> param, grad;
-    int64_t numel = 1, itemsize = 4, rows = 0, cols = 0;
+    int64_t numel = 1, itemsize = 4, rows = 0, cols = 0, slices = 1;
 
     Record(const Shape &shape, int dtype, pylo_tensor &t, pylo_step &step) {
         t = {};
@@ -50,6 +51,11 @@ struct Record {
         for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis] = shape.extent[(size_t)axis];
         t.numel = numel;
         t.param_dtype = step.grad_dtype = dtype;
+        t.norm_slices = 1;
+        for (auto axis = shape.apart.rbegin(); axis != shape.apart.rend(); ++axis) {
+            t.norm_stride[*axis] = t.norm_slices;
+            t.norm_slices *= t.extent[*axis];
+        }
         t.d0_axis = shape.d0;
         t.d1_axis = shape.d1;
         const int64_t size = itemsize = dtype == PYLO_FLOAT32 ? 4 : 2;
@@ -73,8 +79,9 @@ struct Record {
         for (int k = 0; k < (shape.d0 < 0 ? 7 : 4); ++k) state[k] = block<float>(numel);
         for (int k = 0; k < 3; ++k) t.momentum[k] = state[k].get();
         t.rms = state[3].get();
-        feature_sums = block<double>(PYLO_SLOTS);
-        stat_squares = block<double>(PYLO_SLOTS);
+        slices = t.norm_slices;
+        feature_sums = block<double>(slices * PYLO_SLOTS);
+        stat_squares = block<double>(slices * PYLO_SLOTS);
         tensor_sums = block<double>(PYLO_TENSOR_SUMS);
         t.feature_sums = feature_sums.get();
         t.stat_squares = stat_squares.get();
@@ -114,8 +121,28 @@ const std::vector<Shape> shapes = {
     {{3, 3, 3}, 2, 1}, {{16, 8, 9}, 0, 1},   {{5, 17, 3}, 1, 0},      {{17, 3, 4}, 0, 2}, {{2, 3, 10, 4, 6}, 2, 4},
     {{9, 9, 9}, 2, 1}, {{3, 2, 2, 5, 1, 6}, 5, 3},
 };
+// Convolutions whose features are normalised for every kernel position: lanes along either channel axis, or along a
+// kernel axis, where every lane is in another slice.
+const std::vector<Shape> sliced = {
+    {{16, 8, 9}, 0, 1, {2}},      {{5, 17, 3}, 1, 0, {2}},      {{70, 3, 20}, 0, 2, {2}}, {{2, 3, 90}, 2, 1, {2}},
+    {{3, 3, 8, 9}, 3, 2, {2, 3}}, {{1, 1, 7, 5}, 2, 3, {2, 3}}, {{40, 30}, 0, 1},
+};
 // More than one part in some stage: rows, lanes, and slices too many for tables at hand.
 const std::vector<Shape> large = {{{70000}, -1, -1}, {{4000, 70}, 0, 1}, {{3, 800}, 1, 0}, {{20, 60, 18}, 1, 0}};
+
+pylo_rule adam_rule() {
+    pylo_rule rule = {};
+    rule.momentum_keep[0] = 0.9f;
+    rule.momentum_weight[0] = 0.1f;
+    rule.rms_keep = 0.95f;
+    rule.rms_weight = 0.05f;
+    rule.adam_eps = 1e-8f;
+    rule.adam_eps_root = 1e-10f;
+    rule.grad_clip = 1000;
+    rule.grad_limit = 1e14f;
+    rule.measures = 1;
+    return rule;
+}
 
 pylo_rule a_rule(int hidden_layers, int width, uint32_t features) {
     pylo_rule rule = {};
@@ -152,7 +179,7 @@ struct Table {
     Table(const pylo_rule &rule, int dtype, int isa, int threads, const std::vector<Shape> &shapes = ::shapes)
         : rule(rule) {
         const int64_t network_floats = pylo_network_floats(&rule);
-        CHECK(network_floats > 0);
+        CHECK(network_floats > 0 || rule.layers == 0);
         random_state = 1;
         tensors.resize(shapes.size());
         steps.resize(shapes.size());
@@ -165,6 +192,8 @@ struct Table {
             steps[i].keep = 0.99f;
             steps[i].scale = steps[i].grad_scale = 1;
             steps[i].step_mult = 0.01f;
+            steps[i].momentum_correction = steps[i].rms_correction = 0.5f;
+            if (rule.layers == 0) reduce_to_adam(i);
             steps[i].l2 = i % 2 ? 0.01f : 0;
             steps[i].flags = i % 3 ? PYLO_ZERO_NONFINITE : 0;
         }
@@ -180,6 +209,22 @@ struct Table {
     }
     ~Table() { std::free(workspace); }
     Table(const Table &) = delete;
+
+    // Adam has no use for most buffers; it must not ask for them.
+    void reduce_to_adam(size_t i) {
+        pylo_tensor &t = tensors[i];
+        const pylo_tensor old = t;
+        t = {};
+        t.param = old.param;
+        t.param_dtype = old.param_dtype;
+        t.momentum[0] = old.momentum[0];
+        t.rms = old.rms;
+        t.tensor_sums = old.tensor_sums;
+        t.extent[0] = t.numel = old.numel;
+        t.rank = 1;
+        t.d0_axis = t.d1_axis = -1;
+        steps[i].network = nullptr;
+    }
 
     int check() {
         uint64_t token;
@@ -201,7 +246,7 @@ struct Table {
                 if (state) all.append((const char *)state.get(), (size_t)r.numel * 4);
             if (r.row) all.append((const char *)r.row.get(), (size_t)r.rows * 12);
             if (r.col) all.append((const char *)r.col.get(), (size_t)r.cols * 12);
-            all.append((const char *)r.feature_sums.get(), PYLO_SLOTS * 8);
+            all.append((const char *)r.feature_sums.get(), (size_t)r.slices * PYLO_SLOTS * 8);
             all.append((const char *)r.tensor_sums.get(), PYLO_TENSOR_SUMS * 8);
         }
         return all;
@@ -209,10 +254,12 @@ struct Table {
 
     void run(int steps_to_take) {
         for (int i = 0; i < steps_to_take; ++i) {
-            CHECK(pylo_cpu_collect(&call) == PYLO_OK);
             CHECK(pylo_cpu_measure(&call) == PYLO_OK);
-            CHECK(pylo_cpu_prepare(&call) == PYLO_OK);
-            CHECK(pylo_cpu_describe(&call) == PYLO_OK);
+            if (rule.layers) {
+                CHECK(pylo_cpu_collect(&call) == PYLO_OK);
+                CHECK(pylo_cpu_prepare(&call) == PYLO_OK);
+                CHECK(pylo_cpu_describe(&call) == PYLO_OK);
+            }
             CHECK(pylo_cpu_apply(&call) == PYLO_OK);
         }
     }
@@ -234,7 +281,7 @@ void results_do_not_depend_on_threads_or_vector_width(
             if (first.empty()) first = now;
             CHECK(now == first);
             for (const Record &r : table.records)
-                for (int slot = 0; slot < PYLO_SLOTS; ++slot) CHECK(std::isfinite(r.feature_sums[(size_t)slot]));
+                for (int64_t i = 0; i < r.slices * PYLO_SLOTS; ++i) CHECK(std::isfinite(r.feature_sums[(size_t)i]));
         }
         if (pylo_best_isa() == PYLO_BASELINE || isa == PYLO_BASELINE) continue;
         if (with_fma.empty()) with_fma = first;
@@ -243,9 +290,10 @@ void results_do_not_depend_on_threads_or_vector_width(
 }
 
 template <class Damage>
-void refused(int status, Damage &&damage) {
-    const pylo_rule rule = a_rule(2, 8, SMALL_FC);
-    Table table(rule, PYLO_FLOAT32, PYLO_BEST, 1);
+void refused(
+    int status, Damage &&damage, const pylo_rule &rule = a_rule(2, 8, SMALL_FC),
+    const std::vector<Shape> &shapes = ::shapes) {
+    Table table(rule, PYLO_FLOAT32, PYLO_BEST, 1, shapes);
     CHECK(table.check() == PYLO_OK);
     const std::string before = table.bytes();
     damage(table);
@@ -253,7 +301,8 @@ void refused(int status, Damage &&damage) {
     if (got != PYLO_OK) {
         CHECK(got == status);
     } else {
-        for (auto stage : {pylo_cpu_collect, pylo_cpu_apply}) CHECK(stage(&table.call) == status);
+        CHECK(pylo_cpu_apply(&table.call) == status);
+        if (rule.layers && table.steps[0].network) CHECK(pylo_cpu_collect(&table.call) == status);
     }
     CHECK(std::strlen(pylo_last_error()) > 0);
     CHECK(table.bytes() == before);
@@ -295,6 +344,42 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.features |= 1u << 31; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.grad_clip = NAN; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.measures = 4; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.rule = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[0].network = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].row_sums = (double *)((char *)t.tensors[4].row_sums + 4); });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].row_scale = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].col_scale = t.tensors[4].col; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].feature_sums = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].stat_squares = t.tensors[4].feature_sums + 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction = (float *)t.tensors[4].param; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction = t.tensors[5].rms; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].norm_slices = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].norm_offset = 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[1].norm_slices = 7; });
+    const pylo_rule celo2 = a_rule(2, 8, ALL);
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[0].norm_slices = 8; }, celo2, sliced);
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[0].norm_stride[2] = -1; }, celo2, sliced);
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[0].norm_stride[1] = 9; }, celo2, sliced);
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[0].norm_slices = INT64_MAX; }, celo2, sliced);
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[2].momentum[0] = nullptr; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[2].rms = t.tensors[2].momentum[0]; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[2].d0_axis = 0; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.measures = PYLO_TENSOR_SUMS; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].rms_correction = 0; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_correction = NAN; }, adam_rule());
+
+    // What only some stages ask for.
+    Table adam(adam_rule(), PYLO_FLOAT32, PYLO_BEST, 1);
+    CHECK(adam.check() == PYLO_OK);
+    for (auto stage : {pylo_cpu_collect, pylo_cpu_prepare, pylo_cpu_describe})
+        CHECK(stage(&adam.call) == PYLO_BAD_ARGUMENT);
+    adam.tensors[1].tensor_sums = nullptr;
+    CHECK(adam.check() == PYLO_OK && pylo_cpu_measure(&adam.call) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_cpu_apply(&adam.call) == PYLO_OK);
+    CHECK(pylo_check(&adam.call, nullptr, nullptr) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_check(nullptr, nullptr, nullptr) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_network_floats(nullptr) == 0);
+    CHECK(pylo_feature_name(-1) == nullptr && pylo_feature_name(PYLO_SLOTS) == nullptr);
 
     // Changed after the check.
     const pylo_rule rule = a_rule(2, 8, SMALL_FC);
@@ -316,6 +401,54 @@ void nonsense_is_refused() {
     CHECK(table.check() == PYLO_OK && pylo_cpu_apply(&table.call) == PYLO_OK);
 }
 
+// What is here of a tensor may be a corner of it, or nothing: then its buffers may be null.
+void boxes_of_a_tensor_are_stepped(int isa) {
+    Table table(a_rule(2, 8, ALL), PYLO_FLOAT32, isa, 2, {{{40, 30}, 0, 1}, {{16, 8, 9}, 0, 1, {2}}, {{9}, -1, -1}});
+    pylo_tensor &matrix = table.tensors[0], &kernel = table.tensors[1], &vector = table.tensors[2];
+    matrix.extent[0] = 7;
+    matrix.extent[1] = 30 - 11;
+    matrix.row_offset = 11;      // row (1, 30)
+    matrix.col_offset = 40 - 7;  // col (40, 1)
+    kernel.extent[2] = 4;
+    kernel.row_offset = kernel.col_offset = kernel.norm_offset = 5;
+    vector.extent[0] = 0;
+    vector.param = nullptr;
+    vector.rms = nullptr;
+    for (int k = 0; k < 3; ++k) vector.momentum[k] = vector.diagonal[k] = nullptr;
+    table.steps[2].grad = nullptr;
+    CHECK(table.check() == PYLO_OK);
+    table.run(2);
+    for (int64_t i = 0; i < 40; ++i) CHECK((table.records[0].col_sums[(size_t)i] > 0) == (i >= 33));
+    for (int64_t i = 0; i < 30; ++i) CHECK((table.records[0].row_sums[(size_t)i] > 0) == (i >= 11));
+    for (int64_t i = 0; i < 9; ++i) CHECK((table.records[1].feature_sums[(size_t)(i * PYLO_SLOTS)] > 0) == (i >= 5));
+    for (int slot = 0; slot < PYLO_SLOTS; ++slot) CHECK(table.records[2].feature_sums[(size_t)slot] == 0);
+    kernel.norm_offset = 6;
+    CHECK(table.check() == PYLO_BAD_ARGUMENT);
+    kernel.norm_offset = 5;
+    kernel.row_offset = 6;
+    CHECK(table.check() == PYLO_BAD_ARGUMENT);
+}
+
+// A step that is left in `direction` is the one that would have been taken.
+void directions_are_the_steps(const pylo_rule &rule, const std::vector<Shape> &shapes) {
+    Table taken(rule, PYLO_FLOAT32, PYLO_BEST, 1, shapes), left(rule, PYLO_FLOAT32, PYLO_BEST, 1, shapes);
+    std::vector<std::unique_ptr<float[]>> directions;
+    for (size_t i = 0; i < shapes.size(); ++i) {
+        directions.push_back(block<float>(left.tensors[i].numel));
+        left.tensors[i].direction = directions[i].get();
+        taken.steps[i].keep = 0;
+        taken.steps[i].scale = -1;
+    }
+    CHECK(taken.check() == PYLO_OK && left.check() == PYLO_OK);
+    taken.run(1);
+    left.run(1);
+    for (size_t i = 0; i < shapes.size(); ++i) {
+        const float *param = (const float *)taken.records[i].param.get();
+        for (int64_t k = 0; k < taken.records[i].numel; ++k) CHECK(param[k] == directions[i][(size_t)k]);
+        CHECK(std::memcmp(taken.records[i].state[0].get(), left.records[i].state[0].get(), (size_t)left.records[i].numel * 4) == 0);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -327,5 +460,14 @@ int main() {
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(3, 5, ALL));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(2, 64, SMALL_FC));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 1, ALL), large);
+    for (int dtype : {PYLO_FLOAT32, PYLO_BFLOAT16}) {
+        results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, ALL), sliced);
+        results_do_not_depend_on_threads_or_vector_width(dtype, adam_rule());
+    }
+    for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa)
+        if (isa == PYLO_BEST || pylo_has_isa(isa)) boxes_of_a_tensor_are_stepped(isa);
+    directions_are_the_steps(a_rule(2, 8, ALL), shapes);
+    directions_are_the_steps(a_rule(2, 8, ALL), sliced);
+    directions_are_the_steps(adam_rule(), shapes);
     std::puts("ok");
 }

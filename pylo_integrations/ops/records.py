@@ -1,0 +1,221 @@
+"""Pieces of tensors as records of the library's table: where they are in memory, and which axis plays which role."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pylo_integrations.ops.loader import ABI_VERSION, ISAS, MAX_RANK, CallStruct, Library, RuleStruct
+from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.layout import Box, TensorLayout
+from pylo_integrations.sharding.pieces import Piece
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Storage types of parameters and gradients, by their number in the interface; state is float32."""
+
+TENSOR = np.dtype(
+    [
+        ("param", "u8"),
+        ("momentum", "u8", 3),
+        ("rms", "u8"),
+        ("diagonal", "u8", 3),
+        *((name, "u8") for name in ("row", "col", "row_scale", "col_scale", "row_sums", "col_sums")),
+        *((name, "u8") for name in ("feature_sums", "stat_squares", "tensor_sums", "direction")),
+        ("extent", "i8", MAX_RANK),
+        ("row_stride", "i8", MAX_RANK),
+        ("col_stride", "i8", MAX_RANK),
+        *((name, "i8") for name in ("row_offset", "col_offset", "row_numel", "col_numel")),
+        *((name, "i8") for name in ("d0_extent", "d1_extent", "d1_row_stride", "numel")),
+        ("norm_stride", "i8", MAX_RANK),
+        *((name, "i8") for name in ("norm_offset", "norm_slices")),
+        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype")),
+    ]
+)
+"""``pylo_tensor``."""
+
+STEP = np.dtype(
+    [
+        ("grad", "u8"),
+        ("network", "u8"),
+        *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
+        *((name, "f4") for name in ("momentum_correction", "rms_correction")),
+        *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
+    ]
+)
+"""``pylo_step``."""
+
+
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A box's axes from the slowest to the fastest, neighbours of equal role merged, see ``pylo_tensor``."""
+
+    extent: tuple[int, ...]
+    row_stride: tuple[int, ...]
+    col_stride: tuple[int, ...]
+    norm_stride: tuple[int, ...]
+    row_offset: int = 0
+    col_offset: int = 0
+    norm_offset: int = 0
+    d0_axis: int = -1
+    d1_axis: int = -1
+
+
+def strides(shape: Sequence[int], missing: Sequence[int]) -> list[int]:
+    """Strides of a contiguous tensor of ``shape``, 0 along the axes of extent 1 that it averages over."""
+    return [0 if axis in missing else math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def norm_shape(layout: TensorLayout, norm_axes: Sequence[int]) -> tuple[int, ...]:
+    """Shape of whole tensors with extent 1 along the axes over which features are normalised."""
+    return tuple(1 if axis in norm_axes else extent for axis, extent in enumerate(layout.shape))
+
+
+def memory_order(param: Tensor) -> list[int] | None:
+    """Axes of extent above 1 from the slowest to the fastest, or None if memory has gaps or overlaps."""
+    axes = sorted((a for a, n in enumerate(param.shape) if n > 1), key=param.stride, reverse=True)
+    step = 1
+    for axis in reversed(axes):
+        if param.stride(axis) != step:
+            return None
+        step *= param.shape[axis]
+    return axes
+
+
+def same_format(tensor: Tensor, param: Tensor) -> bool:
+    """Whether equal offsets are equal elements; strides of axes with one element mean nothing."""
+    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())
+
+
+def record_axes(
+    layout: TensorLayout, order: Sequence[int], box: Box | None = None, norm_axes: Sequence[int] | None = None
+) -> Axes | None:
+    """The axes of a box, or None if they are more than the library takes.
+
+    Args:
+        layout: Roles of the axes.
+        order: :func:`memory_order` of the box.
+        box: The piece of the tensor; by default all of it.
+        norm_axes: Those over which features are normalised; by default all.
+    """
+    box = Box((0,) * len(layout.shape), layout.shape) if box is None else box
+    if layout.factored is None:
+        return Axes((box.numel,), (0,), (0,), (0,))
+    d1, d0 = layout.factored
+    row, col = strides(layout.without(d0), [d0]), strides(layout.without(d1), [d1])
+    norm_axes = range(len(layout.shape)) if norm_axes is None else norm_axes
+    norm = strides(norm_shape(layout, norm_axes), norm_axes)
+    extent: list[int] = []
+    steps: list[tuple[int, int, int]] = []  # in row, col and norm slices
+    role: list[int] = []
+    for axis in [axis for axis in (d1, d0) if axis not in order] + list(order):
+        n, step = box.shape[axis], (row[axis], col[axis], norm[axis])
+        other = axis not in (d1, d0)
+        if other and role and role[-1] == -1 and steps[-1] == tuple(n * s for s in step):
+            extent[-1] *= n
+            steps[-1] = step
+            continue
+        extent.append(n)
+        steps.append(step)
+        role.append(-1 if other else axis)
+    if len(extent) > MAX_RANK:
+        return None
+    row_steps, col_steps, norm_steps = zip(*steps, strict=True)
+    row_offset, col_offset, norm_offset = (
+        sum(start * stride for start, stride in zip(box.start, whole, strict=True)) for whole in (row, col, norm)
+    )
+    return Axes(
+        tuple(extent),
+        row_steps,
+        col_steps,
+        norm_steps,
+        row_offset,
+        col_offset,
+        norm_offset,
+        role.index(d0),
+        role.index(d1),
+    )
+
+
+def pieces_of(bucket: Bucket, position: int) -> tuple[Piece, ...]:
+    """What is here of a tensor; one piece without elements if that is nothing."""
+    rank = len(bucket.layout.shape)
+    return bucket.held[position].pieces or (Piece(Box((0,) * rank, (0,) * rank), 0),)
+
+
+def piece_order(piece: Piece, local: Tensor) -> list[int] | None:
+    """:func:`memory_order` of a piece of a local tensor; None also if the local tensor has gaps."""
+    if piece.box.numel == 0:
+        return []
+    return memory_order(piece.view(local)) if piece.offset is None or local.is_contiguous() else None
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Records of boxes, at most one of any tensor, and the calls over them.
+
+    Attributes:
+        tensors: What is fixed, ``TENSOR`` records; :meth:`check` again after a change.
+        steps: What changes from step to step, ``STEP`` records.
+
+    Args:
+        library: The loaded library.
+        rule: Of all records.
+        count: Number of records.
+        isa: Instruction set, by default the best one of this machine.
+    """
+
+    def __init__(self, library: Library, rule: RuleStruct, count: int, isa: str | None = None) -> None:
+        self._library = library
+        self.tensors = np.zeros(count, TENSOR)
+        self.steps = np.zeros(count, STEP)
+        self._grad_squares = torch.zeros(count, dtype=torch.float64)
+        self._workspace = torch.empty(0, dtype=torch.float64)
+        self.call = CallStruct(
+            abi_version=ABI_VERSION,
+            size=ctypes.sizeof(CallStruct),
+            rule=ctypes.pointer(rule),
+            tensors=self.tensors.ctypes.data,
+            steps=self.steps.ctypes.data,
+            count=count,
+            grad_squares=self._grad_squares.data_ptr(),
+            threads=1,
+            isa=ISAS[isa] if isa else 0,
+        )
+
+    def check(self) -> None:
+        """Have the library look at all records.
+
+        Raises:
+            NativeError: It refuses them.
+        """
+        self.call.token, size = self._library.check(self.call)
+        self._workspace = torch.empty(size // 8 + 8, dtype=torch.float64)
+        self.call.workspace = -(-self._workspace.data_ptr() // 64) * 64
+        self.call.workspace_bytes = size
+
+    def run(self, stage: str) -> None:
+        """Run a stage over all records."""
+        self.call.threads = torch.get_num_threads()
+        self._library.run(stage, self.call)
+
+    def run_some(self, stage: str, rows: slice) -> None:
+        """Check some records, which may have been changed, and run a stage over them that needs no workspace."""
+        call = CallStruct.from_buffer_copy(self.call)
+        call.tensors = self.tensors[rows].ctypes.data
+        call.steps = self.steps[rows].ctypes.data
+        call.count = rows.stop - rows.start
+        call.threads = torch.get_num_threads()
+        if call.count:
+            call.token, _ = self._library.check(call)
+            self._library.run(stage, call)
