@@ -228,7 +228,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     widths = _widths(rule)
     if not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH:
         return f"layers of {widths} units are more or wider than they take"
-    if any(map(is_sharded, bucket.params)):
+    if bucket.parts > 1 or any(map(is_sharded, bucket.params)):
         return "its tensors are sharded"
     if bucket.device.type != "cpu":
         return f"its tensors are on {bucket.device}"
