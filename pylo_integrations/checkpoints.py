@@ -8,7 +8,7 @@ is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pylo_integrations.options import OPTIONS, check_group
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.pieces import Held, local_part
@@ -149,6 +150,32 @@ def whole_states(
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def check_groups(
+    saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], choices: Collection[str]
+) -> None:
+    """Raise CheckpointError unless the groups of a state dict are those of an optimizer, with options it can have.
+
+    Args:
+        saved: Groups of the state dict.
+        groups: Of the optimizer.
+        choices: As for :func:`~pylo_integrations.options.check_group`.
+    """
+    sizes, own_sizes = ([len(group["params"]) for group in some] for some in (saved, groups))
+    if sizes != own_sizes:
+        raise CheckpointError(
+            f"it has parameter groups of {sizes} parameters, this optimizer of {own_sizes}: group the parameters as in "
+            "the run that wrote it, or move the run by parameter names with pylo_integrations.state.to_canonical() and "
+            "from_canonical()"
+        )
+    for theirs, group in zip(saved, groups, strict=True):
+        if lacking := [option for option in OPTIONS if option not in theirs]:
+            raise CheckpointError(f"its groups have no {lacking}: another kind of optimizer wrote it")
+        try:
+            check_group({**theirs, "params": group["params"]}, choices)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def read_state_dict(

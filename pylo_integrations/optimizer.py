@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -18,23 +18,24 @@ from pylo_integrations.checkpoints import (
     Checkpoint,
     CheckpointError,
     Member,
+    check_groups,
     pack_states,
     read_state_dict,
     whole_states,
 )
-from pylo_integrations.decay import DecayPolicy, check_decay_policy
+from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
+from pylo_integrations.options import check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
+from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_gradient, read_flat_slices
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
-_OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule")  # of every parameter group
 
 
 class LearnedOptimizer(Optimizer):
@@ -405,7 +406,7 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, self.rule.choices)
+            check_group(group, self.rule.choices)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -558,26 +559,11 @@ class LearnedOptimizer(Optimizer):
             CheckpointError: It does not fit.
         """
         try:
-            sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-            own_sizes = [len(group["params"]) for group in self.param_groups]
-            if sizes != own_sizes:
-                raise CheckpointError(
-                    f"it has parameter groups of {sizes} parameters, this optimizer of {own_sizes}: group the "
-                    "parameters as in the run that wrote it, or move the run by parameter names with "
-                    "pylo_integrations.state.to_canonical() and from_canonical()"
-                )
-            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-                if lacking := [option for option in _OPTIONS if option not in saved]:
-                    raise CheckpointError(f"its groups have no {lacking}: another kind of optimizer wrote it")
-                try:
-                    _check_group({**saved, "params": group["params"]}, self.rule.choices)
-                except ValueError as error:
-                    raise CheckpointError(str(error)) from error
+            check_groups(state_dict["param_groups"], self.param_groups, self.rule.choices)
             members = self._members(state_dict["param_groups"])
-            checkpoint = read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
+            return read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
         except CheckpointError as error:
             raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
-        return checkpoint
 
     def _assume(self, checkpoint: Checkpoint) -> None:
         """Take over the progress of a checkpoint."""
@@ -611,28 +597,6 @@ class LearnedOptimizer(Optimizer):
         if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
             self._whole = {}
             self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._holdings)
-
-
-def _check_group(group: Mapping[str, Any], rules: Collection[str]) -> None:
-    """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(group['lr'].shape)}")
-    for option in ("lr", "weight_decay"):
-        value = float(group[option])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{option}={group[option]!r} must be a finite number >= 0")
-    check_decay_policy(group["weight_decay_policy"])
-    if group["axes"] not in get_args(AxisOrder):
-        raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
-    if group["rule"] not in rules:
-        raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(rules)}")
-    for position, param in enumerate(group["params"]):
-        if not param.is_floating_point():
-            names = group.get("param_names")
-            raise TypeError(
-                f"parameter {names[position] if names else position} is {param.dtype}; learned optimizers step real "
-                "floating-point parameters only (view a complex one with torch.view_as_real)"
-            )
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 from sharded_cases import everything, full_tensors, loss_of, make, net, train_wrapped, wrapped_run
-from torch import Tensor, nn
+from torch import Tensor
 
 from pylo_integrations.state import from_canonical, load_canonical, save_canonical, to_canonical
-
-
-def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def tensors_of(canonical: dict[str, Any]) -> dict[str, Tensor]:
@@ -65,8 +59,7 @@ def arrive_case(rank: int, world: int, wrapper: str, name: str, paths: list[str]
     worst = 0.0
     for path in paths:
         canonical, weights = torch.load(path, weights_only=True)
-        model, optimizer = wrapped_run(wrapper, world, name)
-        put_weights(model, weights)
+        model, optimizer = wrapped_run(wrapper, world, name, weights)
         from_canonical(optimizer, model, canonical if rank == 0 or not rank0_only else {}, rank0_only=rank0_only)
         assert optimizer.iteration == 2
         train_wrapped(model, optimizer, range(2, 4))

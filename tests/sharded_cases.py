@@ -511,8 +511,10 @@ def train_wrapped(model: nn.Module, optimizer, gradient_steps) -> None:
         optimizer.zero_grad()
 
 
-def wrapped_run(wrapper: str, world: int, name: str):
-    model = net()
+def wrapped_run(wrapper: str, world: int, name: str, weights: dict[str, Tensor] | None = None):
+    model: nn.Module = net()
+    if weights is not None:
+        model.load_state_dict(weights)
     if wrapper != "plain":
         model = wrap(model, wrapper.replace("shard_step", "ddp"), world)
     optimizer = make(name, model.named_parameters(), shard_step=wrapper == "shard_step")

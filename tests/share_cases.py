@@ -20,6 +20,7 @@ from sharded_cases import (
     some_gradients,
     take_steps,
     train_shards,
+    train_wrapped,
     wrapped_run,
 )
 from torch import Tensor, nn
@@ -259,6 +260,42 @@ def pickle_case(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "it was saved"
+
+
+def lightning_case(rank: int, world: int) -> tuple[int, bool]:
+    """What Lightning's DDP strategy puts into a checkpoint: how many states, and are they those of one device?"""
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import Strategy
+
+    model, optimizer = wrapped_run("shard_step", world, "velo")
+    train_wrapped(model, optimizer, range(2))
+    saved = Strategy.optimizer_state(SimpleNamespace(is_global_zero=rank == 0), optimizer)
+    plain, reference = wrapped_run("plain", 1, "velo")
+    train_wrapped(plain, reference, range(2))
+    if rank:
+        return len(saved), True
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    want, got = reference.state_dict()["state"], torch.load(file, weights_only=True)["state"]
+    close = all(
+        torch.allclose(got[i][key], value, rtol=1e-11, atol=1e-13) for i in want for key, value in want[i].items()
+    )
+    return len(got), close and got.keys() == want.keys()
+
+
+def copy_case(rank: int, world: int) -> float:
+    """A deep copy goes on as the original."""
+    import copy
+
+    model, optimizer = wrapped_run("shard_step", world, "small_fc_lopt")
+    train_wrapped(model, optimizer, range(1))
+    twin, other = copy.deepcopy((model.module, optimizer))
+    assert other.shard_step
+    train_wrapped(model, optimizer, range(1, 3))
+    train_wrapped(twin, other, range(1, 3))
+    return compare(list(twin.parameters()), list(model.parameters()))
 
 
 def late_case(rank: int, world: int) -> str:

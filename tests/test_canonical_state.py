@@ -153,11 +153,12 @@ def test_options_of_groups_come_back_in_the_form_they_have():
     optimizer = SmallFCLOpt(groups, lr=0.5)
     optimizer.param_groups[0]["lr"] = 0.25  # a scheduler's doing
     canonical = to_canonical(optimizer, model)
-    other = SmallFCLOpt(param_groups(model, 0.0), lr=torch.tensor(1.0))
-    if len(other.param_groups) == len(optimizer.param_groups):
-        from_canonical(other, model, canonical)
-        assert float(other.param_groups[0]["lr"]) == 0.25 and isinstance(other.param_groups[0]["lr"], torch.Tensor)
-        assert [g["weight_decay"] for g in other.param_groups] == [g["weight_decay"] for g in optimizer.param_groups]
+    again = [{**group, "weight_decay": 0.3} for group in param_groups(model, 0.1)]
+    other = SmallFCLOpt(again, lr=torch.tensor(1.0))
+    from_canonical(other, model, canonical)
+    rates = [group["lr"] for group in other.param_groups]
+    assert list(map(float, rates)) == [0.25, 0.5] and all(isinstance(rate, torch.Tensor) for rate in rates)
+    assert [group["weight_decay"] for group in other.param_groups] == [0.1, 0.0]
     mixed = SmallFCLOpt(model.parameters())
     with pytest.raises(CheckpointError, match="lr.*group the parameters as in the run"):
         from_canonical(mixed, model, canonical)

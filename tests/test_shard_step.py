@@ -9,9 +9,11 @@ from share_cases import (
     absent_case,
     clip_case,
     collection_case,
+    copy_case,
     cost_case,
     group_case,
     late_case,
+    lightning_case,
     message_case,
     pickle_case,
     policy_case,
@@ -215,6 +217,16 @@ def test_a_share_is_not_saved_as_if_it_were_the_whole(workers):
     for message in workers.run(2, pickle_case):
         for remedy in ("consolidate_state_dict", "torch.distributed.checkpoint", "to_canonical"):
             assert remedy in message
+
+
+def test_lightning_checkpoints_are_whole(workers):
+    pytest.importorskip("lightning")
+    results = workers.run(2, lightning_case)
+    assert results == [(8, True), (0, True)]
+
+
+def test_a_deep_copy_goes_on(workers):
+    assert max(workers.run(2, copy_case)) == 0
 
 
 def test_alone_it_changes_nothing():

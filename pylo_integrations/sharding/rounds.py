@@ -85,7 +85,9 @@ class Ranks:
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """Fill ``received``, ``(ranks, n)``, with what every rank sends, ``(n,)``."""
-        dist.all_gather_into_tensor(received.view(-1), sent, group=self._group)
+        # Renamed in newer versions of torch.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(received.view(-1), sent, group=self._group)
 
     def all_to_all(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
         """Exchange flat tensors, in one collective.
