@@ -178,6 +178,11 @@ def check_groups(
             raise CheckpointError(str(error)) from error
 
 
+def has_states(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict holds the state of any parameter."""
+    return bool(state_dict["state"]) or any(SMALL in group for group in state_dict["param_groups"])
+
+
 def read_state_dict(
     state_dict: Mapping[str, Any], members: Sequence[Member], holdings: Holdings, rule: str
 ) -> Checkpoint:
@@ -185,7 +190,7 @@ def read_state_dict(
 
     Args:
         state_dict: In torch's form, with as many parameters.
-        members: Of the optimizer.
+        members: Of the optimizer; may be left empty if there is no state.
         holdings: What is here of their parameters.
         rule: Class of the optimizer's rule.
 
@@ -199,9 +204,8 @@ def read_state_dict(
     small = _read_small(next((group[SMALL] for group in groups if SMALL in group), None), members)
     is_of_slices = any(SMALL in group for group in groups)
     states = {}
-    for number, (index, member) in enumerate(
-        zip([index for group in groups for index in group["params"]], members, strict=True)
-    ):
+    indices = [index for group in groups for index in group["params"]] if members else []
+    for number, (index, member) in enumerate(zip(indices, members, strict=True)):
         tensors = {**state_dict["state"].get(index, {}), **small.get(number, {})}
         if is_of_slices:
             tensors = {name: value for name, value in tensors.items() if name in member.shapes}

@@ -19,6 +19,7 @@ from pylo_integrations.checkpoints import (
     CheckpointError,
     Member,
     check_groups,
+    has_states,
     pack_states,
     read_state_dict,
     whole_states,
@@ -560,7 +561,8 @@ class LearnedOptimizer(Optimizer):
         """
         try:
             check_groups(state_dict["param_groups"], self.param_groups, self.rule.choices)
-            members = self._members(state_dict["param_groups"])
+            # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
+            members = self._members(state_dict["param_groups"]) if has_states(state_dict) else []
             return read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
         except CheckpointError as error:
             raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
