@@ -8,6 +8,7 @@ from pylo_integrations.catalog import (
     register_optimizer,
     unregister_optimizer,
 )
+from pylo_integrations.checkpoints import CheckpointError
 from pylo_integrations.engine import NonFiniteError
 from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
@@ -23,6 +24,7 @@ __all__ = [
     "CeloAdam",
     "CELO2",
     "CELO2Base",
+    "CheckpointError",
     "ELO",
     "ELOCELO2",
     "LearnedOptimizer",

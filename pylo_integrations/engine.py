@@ -12,6 +12,7 @@ describe_  parameter-shaped state of every block; sums of squared features
 propose    the step of every block
 finish     for rules that turn the steps of a whole matrix into another one
 apply      ``p <- keep * p - scale * step``
+collect_   where ranks share the work: the new rows of all others
 =========  ======================================================================================
 """
 
@@ -35,9 +36,11 @@ from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
+from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import FlatSlice, is_sharded, local_gradient, locate
+from pylo_integrations.sharding.pieces import Held, ShardingError, local_gradient, local_part
 from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
+from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
 
 NonFinitePolicy = Literal["error", "skip", "zero"]
@@ -76,6 +79,7 @@ class _Plan:
     candidates: list[tuple[Mapping[str, Any], Tensor]] = field(default_factory=list)
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
+    shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +151,20 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def _check_state(
+    shapes: Mapping[str, tuple[int, ...] | None], state: Mapping[str, Tensor], param: Tensor, held: Held
+) -> None:
+    """Raise ShardingError if the state is not that of what is here of its parameter."""
+    found = {name: local_part(state[name]).numel() for name, shape in shapes.items() if shape is None}
+    if any(numel != held.numel for numel in found.values()):
+        raise ShardingError(
+            f"the state of a parameter of shape {tuple(param.shape)} has {found} elements, where this rank steps "
+            f"{held.numel}: it was created, or loaded, when other ranks trained together. Initialise "
+            "torch.distributed and call bind_model() before the first step, and carry state from one number of ranks "
+            "to another in a checkpoint"
+        )
+
+
 class Engine:
     """Runs a rule's stages; holds nothing but caches, and what watches it.
 
@@ -154,24 +172,21 @@ class Engine:
         rule: The mathematics.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
-        ranks: The processes that train together.
-        flat_slices: What is known about FSDP1's 1-D slices; may be filled later.
+        holdings: Who trains together, and what is here of every parameter.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
     """
 
-    def __init__(
-        self, rule: Rule, backend: Backend, chunk_bytes: int, ranks: Ranks, flat_slices: Mapping[Tensor, FlatSlice]
-    ) -> None:
+    def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int, holdings: Holdings) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
         self._rule = rule
         self._backend: Backend = backend
         self._local = select_local(backend)
         self._chunk_bytes = chunk_bytes
-        self._ranks = ranks
-        self._flat_slices = flat_slices
+        self._holdings = holdings
+        self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
         self._assembly: Assembly | None = None
@@ -251,7 +266,8 @@ class Engine:
         if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
             self._plan = self._build(key, candidates, state)
         for bucket in self._plan.buckets:
-            bucket.grads = [local_gradient(p) for p in bucket.params]
+            pairs = zip(bucket.params, bucket.held, strict=True)
+            bucket.grads = [held.of(local_gradient(param)) for param, held in pairs]
         return self._plan
 
     def _build(
@@ -261,9 +277,9 @@ class Engine:
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
         located = [
-            (group, param, *locate(param, self._flat_slices, self._ranks.size))
+            (group, param, *self._holdings.locate(param))
             for group, param in candidates
-            if param.grad is not None or is_sharded(param)
+            if param.grad is not None or self._holdings.divides(param)
         ]
         sharded = [param for _, param, _, held in located if held.parts > 1]
         if len(self._agreed.present) != len(sharded):
@@ -277,6 +293,7 @@ class Engine:
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
             rule = self._rule.member(layout, group)
+            _check_state(rule.state_shapes(layout), state[param], param, held)
             _, bucket = members.setdefault(
                 (id(group), rule, layout, held.parts, param.dtype, param.device),
                 (rule, Bucket(layout, [], [], group, state_dtype(param), held.parts)),
@@ -292,7 +309,17 @@ class Engine:
         unable_here = {param for i in unable for param in buckets[i].params}
         unable_there = {param for param, everywhere in zip(sharded, self._agreed.able, strict=True) if not everywhere}
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
-        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, [p not in unable_here for p in sharded])
+        able_here = [param not in unable_here for param in sharded]
+        shares = self._collections(buckets)
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares)
+
+    def _collections(self, buckets: Sequence[Bucket]) -> list[Collection]:
+        """Who brings every rank the shares that others have stepped, by device."""
+        shared: dict[torch.device, list[Tensor]] = {}
+        for bucket in buckets:
+            mine = [param for param, held in zip(bucket.params, bucket.held, strict=True) if held.share is not None]
+            shared.setdefault(bucket.device, []).extend(mine)
+        return [Collection(params, self._ranks, self._chunk_bytes) for params in shared.values() if params]
 
     def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
@@ -401,6 +428,8 @@ class Engine:
                     if record is not None:
                         record.add(i, block, step * scale, contexts[i])
                     block.store_param_(block.param * keep - step * scale)
+        for collection in plan.shares:
+            collection.collect_()
         if self.telemetry is not None and record is not None:
             record.complete_(controls, self._ranks)
             self.telemetry.last = record

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from pylo_integrations.decay import DecayPolicy, check_decay_policy
+from pylo_integrations.checkpoints import (
+    PROGRESS,
+    SMALL,
+    Checkpoint,
+    CheckpointError,
+    Member,
+    check_groups,
+    has_states,
+    pack_states,
+    read_state_dict,
+    whole_states,
+)
+from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
+from pylo_integrations.options import check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
-from pylo_integrations.sharding.pieces import (
-    FlatSlice,
-    ShardingError,
-    cut_like,
-    is_sharded,
-    local_gradient,
-    locate,
-    read_flat_slices,
-)
-from pylo_integrations.sharding.rounds import Ranks
+from pylo_integrations.sharding.holdings import Holdings
+from pylo_integrations.sharding.layout import TensorLayout
+from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_gradient, read_flat_slices
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
-_BLOB = "progress"  # key of the globals in the first parameter group of a state dict
-_SMALL = "tensor_state"  # and of statistics of FSDP1's slices that are not shaped like them
 
 
 class LearnedOptimizer(Optimizer):
@@ -59,6 +61,12 @@ class LearnedOptimizer(Optimizer):
         on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
+        shard_step: Where several processes all have the whole parameters (``DistributedDataParallel``, or replicas in
+            the ranks of :meth:`bind_model`), let each step its share of the rows of every tensor and keep the state of
+            that share only, as ZeRO's first stage does; afterwards all collect the new parameters. Time of a step and
+            bytes of state fall with the number of processes. Without effect on parameters that are sharded anyway
+            (``DTensor``, FSDP), on scalars, and in a single process. For checkpoints see
+            :meth:`consolidate_state_dict`.
         theta: The weights that ``rule`` was built from, if any.
 
     Raises:
@@ -94,6 +102,7 @@ class LearnedOptimizer(Optimizer):
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
+        shard_step: bool = False,
         theta: Theta | None = None,
     ) -> None:
         if on_nonfinite not in get_args(NonFinitePolicy):
@@ -113,10 +122,10 @@ class LearnedOptimizer(Optimizer):
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
-        self._ranks = Ranks()
-        self._flat_slices: dict[Tensor, FlatSlice] = {}
+        self._holdings = Holdings(shard_step)
+        self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
-        self._engine = Engine(rule, backend, chunk_bytes, self._ranks, self._flat_slices)
+        self._engine = Engine(rule, backend, chunk_bytes, self._holdings)
         self.set_num_steps(num_steps)
         defaults = {
             "lr": lr,
@@ -234,6 +243,11 @@ class LearnedOptimizer(Optimizer):
 
     # -- distributed training --------------------------------------------------------------------------------------
 
+    @property
+    def shard_step(self) -> bool:
+        """Whether processes that all have the whole parameters share the work of a step."""
+        return self._holdings.shares_steps
+
     def bind_model(self, model: nn.Module, process_group: ProcessGroup | None = None) -> None:
         """Tell the optimizer what it cannot see from its parameters; idempotent.
 
@@ -243,17 +257,18 @@ class LearnedOptimizer(Optimizer):
 
         Args:
             model: As wrapped for training.
-            process_group: The ranks that train this model together, over which losses are averaged; by default all.
+            process_group: The ranks that train this model together, over which losses are averaged, and steps shared
+                with ``shard_step``; by default all.
 
         Raises:
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
             ValueError: This process is not in ``process_group``.
         """
         slices = read_flat_slices(model)
-        self._ranks.bind(process_group)
-        self._flat_slices.clear()
-        self._flat_slices.update(slices)
-        if any(param in slices for param, _ in self._params()):
+        self._holdings.ranks.bind(process_group)
+        self._holdings.flat_slices.clear()
+        self._holdings.flat_slices.update(slices)
+        if any(param in slices for group in self.param_groups for param in group["params"]):
             self.init_state()
 
     # -- stepping --------------------------------------------------------------------------------------------------
@@ -298,6 +313,7 @@ class LearnedOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | None) -> None:
         progress = self._progress
+        self._whole.clear()
         self._check_gradients()
         if loss is None and self._is_state_probe():
             self.init_state()
@@ -371,7 +387,8 @@ class LearnedOptimizer(Optimizer):
             nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
         found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
         # Shards may be zero on some ranks only, and all of them have to decide alike.
-        return not (self._ranks.any(found) if any(map(is_sharded, params)) and self._ranks.size > 1 else found)
+        ranks = self._holdings.ranks
+        return not (ranks.any(found) if any(map(self._holdings.divides, params)) and ranks.size > 1 else found)
 
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
@@ -390,7 +407,7 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, self.rule.choices)
+            check_group(group, self.rule.choices)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -423,57 +440,83 @@ class LearnedOptimizer(Optimizer):
                 "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
             )
 
-    def _layout(self, param: Tensor, group: Mapping[str, Any]) -> TensorLayout:
-        shape, _ = locate(param, self._flat_slices, self._ranks.size)
-        return TensorLayout.whole(shape, group["axes"])
-
-    def _state_shapes(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
-        layout = self._layout(param, group)
-        return self.rule.member(layout, group).state_shapes(layout)
+    def _rule_of(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Rule, TensorLayout]:
+        layout = TensorLayout.whole(shape, group["axes"])
+        return self.rule.member(layout, group), layout
 
     def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        layout = self._layout(param, group)
-        rule = self.rule.member(layout, group)
+        shape, held = self._holdings.locate(param)
+        rule, layout = self._rule_of(shape, group)
         initial, dtype = rule.initial_state(), state_dtype(param)
         state = {
-            name: torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            if shape is None
-            else torch.zeros(shape, dtype=dtype, device=param.device)
-            for name, shape in rule.state_shapes(layout).items()
+            name: self._holdings.zero_state(param, held, dtype)
+            if own is None
+            else torch.zeros(own, dtype=dtype, device=param.device)
+            for name, own in rule.state_shapes(layout).items()
         }
         for name, value in initial.items():
             state[name].copy_(value)
         return state
+
+    def _members(self, saved: Sequence[Mapping[str, Any]] | None = None) -> list[Member]:
+        """Every parameter, in the order of torch's state dicts; with the options of ``saved`` groups, if given."""
+        members = []
+        for group, options in zip(self.param_groups, saved or self.param_groups, strict=True):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for param, name in zip(group["params"], names, strict=True):
+                shape, held = self._holdings.locate(param)
+                rule, layout = self._rule_of(shape, options)
+                flat = self._holdings.flat_slices.get(param)
+                name = flat.name if flat else name
+                shapes = rule.state_shapes(layout)
+                members.append(Member(param, name, shape, held, shapes, state_dtype(param), flat is not None))
+        return members
+
+    def _states(self, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
+        return {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+
+    def _origin(self) -> dict[str, str | None]:
+        """What checkpoints tell about who wrote them."""
+        return {"theta": self.theta.sha256 if self.theta else None, "rule": type(self.rule).__name__}
 
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group.
 
         That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the
         row and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice.
+
+        With ``shard_step`` states are ``DTensor`` s, of which a rank has its share: torch.distributed.checkpoint saves
+        and reshards them. To pickle such a state dict raises CheckpointError, as it would lose the other shares; call
+        :meth:`consolidate_state_dict` before.
         """
         state_dict = super().state_dict()
         groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0][_BLOB] = self._progress.to_bytes(self.theta.sha256 if self.theta else None)
-        state = dict(state_dict["state"])
-        slices = {
-            index: (param, self._flat_slices[param].name, self._state_shapes(param, group))
-            for index, (param, group) in enumerate(self._params())
-            if index in state and param in self._flat_slices
-        }
-        if slices:
-            small: dict[str, Tensor] = {}
-            # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
-            like_param = {key: None for *_, shapes in slices.values() for key in shapes if shapes[key] is None}
-            for index, (param, name, shapes) in slices.items():
-                own = state[index]
-                small |= {f"{name}/{key}": own[key].cpu() for key, shape in shapes.items() if shape is not None}
-                dtype, device = state_dtype(param), param.device
-                state[index] = {
-                    key: own[key] if key in own else torch.zeros(param.shape, dtype=dtype, device=device)
-                    for key in like_param
-                }
-            groups[0][_SMALL] = safetensors.torch.save(small)
+        groups[0][PROGRESS] = self._progress.to_bytes(**self._origin())
+        state: dict[Any, Any] = {**state_dict["state"], **self._whole}
+        if state and not self._whole:  # without state, parameters need not be ready to be looked at
+            state, small = pack_states(state, self._members())
+            if small is not None:
+                groups[0][SMALL] = small
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make :meth:`state_dict` of rank ``to`` whole until the next step, as one device would have it.
+
+        For checkpoints that one rank writes with ``torch.save``, where ranks divide the state among themselves. All
+        ranks have to call it. The whole state is kept on the CPU of that rank. The name is that of torch's
+        ``ZeroRedundancyOptimizer``; Lightning calls it by itself. Any optimizer of the same kind loads the result, on
+        any number of ranks, with ``shard_step`` or without.
+
+        Args:
+            to: Number of the rank among those that train together.
+
+        Raises:
+            ShardingError: A parameter is distributed in a way that hides whole tensors.
+        """
+        self._whole.clear()
+        members = self._members()
+        if any(member.held.parts > 1 for member in members):
+            self._whole.update(whole_states(self._states(members), members, self._holdings, to, "cpu"))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
@@ -482,93 +525,57 @@ class LearnedOptimizer(Optimizer):
         as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part.
 
         Raises:
-            ValueError: The groups or the states are not those of this optimizer; nothing was changed.
+            CheckpointError: The rule, the groups or the states are not those of this optimizer; nothing was changed.
         """
-        saved: dict[Tensor, dict[str, Tensor]] = {}
+        found: list[Checkpoint] = []
 
-        def check(optimizer: Optimizer, state_dict: StateDict) -> None:
-            saved.update(self._match_state(state_dict))
+        def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
+            found.append(self._read(state_dict))
+            indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+            state = dict(state_dict["state"])
+            for index in indices:
+                state.pop(index, None)
+            return {**state_dict, "state": state | {indices[i]: own for i, own in found[0].states.items()}}
 
-        # torch casts states to their parameter's dtype. The hook sees, after all of the user's, what is loaded.
+        # The hook sees, after all of the user's, what is loaded. Whole tensors never reach the device of their shards.
         handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        self.state.update(saved)
+        self._whole.clear()
+        params = [param for group in self.param_groups for param in group["params"]]
+        # torch casts states to their parameter's dtype.
+        self.state.update({params[number]: own for number, own in found[0].states.items()})
         for group in self.param_groups:
             group.setdefault("base_lr", float(group["lr"]))
-            group.pop(_SMALL, None)
-            if blob := group.pop(_BLOB, None):
-                self._read_progress(blob)
+            group.pop(SMALL, None)
+            group.pop(PROGRESS, None)
+        self._assume(found[0])
 
-    def _params(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Every parameter with its group, in the order in which torch numbers them in state dicts."""
-        return ((param, group) for group in self.param_groups for param in group["params"])
+    def _read(self, state_dict: StateDict) -> Checkpoint:
+        """What a state dict has for this optimizer.
 
-    def _match_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
-        """Saved state by parameter of this optimizer, checked, copied and cut to what this rank holds."""
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        small = self._read_small(state_dict)
-        is_of_slices = any(_SMALL in group for group in state_dict["param_groups"])
-        matched: dict[Tensor, dict[str, Tensor]] = {}
-        for index, (param, group) in zip(saved_ids, self._params(), strict=False):  # torch reports differing groups
-            tensors = {**state_dict["state"].get(index, {}), **small.get(param, {})}
-            if not tensors:  # Accelerate loads the state of an optimizer that has none, not bound to its model yet
-                continue
-            shape, held = locate(param, self._flat_slices, self._ranks.size)
-            shapes, dtype = self._state_shapes(param, group), state_dtype(param)
-            if is_of_slices:
-                tensors = {name: value for name, value in tensors.items() if name in shapes}
-            if tensors and not held.numel:  # FSDP1 drops the state of what is not here
-                tensors = {name: param.new_zeros(0) for name in shapes if shapes[name] is None} | tensors
-            if not tensors:
-                continue
-            admitted = {name: [tuple(param.shape), shape] if own is None else [own] for name, own in shapes.items()}
-            found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-            if found.keys() != shapes.keys() or any(found[name] not in admitted[name] for name in found):
-                expected = {name: choices[-1] for name, choices in admitted.items()}
-                raise ValueError(
-                    f"state_dict does not fit {type(self).__name__}: parameter {index} of shape {shape} "
-                    f"has state {found}, expected {expected}. Was it written by another optimizer, or for a model with "
-                    "other shapes or parameter order?"
-                )
-            matched[param] = {
-                name: cut_like(value, param, held, dtype)
-                if shapes[name] is None
-                else value.to(param.device, dtype, copy=True)
-                for name, value in tensors.items()
-            }
-        return matched
+        Raises:
+            CheckpointError: It does not fit.
+        """
+        try:
+            check_groups(state_dict["param_groups"], self.param_groups, self.rule.choices)
+            # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
+            members = self._members(state_dict["param_groups"]) if has_states(state_dict) else []
+            return read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
+        except CheckpointError as error:
+            raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
 
-    def _read_small(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
-        """Row and column statistics that were saved apart, see :meth:`state_dict`."""
-        blob = next((group[_SMALL] for group in state_dict["param_groups"] if _SMALL in group), None)
-        if blob is None:
-            return {}
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in safetensors.torch.load(blob).items():
-            owner, _, name = key.rpartition("/")
-            by_name.setdefault(owner, {})[name] = tensor
-        names = {
-            param: name
-            for group in self.param_groups
-            for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
-        names |= {param: where.name for param, where in self._flat_slices.items()}
-        if missing := by_name.keys() - names.values():
-            raise ValueError(
-                f"state_dict was written under FSDP1 and names parameters {sorted(missing)}, which this optimizer does "
-                "not know: create it from named parameters, or with FSDP1 call bind_model(model) first"
-            )
-        return {param: by_name[name] for param, name in names.items() if name in by_name}
-
-    def _read_progress(self, blob: bytes) -> None:
+    def _assume(self, checkpoint: Checkpoint) -> None:
+        """Take over the progress of a checkpoint."""
+        if checkpoint.progress is None:
+            return
         horizon = self.num_steps
-        theta = self._progress.read_bytes(blob)
-        if self.theta is not None and theta not in (None, self.theta.sha256):
+        self._progress.assign(checkpoint.progress)
+        if self.theta is not None and checkpoint.theta not in (None, self.theta.sha256):
             warnings.warn(
-                f"the checkpoint was written with other weights (theta sha256 {str(theta)[:12]}, here "
+                f"the checkpoint was written with other weights (theta sha256 {str(checkpoint.theta)[:12]}, here "
                 f"{self.theta.sha256[:12]}); training goes on with those of this optimizer",
                 RuntimeWarning,
                 stacklevel=3,
@@ -584,35 +591,14 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
-        distributed = ("_ranks", "_flat_slices", "_born")
+        distributed = ("_holdings", "_born")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own + distributed}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
-            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._ranks, self._flat_slices)
-
-
-def _check_group(group: Mapping[str, Any], rules: Collection[str]) -> None:
-    """Raise ValueError or TypeError, naming the culprit, unless a parameter group can be stepped."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, not of shape {tuple(group['lr'].shape)}")
-    for option in ("lr", "weight_decay"):
-        value = float(group[option])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{option}={group[option]!r} must be a finite number >= 0")
-    check_decay_policy(group["weight_decay_policy"])
-    if group["axes"] not in get_args(AxisOrder):
-        raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
-    if group["rule"] not in rules:
-        raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(rules)}")
-    for position, param in enumerate(group["params"]):
-        if not param.is_floating_point():
-            names = group.get("param_names")
-            raise TypeError(
-                f"parameter {names[position] if names else position} is {param.dtype}; learned optimizers step real "
-                "floating-point parameters only (view a complex one with torch.view_as_real)"
-            )
+            self._whole = {}
+            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._holdings)
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

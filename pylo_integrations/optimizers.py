@@ -43,6 +43,7 @@ class ThetaOptimizer(LearnedOptimizer):
         on_nonfinite: As for :class:`LearnedOptimizer`.
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
+        shard_step: As for :class:`LearnedOptimizer`.
 
     Raises:
         ValueError: An argument is out of range, or the weights are for another optimizer.
@@ -67,6 +68,7 @@ class ThetaOptimizer(LearnedOptimizer):
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
+        shard_step: bool = False,
     ) -> None:
         theta, rule = self._load(weights, step_mult=step_mult, exp_mult=exp_mult)
         super().__init__(
@@ -81,6 +83,7 @@ class ThetaOptimizer(LearnedOptimizer):
             on_nonfinite=on_nonfinite,
             chunk_bytes=chunk_bytes,
             backend=backend,
+            shard_step=shard_step,
             theta=theta,
         )
 
@@ -159,6 +162,7 @@ class Celo(ThetaOptimizer):
         on_nonfinite: As for :class:`LearnedOptimizer`.
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
+        shard_step: As for :class:`LearnedOptimizer`.
     """
 
     rule_type = CeloRule
@@ -182,6 +186,7 @@ class Celo(ThetaOptimizer):
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
+        shard_step: bool = False,
     ) -> None:
         theta, rule = self._load(weights, step_mult=step_mult, exp_mult=exp_mult, phase=phase)
         LearnedOptimizer.__init__(
@@ -197,6 +202,7 @@ class Celo(ThetaOptimizer):
             on_nonfinite=on_nonfinite,
             chunk_bytes=chunk_bytes,
             backend=backend,
+            shard_step=shard_step,
             theta=theta,
         )
 
@@ -220,6 +226,7 @@ class CeloAdam(ThetaOptimizer):
         on_nonfinite: As for :class:`LearnedOptimizer`.
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
+        shard_step: As for :class:`LearnedOptimizer`.
     """
 
     rule_type = CeloAdamRule
@@ -241,6 +248,7 @@ class CeloAdam(ThetaOptimizer):
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
+        shard_step: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -255,6 +263,7 @@ class CeloAdam(ThetaOptimizer):
             on_nonfinite=on_nonfinite,
             chunk_bytes=chunk_bytes,
             backend=backend,
+            shard_step=shard_step,
         )
 
 

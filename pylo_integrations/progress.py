@@ -10,6 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+COUNTS = ("iteration", "num_steps", "nonfinite_steps")
+"""The numbers in :class:`Progress`."""
+
 
 class LossWindow:
     """Sum of the losses observed since the last step, exactly as they went into ``backward``.
@@ -54,32 +57,36 @@ class Progress:
     memory: dict[str, Tensor] = field(default_factory=dict)
     window: LossWindow = field(default_factory=LossWindow)
 
-    def to_bytes(self, theta: str | None = None) -> bytes:
-        """Serialise as safetensors; ``theta`` identifies the weights in use.
+    def to_bytes(self, **origin: str | None) -> bytes:
+        """Serialise as safetensors, with what else tells where it came from.
 
         Bytes pass unchanged through every checkpoint path of torch (FSDP would shard a tensor found in a parameter
         group) and load with ``weights_only=True``.
         """
-        record = {
-            "iteration": self.iteration,
-            "num_steps": self.num_steps,
-            "nonfinite_steps": self.nonfinite_steps,
-            "theta": theta,
-        }
+        record = {**{name: getattr(self, name) for name in COUNTS}, **origin}
         memory = {name: tensor.detach().cpu().contiguous() for name, tensor in self.memory.items()}
         return safetensors.torch.save(memory, {"progress": json.dumps(record)})
 
-    def read_bytes(self, blob: bytes) -> str | None:
-        """Replace the contents by those of :meth:`to_bytes`, in place; returns its ``theta``."""
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        record = json.loads(header["__metadata__"]["progress"])
-        self.iteration = record["iteration"]
-        self.num_steps = record["num_steps"]
-        self.nonfinite_steps = record["nonfinite_steps"]
-        self.memory = safetensors.torch.load(blob)
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> tuple[Progress, dict[str, str | None]]:
+        """The contents of :meth:`to_bytes`, and the origin.
+
+        Raises:
+            ValueError: They are damaged.
+        """
+        try:
+            header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+            record = json.loads(header["__metadata__"]["progress"])
+            counts = {name: record.pop(name) for name in COUNTS}
+            return cls(**counts, memory=safetensors.torch.load(blob)), record
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise ValueError(f"its progress cannot be read ({type(error).__name__}: {error})") from error
+
+    def assign(self, other: Progress) -> None:
+        """Replace the contents by those of another, in place; observed losses are forgotten."""
+        for name in (*COUNTS, "memory"):
+            setattr(self, name, getattr(other, name))
         self.window.take()
-        theta: str | None = record["theta"]
-        return theta
 
 
 def as_scalar_loss(loss: Tensor | float) -> Tensor:

@@ -234,6 +234,7 @@ def wrapper_case(
     options: dict[str, Any] | None = None,
     frozen: str | None = None,
     dtype: torch.dtype = torch.float64,
+    shard_step: bool = False,
 ) -> dict[str, Any]:
     """Train a wrapped model, and a plain one on the same gradients."""
     import torch.distributed as dist
@@ -243,7 +244,8 @@ def wrapper_case(
     if frozen is not None:
         model.get_submodule(frozen).requires_grad_(False)
     model = wrap(model, wrapper, world)
-    optimizer, reference = make(name, model.parameters(), **options), make(name, plain.parameters(), **options)
+    optimizer = make(name, model.parameters(), shard_step=shard_step, **options)
+    reference = make(name, plain.parameters(), **options)
     optimizer.bind_model(model)
     counted: list[list[str]] = []
     # Data differs between data-parallel ranks only.
@@ -555,11 +557,13 @@ def train_wrapped(model: nn.Module, optimizer, gradient_steps) -> None:
         optimizer.zero_grad()
 
 
-def wrapped_run(wrapper: str, world: int, name: str):
-    model = net()
+def wrapped_run(wrapper: str, world: int, name: str, weights: dict[str, Tensor] | None = None):
+    model: nn.Module = net()
+    if weights is not None:
+        model.load_state_dict(weights)
     if wrapper != "plain":
-        model = wrap(model, wrapper, world)
-    optimizer = make(name, model.named_parameters())
+        model = wrap(model, wrapper.replace("shard_step", "ddp"), world)
+    optimizer = make(name, model.named_parameters(), shard_step=wrapper == "shard_step")
     optimizer.bind_model(model)
     return model, optimizer
 
@@ -567,7 +571,7 @@ def wrapped_run(wrapper: str, world: int, name: str):
 def everything(model: nn.Module, optimizer) -> dict[str, Tensor]:
     """Parameters and what can be compared of the state across wrappers: what is not sliced by FSDP1."""
     found = full_tensors(model)
-    names = [name.replace("_fsdp_wrapped_module.", "") for name, _ in model.named_parameters()]
+    names = [name.replace("_fsdp_wrapped_module.", "").removeprefix("module.") for name, _ in model.named_parameters()]
     for name, p in zip(names, model.parameters(), strict=True):
         for key, value in optimizer.state[p].items():
             if not getattr(p, "_fsdp_flattened", False) or key in ("row", "col"):
@@ -635,6 +639,18 @@ def checkpoint(model: nn.Module, optimizer, folder: str, how: str, rank: int, sa
         # One call for both would skip the model on ranks that have nothing to give.
         set_model_state_dict(model, state[0], options=options)
         set_optimizer_state_dict(model, optimizer, state[1], options=options)
+        return
+    if how == "consolidated":
+        # As frameworks do it for DDP: whoever writes has called this on every rank.
+        if save:
+            optimizer.consolidate_state_dict()
+            if rank == 0:
+                torch.save((model.module.state_dict(), optimizer.state_dict()), path)
+            dist.barrier()
+            return
+        model_state, optimizer_state = torch.load(path, weights_only=True)
+        getattr(model, "module", model).load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
         return
     if how == "fsdp1":  # offload_to_cpu=True merges all states into one on a CPU, of torch's own Adam too
         FSDP.set_state_dict_type(

@@ -57,6 +57,7 @@ class ToyLossOpt(LearnedOptimizer):
         num_steps: int | None = None,
         max_grad_norm: float | None = None,
         backend: Any = "auto",
+        shard_step: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -66,6 +67,7 @@ class ToyLossOpt(LearnedOptimizer):
             num_steps=num_steps,
             max_grad_norm=max_grad_norm,
             backend=backend,
+            shard_step=shard_step,
         )
 
 

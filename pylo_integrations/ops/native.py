@@ -151,8 +151,8 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
 def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
     """Why they cannot step what this process holds of it, which may lie in memory otherwise than on other ranks."""
     factored = not isinstance(rule, _ADAM)
-    for position, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
-        local = local_part(param)
+    for position, state in enumerate(bucket.states):
+        local = bucket.stepped(position)
         for piece in pieces_of(bucket, position):
             order = piece_order(piece, local)
             if order is None:
@@ -230,7 +230,8 @@ class NativeStages:
         self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
-        self._sharded = any(local_part(param) is not param for bucket in buckets for param in bucket.params)
+        held = (tensors for bucket in buckets for tensors in (bucket.params, *map(dict.values, bucket.states)))
+        self._sharded = any(local_part(tensor) is not tensor for tensors in held for tensor in tensors)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._layers: list[_Layer] = []
         for number in itertools.count():
@@ -261,7 +262,7 @@ class NativeStages:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
         layer, bucket, layout = self._layers[number], self._buckets[index], self._buckets[index].layout
         state, piece = bucket.states[position], pieces_of(bucket, position)[number]
-        param = local_part(bucket.params[position])
+        param = bucket.stepped(position)
         where = layer.rows[index].start + row
         record = layer.table.tensors[where]
         layer.owners[where] = self._tensors[index].start + position
@@ -344,8 +345,8 @@ class NativeStages:
         if formats == self._grad_formats:
             self._grads = given
         else:
-            pairs = zip(map(local_part, self._params), given, strict=True)
-            self._grads = [_in_format_of(param, grad) for param, grad in pairs]
+            stepped = [bucket.stepped(position) for bucket in self._buckets for position in range(len(bucket))]
+            self._grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
             as_given = all(map(operator.is_, self._grads, given))
             self._grad_formats = formats if as_given else []
             self._grad_sizes = np.array([grad.element_size() for grad in self._grads], np.uint64)
@@ -451,7 +452,8 @@ class NativeStages:
         bucket = self._buckets[index]
         for pieces in by_tensors(blocks):
             tensors = pieces[0].tensors
-            steps = [torch.empty_like(local_part(p), dtype=torch.float32) for p in bucket.params[tensors]]
+            stepped = map(bucket.stepped, range(len(bucket))[tensors])
+            steps = [torch.empty_like(param, dtype=torch.float32) for param in stepped]
             for number, layer in enumerate(self._layers):
                 start = self._tensors[index].start
                 rows = slice(*np.searchsorted(layer.owners, [start + tensors.start, start + tensors.stop]).tolist())

@@ -79,6 +79,10 @@ class Bucket:
         """Device of every tensor in the bucket."""
         return self.params[0].device
 
+    def stepped(self, position: int) -> Tensor:
+        """What of the memory of a parameter is stepped here, a plain tensor."""
+        return self.held[position].of(local_part(self.params[position]))
+
     def stack(self, name: str) -> Tensor:
         """State ``name`` of all tensors, ``(tensors, *state shape)``; a copy."""
         return torch.stack([state[name] for state in self.states])

@@ -4,6 +4,7 @@ Whatever sharded a tensor, what is here of it is a few boxes of the whole tensor
 
 * an unsharded tensor is one box;
 * a ``DTensor`` (FSDP2, tensor parallelism, HSDP, or both together) is one box, possibly empty;
+* of a replica whose step the ranks share, it is the box that this rank steps (:mod:`.shares`);
 * FSDP1 with ``use_orig_params=True`` holds a run of elements in row-major order, which is at most ``2 * ndim - 1``
   boxes. The parameter itself is then 1-D: its shape and the start of the run are read from the model, once.
 """
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pylo_integrations.sharding.layout import Box
@@ -38,16 +38,22 @@ class Piece:
 
     Attributes:
         box: In coordinates of the whole tensor.
-        offset: Where the box begins in a flat local tensor; None if the local tensor is the box.
+        offset: Where the box begins in a flat local tensor; None if the local tensor has the shape of the box or of
+            the whole tensor.
     """
 
     box: Box
     offset: int | None = None
 
     def view(self, local: Tensor) -> Tensor:
-        """The elements of this piece in a local tensor, shaped like the box; shares memory."""
+        """The elements of this piece in a local tensor, shaped like the box; shares memory.
+
+        Args:
+            local: What is here of the tensor; or the whole of it, of which the box is a share.
+        """
         if self.offset is None:
-            return local.reshape(1) if local.dim() == 0 else local
+            local = local.reshape(1) if local.dim() == 0 else local
+            return local if local.shape == self.box.shape else local[self.box.slices((0,) * local.dim())]
         return local.narrow(0, self.offset, self.box.numel).view(self.box.shape)
 
 
@@ -58,15 +64,22 @@ class Held:
     Attributes:
         pieces: Disjoint; empty ones are left out.
         parts: Into how many disjoint parts the ranks divide the tensor; 1 if every rank has the whole.
+        share: Where every rank has the whole parameter, but steps only a share of it and keeps the state of that
+            share: the share, which may be empty. None where what is here of the parameter is what is stepped.
     """
 
     pieces: tuple[Piece, ...]
     parts: int = 1
+    share: Box | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements here."""
         return sum(piece.box.numel for piece in self.pieces)
+
+    def of(self, local: Tensor) -> Tensor:
+        """What of a local tensor, shaped like the local parameter, is stepped here; shares memory."""
+        return local if self.share is None else local[self.share.slices((0,) * local.dim())]
 
 
 @dataclass(frozen=True)
@@ -105,27 +118,6 @@ def local_gradient(param: Tensor) -> Tensor:
         # Sequence parallelism leaves the gradients of norms as pending sums over ranks.
         grad = grad.redistribute(param.device_mesh, placements)  # type: ignore[attr-defined]
     return local_part(grad)
-
-
-def cut_like(value: Tensor, param: Tensor, held: Held, dtype: torch.dtype) -> Tensor:
-    """A copy of ``value`` that is sharded like ``param``.
-
-    Args:
-        value: Sharded like ``param``, or whole.
-        param: The parameter.
-        held: What is here of it.
-        dtype: Of the copy.
-    """
-    if not is_sharded(param) or (
-        value.shape == param.shape and hasattr(value, "placements") == hasattr(param, "placements")
-    ):
-        return value.to(param.device, dtype, copy=True)
-    copy = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    whole = Piece(Box((), ())).view(value)
-    with torch.no_grad():
-        for piece in held.pieces:
-            piece.view(local_part(copy)).copy_(whole[piece.box.slices((0,) * whole.dim())])
-    return copy
 
 
 def is_sharded(param: Tensor) -> bool:

@@ -7,11 +7,14 @@ the same bits on every rank, and so has everything that is decided from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Ranks:
@@ -19,6 +22,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._group: Any = None
+        self._mesh: tuple[Any, DeviceMesh] | None = None
 
     def bind(self, group: Any) -> None:
         """Let ``group`` be the ranks that train together; None stands for all.
@@ -31,7 +35,7 @@ class Ranks:
         self._group = group
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_group": None}  # process groups cannot be pickled, nor do they outlive their process
+        return {"_group": None, "_mesh": None}  # process groups cannot be pickled, nor do they outlive their process
 
     @property
     def size(self) -> int:
@@ -41,7 +45,20 @@ class Ranks:
     @property
     def rank(self) -> int:
         """Number of this process among them."""
-        return dist.get_rank(self._group)
+        return dist.get_rank(self._group) if self.size > 1 else 0
+
+    @property
+    def _process_group(self) -> dist.ProcessGroup:
+        return cast(dist.ProcessGroup, self._group or dist.group.WORLD)
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The ranks in one row."""
+        group = self._process_group
+        if self._mesh is None or self._mesh[0] != (group, device_type):
+            from torch.distributed.device_mesh import DeviceMesh
+
+            self._mesh = (group, device_type), DeviceMesh.from_group(group, device_type)
+        return self._mesh[1]
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up ``tensor`` over the ranks, in place."""
@@ -58,6 +75,19 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def broadcast(self, value: Any) -> Any:
+        """A picklable value of the first rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, dist.get_global_rank(self._process_group, 0), self._group)
+        return values[0]
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> None:
+        """Fill ``received``, ``(ranks, n)``, with what every rank sends, ``(n,)``."""
+        # Renamed in newer versions of torch.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(received.view(-1), sent, group=self._group)
 
     def all_to_all(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
         """Exchange flat tensors, in one collective.
