@@ -31,7 +31,7 @@ from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.collectives import Collective, Collectives
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.strategies import NODE, STRATEGIES, shards_of_hsdp, spread
+from pylo_integrations.strategies import MEASURABLE, NODE, SIMULABLE, STRATEGIES, shards_of_hsdp, spread
 from pylo_integrations.workers import Workers
 
 TIMEOUT = 600
@@ -342,6 +342,12 @@ def elements_on_rank_0(shapes: Sequence[ParamShape], strategy: str, ranks: int) 
     return sum(elements(kind, ranks) for kind in shapes)
 
 
+def stepped_on_rank_0(kind: ParamShape, strategy: str, ranks: int) -> int:
+    """How many elements of a parameter rank 0 steps; no rank steps more."""
+    stepped = STRATEGIES[strategy].stepped
+    return stepped(kind, ranks) if stepped else elements_on_rank_0([kind], strategy, ranks)
+
+
 def state_bytes(optimizer: str | None, shapes: Sequence[ParamShape], strategy: str, ranks: int) -> int:
     """Bytes of float32 state on rank 0, from what the rule itself says of the shapes of its state.
 
@@ -360,7 +366,7 @@ def state_bytes(optimizer: str | None, shapes: Sequence[ParamShape], strategy: s
         layout = TensorLayout.whole(kind.shape, kind.axes)
         group = {"rule": "learned" if spec is None else kind.rule_of(spec)}
         for shape in rule.member(layout, group).state_shapes(layout).values():
-            count += elements_on_rank_0([kind], strategy, ranks) if shape is None else math.prod(shape)
+            count += stepped_on_rank_0(kind, strategy, ranks) if shape is None else math.prod(shape)
     return torch.float32.itemsize * count
 
 
@@ -432,7 +438,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "measure": {
         "shapes": ("vit_ti",),
         "optimizers": ("small_fc_lopt",),
-        "strategies": tuple(STRATEGIES),
+        "strategies": MEASURABLE,
         "ranks": (1, 2, 4),
         "repeats": 5,
         "dtype": "float32",
@@ -458,8 +464,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed", nargs="?", const="measure", choices=MODES, help="by default measure")
     group.add_argument(
         "--strategies",
-        type=bench.names_of("strategy", lambda: list(STRATEGIES)),
-        help=f"comma-separated, of {', '.join(STRATEGIES)} (default: all; simulated: fsdp2)",
+        type=bench.names_of("strategy", lambda: list(MEASURABLE)),
+        help=f"comma-separated, of {', '.join(MEASURABLE)} (default: all; simulated: fsdp2)",
     )
     group.add_argument("--ranks", type=bench.counts, help="comma-separated (default: 1,2,4; simulated: 8,64,256,1024)")
     group.add_argument("--plot", type=bench.new_file, metavar="FILE", help="also draw what was simulated into FILE")
@@ -505,7 +511,7 @@ def _measure(args: argparse.Namespace, cases: Sequence[tuple[str, str, int]]) ->
 
 
 def _simulate(args: argparse.Namespace, cases: Sequence[tuple[str, str, int]]) -> int:
-    if unknown := [name for name in args.strategies if STRATEGIES[name].elements is None]:
+    if unknown := [name for name in args.strategies if name not in SIMULABLE]:
         args.parser.error(f"strategy {unknown[0]!r} can be measured, but not simulated")
     if chosen := [name for name in args.optimizers if ":" in name]:
         args.parser.error(f"{chosen[0]!r} names a backend, but a simulation runs none: leave it out")

@@ -30,7 +30,7 @@ from pylo_integrations.sharding.collectives import Collective, Collectives, is_c
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.layout import Box
 from pylo_integrations.sharding.pieces import local_part
-from pylo_integrations.strategies import STRATEGIES, spread
+from pylo_integrations.strategies import SIMULABLE, STRATEGIES, spread
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def dry_run(
 
     Args:
         shapes: Of whole parameters.
-        strategy: A name in :data:`~pylo_integrations.strategies.STRATEGIES` that can be simulated.
+        strategy: A name in :data:`~pylo_integrations.strategies.SIMULABLE`.
         ranks: How many train together.
         optimizers: Catalogue names. Their own torch functions run, as on a device without native kernels.
         dtype: Of parameters and gradients.
@@ -72,10 +72,9 @@ def dry_run(
         ValueError: The strategy cannot be simulated, or is not for so many ranks.
         RuntimeError: This process is part of a process group already.
     """
-    chosen = STRATEGIES[strategy]
-    if chosen.elements is None:
+    if strategy not in SIMULABLE:
         raise ValueError(f"strategy {strategy!r} cannot be simulated")
-    if not chosen.allows(ranks):
+    if not STRATEGIES[strategy].allows(ranks):
         raise ValueError(f"strategy {strategy!r} is not for {ranks} ranks")
     with _fake_process_group(ranks):
         _, parameters = spread(shapes, strategy, ranks, DTYPES[dtype], "meta")

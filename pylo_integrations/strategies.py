@@ -36,16 +36,19 @@ class Strategy:
 
     Attributes:
         about: In a few words.
-        apply: Spreads a module's parameters over so many ranks; returns what the optimizer is to be bound to.
+        apply: Spreads a module's parameters over so many ranks; returns what the optimizer is to be bound to. None for
+            a strategy that is told on paper only.
         elements: How many elements of a parameter rank 0 of so many holds; no rank has more. None if that depends on
             other parameters; such a strategy can be measured, but not simulated.
+        stepped: How many of those it steps, and keeps state of; by default all.
         fewest: The smallest number of ranks that it makes sense for.
         multiple: What the number of ranks must be a multiple of.
     """
 
     about: str
-    apply: Callable[[nn.Module, int], nn.Module]
+    apply: Callable[[nn.Module, int], nn.Module] | None
     elements: Callable[[ParamShape, int], int] | None = None
+    stepped: Callable[[ParamShape, int], int] | None = None
     fewest: int = 1
     multiple: int = 1
 
@@ -104,8 +107,18 @@ def _first_chunk(kind: ParamShape, ranks: int) -> int:
     return math.ceil(kind.shape[0] / ranks) * math.prod(kind.shape[1:])
 
 
+def _all(kind: ParamShape, ranks: int) -> int:
+    return math.prod(kind.shape)
+
+
+def _share(kind: ParamShape, ranks: int) -> int:
+    extent = next((extent for extent in kind.shape if extent > 1), 1)
+    return math.ceil(extent / ranks) * (math.prod(kind.shape) // extent)
+
+
 STRATEGIES = {
-    "ddp": Strategy("every rank has all", _ddp, lambda kind, ranks: math.prod(kind.shape)),
+    "ddp": Strategy("every rank has all", _ddp, _all),
+    "shard_step": Strategy("ddp, where every rank steps its share of the rows of all tensors", None, _all, _share),
     "fsdp2": Strategy("fully_shard()", _fsdp2, _first_chunk),
     "hsdp": Strategy(
         f"fully_shard() within groups of at most {NODE} ranks, replicas of one another",
@@ -124,7 +137,10 @@ STRATEGIES = {
         _fsdp1,
     ),
 }
-"""By the name that ``--strategies`` takes."""
+"""By name."""
+
+MEASURABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.apply)
+SIMULABLE = tuple(name for name in MEASURABLE if STRATEGIES[name].elements)
 
 
 def spread(
@@ -139,7 +155,9 @@ def spread(
         dtype: Of parameters and gradients.
         device: ``"cpu"`` or ``"meta"``.
     """
-    module = STRATEGIES[strategy].apply(ShapedModule(shapes, dtype, device), ranks)
+    apply = STRATEGIES[strategy].apply
+    assert apply is not None, f"{strategy} is on paper only"
+    module = apply(ShapedModule(shapes, dtype, device), ranks)
     parameters: list[tuple[Tensor, ParamShape]] = list(zip(module.parameters(), shapes, strict=True))
     for param, _ in parameters:
         param.grad = _gradient(param)

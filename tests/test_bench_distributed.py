@@ -19,7 +19,7 @@ from pylo_integrations import bench, bench_distributed, cli, list_optimizers
 from pylo_integrations.bench import SHAPES
 from pylo_integrations.dry_run import dry_run
 from pylo_integrations.sharding.collectives import Collective, Collectives
-from pylo_integrations.strategies import STRATEGIES
+from pylo_integrations.strategies import SIMULABLE
 
 KINDS = ["small_fc_lopt", "velo", "celo_adam", "celo2"]
 """One of each way to talk; the others take the same paths."""
@@ -77,7 +77,7 @@ def test_real_ranks_count_as_promised_and_as_a_dry_run(workers, strategy, ranks)
             assert [c for c in mine["collectives"] if c.kind == "all_reduce"] == first["collectives"][
                 : want.count("allreduce_")
             ]
-        if STRATEGIES[strategy].elements is not None:
+        if strategy in SIMULABLE:
             costs = dry_run(SHAPES["tiny"](), strategy, ranks, [name])[name]
             assert (costs.state_bytes, list(costs.collectives)) == (first["state_bytes"], first["collectives"]), name
             assert max(mine["state_bytes"] for mine in others) <= first["state_bytes"]
@@ -91,7 +91,7 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
 
 
 @pytest.mark.parametrize("ranks", [4, 24])
-@pytest.mark.parametrize("strategy", [name for name, how in STRATEGIES.items() if how.elements])
+@pytest.mark.parametrize("strategy", SIMULABLE)
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()
     for name, costs in dry_run(shapes, strategy, ranks, list_optimizers()).items():
@@ -120,6 +120,20 @@ def test_small_fc_costs_what_its_definition_says(shapes, ranks):
     # Sums of squares along rows and columns, one over all, and who has gradients; then 28 features a tensor.
     want = [4 * (lines + 1 + len(kinds)), 4 * 28 * len(kinds)]
     assert costs.collectives == tuple(Collective("allreduce_", size) for size in want)
+
+
+def test_shared_steps_share_the_state_that_is_shaped_like_parameters():
+    kinds, ranks = SHAPES["vit_ti"](), 8
+    state = 0
+    for kind in kinds:
+        # (1, 1, 192) and (1, 197, 192) have nothing to share along their first axes.
+        long = [extent for extent in kind.shape if extent > 1]
+        here = -(-long[0] // ranks) * math.prod(long[1:])
+        state += 4 * (4 * here + 3 * rows_and_columns(kind.shape) if len(kind.shape) > 1 else 7 * here)
+    assert bench_distributed.state_bytes("small_fc_lopt", kinds, "shard_step", ranks) == state
+    numel = sum(math.prod(kind.shape) for kind in kinds)
+    assert bench_distributed.elements_on_rank_0(kinds, "shard_step", ranks) == numel
+    assert state < 1.1 * bench_distributed.state_bytes("small_fc_lopt", kinds, "ddp", ranks) / ranks
 
 
 def test_a_7b_model_on_256_ranks():
