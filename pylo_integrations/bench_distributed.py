@@ -141,7 +141,7 @@ def format_measured(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     title = (
         f"measured: {first['shapes']}, {first['parameters']:,} parameters in {first['tensors']} tensors, "
-        f"{first['dtype']}, {first['strategy']} on {first['ranks']} gloo ranks, "
+        f"{first['dtype']}, {_label(first['strategy'], first['ranks'])} (gloo), "
         f"median of {len(first['step_seconds_samples'])}"
     )
     header = ("optimizer", "collectives", "into each", "ms/step", "min..max", "state MiB/rank")
@@ -331,8 +331,9 @@ def memory_table(shapes: str, ranks: int) -> str:
 
 
 def _label(strategy: str, ranks: int) -> str:
-    groups = f"{ranks // shards_of_hsdp(ranks)} x {shards_of_hsdp(ranks)}"
-    return f"{strategy}, {groups if strategy == 'hsdp' else ranks} ranks"
+    shards = shards_of_hsdp(ranks) if strategy == "hsdp" else ranks
+    groups = f"{ranks // shards} x {shards}"
+    return f"{strategy}, {groups if strategy == 'hsdp' else ranks} rank{'s' * (ranks > 1)}"
 
 
 def elements_on_rank_0(shapes: Sequence[ParamShape], strategy: str, ranks: int) -> int:
