@@ -31,10 +31,12 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 import pylo_integrations
-from pylo_integrations.catalog import create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizers import ThetaOptimizer
+from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
+from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.weights.stand_in import stand_in
 
 P = ParamSpec("P")
@@ -64,6 +66,10 @@ class ParamShape(NamedTuple):
     shape: tuple[int, ...]
     axes: AxisOrder = "out_in"
     embeds: bool = False
+
+    def rule_of(self, spec: OptimizerSpec) -> RuleChoice:
+        """Who steps it, where the optimizer groups the parameters of a model."""
+        return "adamw" if self.embeds and spec.cls.adamw_embeddings else "learned"
 
 
 def vit_shapes(
@@ -104,6 +110,19 @@ def gpt2_shapes(width: int = 768, depth: int = 12, *, vocabulary: int = 50257, c
     return [*embeddings, *(block * depth), *_vectors(width, 2)]
 
 
+def llama_shapes(width: int, depth: int, hidden: int, *, vocabulary: int = 32_000) -> list[ParamShape]:
+    """Parameters of LLaMA as in transformers: no biases, and an output layer of its own."""
+    block = [
+        *_vectors(width, 1),
+        *[ParamShape((width, width))] * 4,
+        *_vectors(width, 1),
+        *[ParamShape((hidden, width))] * 2,
+        ParamShape((width, hidden)),
+    ]
+    embedding = ParamShape((vocabulary, width), "in_out", True)
+    return [embedding, *(block * depth), *_vectors(width, 1), ParamShape((vocabulary, width))]
+
+
 def _vectors(width: int, count: int) -> list[ParamShape]:
     return [ParamShape((width,))] * count
 
@@ -119,9 +138,38 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
     "gpt2": gpt2_shapes,
     "matrix": lambda: [ParamShape((768, 3072))],
     "tiny": lambda: vit_shapes(16, 1, patch=4, image=8, classes=10),
+    "llama_1b": lambda: llama_shapes(2048, 22, 5504),
+    "llama_7b": lambda: llama_shapes(4096, 32, 11_008),
+    "llama_13b": lambda: llama_shapes(5120, 40, 13_824),
+    "llama_65b": lambda: llama_shapes(8192, 80, 22_016),
 }
 """Parameter shapes by the name that ``--shapes`` takes; ``matrix`` is one layer of a transformer,
-``tiny`` is for trying things out."""
+``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours) are there to be simulated."""
+
+DEFAULTS = {
+    "shapes": ("vit_ti", "vit_b16", "gpt2"),
+    "optimizers": ("small_fc_lopt",),
+    "threads": (torch.get_num_threads(),),
+    "repeats": 5,
+    "dtype": "float32",
+    "device": "cpu",
+    "json": None,
+}
+"""Options of the benchmark, and what they are if not given."""
+
+
+def fresh_parameter(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.nn.Parameter:
+    """A parameter of plausible size."""
+    return torch.nn.Parameter(_random(torch.empty(*shape, dtype=dtype, device=device), 0.02))
+
+
+def fresh_gradient(like: Tensor) -> Tensor:
+    """A gradient of plausible size for a plain tensor."""
+    return _random(torch.empty_like(like, requires_grad=False), 0.01)
+
+
+def _random(tensor: Tensor, size: float) -> Tensor:
+    return tensor if tensor.is_meta else tensor.normal_(0, size)
 
 
 @dataclass(frozen=True)
@@ -136,11 +184,10 @@ class Setting:
     def parameters(self) -> list[tuple[Tensor, ParamShape]]:
         """Fresh parameters with gradients."""
         torch.manual_seed(0)
-        options: dict[str, Any] = {"dtype": DTYPES[self.dtype], "device": self.device}
         made: list[tuple[Tensor, ParamShape]] = []
         for kind in SHAPES[self.shapes]():
-            param = torch.nn.Parameter(torch.randn(kind.shape, **options).mul_(0.02))
-            param.grad = torch.randn(kind.shape, **options).mul_(0.01)
+            param = fresh_parameter(kind.shape, DTYPES[self.dtype], self.device)
+            param.grad = fresh_gradient(param)
             made.append((param, kind))
         return made
 
@@ -163,10 +210,9 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, ParamShape]]) -
         return baseline, baseline.step
     name, _, backend = name.partition(":")
     spec = get_optimizer_info(name)
-    members: dict[tuple[AxisOrder, str], list[Tensor]] = {}
+    members: dict[tuple[AxisOrder, RuleChoice], list[Tensor]] = {}
     for param, kind in parameters:
-        rule = "adamw" if kind.embeds and spec.cls.adamw_embeddings else "learned"
-        members.setdefault((kind.axes, rule), []).append(param)
+        members.setdefault((kind.axes, kind.rule_of(spec)), []).append(param)
     groups = [{"params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
     num_steps = 1_000_000 if spec.needs_horizon else None
     chosen = cast(Backend, backend or "auto")
@@ -181,23 +227,40 @@ def sample_step_seconds(setting: Setting, names: Sequence[str], repeats: int) ->
     """Seconds per step of every contender, one sample a round; runs in this process."""
     torch.set_num_threads(setting.threads)
     parameters = setting.parameters()
+    steps = {name: make_contender(name, parameters)[1] for name in names}
+    return sample_in_turn(steps, repeats, setting.synchronize)
+
+
+def sample_in_turn(
+    steps: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    synchronize: Callable[[], Any],
+    agree: Callable[[int], int] = lambda count: count,
+) -> dict[str, list[float]]:
+    """Seconds of each of ``steps``, one sample a round, in alternating order.
+
+    Args:
+        steps: By name.
+        repeats: Rounds.
+        synchronize: Waits for whatever a step may have left unfinished.
+        agree: Makes of the number of steps that a sample should have the number that it gets: the same on every rank.
+    """
 
     def seconds(step: Callable[[], Any], count: int) -> float:
-        setting.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(count):
             step()
-        setting.synchronize()
+        synchronize()
         return (time.perf_counter() - start) / count
 
-    steps = {name: make_contender(name, parameters)[1] for name in names}
     for step in steps.values():
         seconds(step, 1)  # creates state and caches
-    counts = {name: max(1, math.ceil(SAMPLE_SECONDS / seconds(step, 1))) for name, step in steps.items()}
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    lengths = {name: agree(max(1, math.ceil(SAMPLE_SECONDS / seconds(step, 1)))) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats):
-        for name in names if round_ % 2 == 0 else reversed(names):
-            samples[name].append(seconds(steps[name], counts[name]))
+        for name in steps if round_ % 2 == 0 else reversed(list(steps)):
+            samples[name].append(seconds(steps[name], lengths[name]))
     return samples
 
 
@@ -210,10 +273,15 @@ def measure_memory(setting: Setting, name: str) -> tuple[float, int | None]:
     parameters = setting.parameters()
     optimizer, step = make_contender(name, parameters)
     step()
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     peak = peak_growth(step, setting.device)
-    return state_bytes / sum(param.numel() for param, _ in parameters), peak
+    return state_bytes(optimizer) / sum(param.numel() for param, _ in parameters), peak
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes that this process holds of an optimizer's state tensors."""
+    values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    with torch.no_grad():
+        return sum(part.numel() * part.element_size() for part in map(local_part, values))
 
 
 def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:
@@ -300,15 +368,18 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
         "peak MiB",
         "state B/p",
     )
-    rows = [header, *(_row(record) for record in records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
+    return "\n".join([title, *align([header, *(_row(record) for record in records)])])
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
     ]
-    return "\n".join([title, *lines])
 
 
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -351,52 +422,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``pylo bench``."""
     parser.add_argument(
         "--shapes",
-        type=_names_of("shapes", lambda: list(SHAPES)),
-        default=["vit_ti", "vit_b16", "gpt2"],
+        type=names_of("shapes", lambda: list(SHAPES)),
         help=f"comma-separated, of {', '.join(SHAPES)} (default: vit_ti,vit_b16,gpt2)",
     )
     parser.add_argument(
         "--optimizers",
-        type=_names_of("optimizer", _contenders),
-        default=["small_fc_lopt"],
+        type=names_of("optimizer", _contenders),
         help="comma-separated catalogue names, with :reference, :native or :compile for one backend "
         "(default: small_fc_lopt); AdamW always runs beside them",
     )
     parser.add_argument(
         "--threads",
-        type=_thread_counts,
-        default=[torch.get_num_threads()],
-        help="comma-separated CPU thread counts (default: %(default)s), each in its own process",
+        type=counts,
+        help=f"comma-separated CPU thread counts (default: {torch.get_num_threads()}), each in its own process",
     )
-    parser.add_argument("--repeats", type=_positive, default=5, help="rounds (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of parameters and gradients (default: %(default)s)"
-    )
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write everything measured to FILE")
-    parser.set_defaults(run=main)
+    parser.add_argument("--repeats", type=_positive, help="rounds (default: 5)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of parameters and gradients (default: float32)")
+    parser.add_argument("--device", type=_device, help="cpu or cuda[:index] (default: cpu)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write everything measured to FILE")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark that the options of :func:`add_arguments` describe."""
-    report: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["pylo", *sys.argv[1:]]),
-        "machine": describe_machine(args.device),
-        "method": METHOD,
-        "load_average": {"before": _load_average()},
-        "results": [],
-    }
+    args = resolve(args, DEFAULTS, "without --distributed")
+    report = Report(METHOD, args.device)
     for shapes in args.shapes:
         for threads in args.threads:
             records = run_bench(Setting(shapes, args.dtype, args.device, threads), args.optimizers, args.repeats)
-            print(format_table(records), end="\n\n", flush=True)
-            report["results"] += records
-    report["load_average"]["after"] = _load_average()
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {args.json}")
+            report.add(records, format_table(records))
+    report.write(args.json)
     return 0
+
+
+def resolve(args: argparse.Namespace, defaults: Mapping[str, Any], case: str) -> argparse.Namespace:
+    """``args`` with ``defaults`` for what was not given; an option that has none means nothing in this ``case``."""
+    own = {"run", "parser", "distributed"}
+    for name, value in vars(args).items():
+        if value is not None and name not in own | defaults.keys():
+            args.parser.error(f"--{name} means nothing {case}")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**defaults, **given})
+
+
+class Report:
+    """What was found, printed as it comes, and where and how, for those who want it in a file.
+
+    Args:
+        method: What the numbers mean, by name.
+        device: Where they come from.
+    """
+
+    def __init__(self, method: Mapping[str, str], device: str = "cpu") -> None:
+        self._content: dict[str, Any] = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["pylo", *sys.argv[1:]]),
+            "machine": describe_machine(device),
+            "method": dict(method),
+            "load_average": {"before": _load_average()},
+        }
+        self.results: list[Mapping[str, Any]] = []
+
+    def add(self, records: Sequence[Mapping[str, Any]], table: str) -> None:
+        """Keep JSON-serialisable records, and print them as a table."""
+        self.results += records
+        print(table, end="\n\n", flush=True)
+
+    def write(self, path: Path | None) -> None:
+        """Write all records to ``path``, if there is one."""
+        self._content["load_average"]["after"] = _load_average()
+        if path:
+            path.write_text(json.dumps({**self._content, "results": self.results}, indent=2) + "\n")
+            print(f"written to {path}")
 
 
 def _load_average() -> list[float] | None:
@@ -409,7 +505,9 @@ def _contenders() -> list[str]:
     return names + [f"{name}:{backend}" for name in names for backend in backends]
 
 
-def _names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+def names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[str]]:
+    """Parser of comma-separated names."""
+
     def parse(text: str) -> list[str]:
         names = list(dict.fromkeys(text.split(",")))
         if unknown := [name for name in names if name not in known()]:
@@ -425,7 +523,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _thread_counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
+    """Parse comma-separated positive integers."""
     return list(dict.fromkeys(_positive(count) for count in text.split(",")))
 
 
@@ -439,7 +538,8 @@ def _device(text: str) -> str:
     return text
 
 
-def _new_file(text: str) -> Path:
+def new_file(text: str) -> Path:
+    """Parse the path of a file to write; its folder exists."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"folder {str(path.parent)!r} does not exist")

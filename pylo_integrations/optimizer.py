@@ -346,7 +346,8 @@ class LearnedOptimizer(Optimizer):
             )
 
     def _device_type(self) -> str:
-        return next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        return kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
 
     def _check_gradients(self) -> None:
         for index, group in enumerate(self.param_groups):

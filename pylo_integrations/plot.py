@@ -157,10 +157,6 @@ def draw(runs: Sequence[RunLog]) -> Figure:
     Raises:
         PlotError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which needs to know about displays
-    except ModuleNotFoundError:
-        raise PlotError("drawing needs matplotlib: pip install matplotlib") from None
     panels: list[tuple[float, Callable[[Axes], None]]] = [(3.0, lambda axes: _draw_losses(axes, runs))]
     for run in runs:
         if ratios := run.telemetry("update_ratio", of="group"):
@@ -171,7 +167,7 @@ def draw(runs: Sequence[RunLog]) -> Figure:
                 panels.append((height, partial(_draw_heat_map, rows=rows, title=f"{run.name}: {meaning}")))
                 break
     heights = [height for height, _ in panels]
-    figure = Figure(figsize=(9, sum(heights) + 0.6 * len(heights)), layout="constrained")
+    figure = _figure(figsize=(9, sum(heights) + 0.6 * len(heights)))
     column = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     for axes, (_, paint) in zip(column, panels, strict=True):
         paint(axes)
@@ -185,7 +181,36 @@ def plot(path: Path, output: Path) -> None:
     Raises:
         PlotError: There is nothing to draw, matplotlib is not installed or does not know the format.
     """
-    figure = draw(read_runs(path))
+    _save(draw(read_runs(path)), output)
+
+
+def plot_curves(panels: Sequence[tuple[str, str, Mapping[str, Series]]], output: Path) -> None:
+    """Draw curves over logarithmic axes into the picture ``output``.
+
+    Args:
+        panels: Of each its title, the meaning of its horizontal axis, and its curves by name.
+        output: Its suffix tells the format.
+
+    Raises:
+        PlotError: matplotlib is not installed or does not know the format.
+    """
+    figure = _figure(figsize=(9, 4))
+    for axes, (title, meaning, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        _draw_lines(axes, curves, title, marker="o")
+        axes.set_xscale("log")
+        axes.set_xlabel(meaning)
+    _save(figure, output)
+
+
+def _figure(**options: Any) -> Figure:
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which needs to know about displays
+    except ModuleNotFoundError:
+        raise PlotError("drawing needs matplotlib: pip install matplotlib") from None
+    return Figure(layout="constrained", **options)
+
+
+def _save(figure: Figure, output: Path) -> None:
     try:
         figure.savefig(output, dpi=110)
     except ValueError as error:
@@ -201,10 +226,10 @@ def _draw_losses(axes: Axes, runs: Sequence[RunLog]) -> None:
     _draw_lines(axes, lines, "loss")
 
 
-def _draw_lines(axes: Axes, series: Mapping[str, Series], title: str) -> None:
+def _draw_lines(axes: Axes, series: Mapping[str, Series], title: str, marker: str = "") -> None:
     for name, line in series.items():
         steps = sorted(line)
-        axes.plot(steps, [line[step] for step in steps], label=name)
+        axes.plot(steps, [line[step] for step in steps], label=name, marker=marker)
     values = [value for line in series.values() for value in line.values() if math.isfinite(value)]
     if values and min(values) > 0:
         axes.set_yscale("log")

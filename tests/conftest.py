@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from dist_workers import Workers
 from native_library import library_or_skip
 from thetas import is_absent, theta_for
 from toy_loss_rule import toy_loss_optimizer
 
 from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
+from pylo_integrations.workers import Workers
 
 # Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
 BOTH_BACKENDS = {

@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests run; see dist_workers."""
+"""What the ranks of the distributed tests run; see pylo_integrations.workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from thetas import create
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pylo_integrations.sharding.collectives import Collectives
 
 # Uneven and empty shards, ties, vectors, a scalar, a kernel, an axis of extent 1.
 SHAPES = [(), (1,), (7,), (5, 3), (4, 4), (2, 3, 4), (6, 3, 2, 2), (1, 5), (9, 6), (9, 6)]
@@ -20,23 +21,13 @@ def random(shape, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts every collective, whoever starts it, by what the dispatcher sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def collectives() -> Iterator[list[str]]:
-    with Collectives() as mode:
-        yield mode.names
+    """Names of the collectives inside, which are there once it has been left."""
+    names: list[str] = []
+    with Collectives() as noted:
+        yield names
+    names[:0] = [collective.name for collective in noted.seen]
 
 
 def full(tensor: Tensor) -> Tensor:

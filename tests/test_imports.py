@@ -29,7 +29,10 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench", "plot"},
+    {"bench", "plot", "workers"},
+    {"strategies"},
+    {"dry_run"},
+    {"bench_distributed"},
     {"cli"},
 ]
 FRAMEWORKS = {

@@ -1,27 +1,32 @@
 """A few processes that stay alive and run functions together, as ranks of gloo groups of any size up to theirs.
 
-Starting a process costs seconds, joining another process group milliseconds. So all tests of a session share the
-processes, and nothing waits longer than its timeout: whoever hangs or dies is reported and all are replaced.
+Starting a process costs seconds, joining another process group milliseconds; so whoever needs several groups in turn
+shares the processes. Nothing waits longer than its timeout: whoever hangs or dies is reported, and all are replaced.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MOST = 4
+"""How many processes there are, unless said otherwise."""
 
 
 def _serve(rank: int, connection: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist
 
@@ -53,17 +58,22 @@ def _serve(rank: int, connection: Any) -> None:
 
 
 class Workers:
-    """Processes to run functions on."""
+    """Processes of one thread each to run functions on, started when first needed.
 
-    def __init__(self) -> None:
+    Args:
+        most: How many; the largest group that they can form.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
         self._processes: list[Any] = []
         self._connections: list[Any] = []
-        self._folder = Path(tempfile.mkdtemp())
+        self._folder = tempfile.TemporaryDirectory(prefix="pylo-")
         self._joined: tuple[int, str] = (0, "")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(MOST):
+        for rank in range(self._most):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -71,7 +81,7 @@ class Workers:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def run(self, world: int, function: Callable[..., Any], *, timeout: float = 60, **kwargs: Any) -> list[Any]:
+    def run(self, world: int, function: Callable[..., T], *, timeout: float = 60, **kwargs: Any) -> list[T]:
         """Call ``function(rank, world, **kwargs)`` on ``world`` processes at once; what each returned.
 
         Raises:
@@ -80,10 +90,12 @@ class Workers:
         if not self._processes:
             self._start()
         if self._joined[0] != world:
-            self._joined = (world, str(self._folder / f"rendezvous{time.monotonic_ns()}"))
+            self._joined = (world, str(Path(self._folder.name) / f"rendezvous{time.monotonic_ns()}"))
+        deadline = time.monotonic() + timeout
+        results: list[T] = []
+        trouble: list[str] = []
         for connection in self._connections[:world]:
             connection.send((function, kwargs, world, self._joined[1], timeout))
-        deadline, results, trouble = time.monotonic() + timeout, [], []
         for rank, connection in enumerate(self._connections[:world]):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic()) if not trouble else 5.0):
@@ -91,7 +103,10 @@ class Workers:
                 ok, value = connection.recv()
             except (EOFError, ConnectionError):
                 ok, value = False, f"no answer within {timeout} s"
-            (results if ok else trouble).append(value if ok else f"rank {rank} of {world}: {value}")
+            if ok:
+                results.append(value)
+            else:
+                trouble.append(f"rank {rank} of {world}: {value}")
         if trouble:
             self.close()
             raise RuntimeError("\n".join(trouble))

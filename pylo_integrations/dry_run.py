@@ -1,0 +1,195 @@
+"""What a step costs the first of many ranks, found on one process without them and without memory for tensors.
+
+A dry run is the optimizer's own step on tensors of the meta device, which have shapes and no numbers, in a fake process
+group, whose collectives do nothing: it plans as for so many ranks, makes as much state, and starts the same collectives
+with the same number of bytes. Two questions that such a step cannot answer are answered for it: what a read of the
+device says (all is finite, every rank has every gradient), and which pieces of a tensor the other ranks hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pylo_integrations.bench import DTYPES, ParamShape, make_contender, state_bytes
+from pylo_integrations.engine import Engine
+from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.collectives import Collective, Collectives, is_collective
+from pylo_integrations.sharding.exchange import Assembly
+from pylo_integrations.sharding.layout import Box
+from pylo_integrations.sharding.pieces import local_part
+from pylo_integrations.strategies import SIMULABLE, STRATEGIES, spread
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Of rank 0.
+
+    Attributes:
+        elements: Elements of parameters here.
+        state_bytes: Of the state of all parameters here.
+        collectives: Of one step, in order. In their first step, ranks also tell each other what they hold, if there are
+            whole tensors to be put together.
+        blocks: How many blocks a step is made of.
+        plan_seconds: How long it took to plan the first step, measured: buckets, blocks, and who owns which tensor.
+    """
+
+    elements: int
+    state_bytes: int
+    collectives: tuple[Collective, ...]
+    blocks: int
+    plan_seconds: float
+
+
+def dry_run(
+    shapes: Sequence[ParamShape], strategy: str, ranks: int, optimizers: Sequence[str], dtype: str = "float32"
+) -> dict[str, StepCosts]:
+    """Step parameters of given shapes as the first of ``ranks`` would, which holds no less than any; allocates nothing.
+
+    Args:
+        shapes: Of whole parameters.
+        strategy: A name in :data:`~pylo_integrations.strategies.SIMULABLE`.
+        ranks: How many train together.
+        optimizers: Catalogue names. Their own torch functions run, as on a device without native kernels.
+        dtype: Of parameters and gradients.
+
+    Returns:
+        The costs of each optimizer.
+
+    Raises:
+        ValueError: The strategy cannot be simulated, or is not for so many ranks.
+        RuntimeError: This process is part of a process group already.
+    """
+    if strategy not in SIMULABLE:
+        raise ValueError(f"strategy {strategy!r} cannot be simulated")
+    if not STRATEGIES[strategy].allows(ranks):
+        raise ValueError(f"strategy {strategy!r} is not for {ranks} ranks")
+    with _fake_process_group(ranks):
+        _, parameters = spread(shapes, strategy, ranks, DTYPES[dtype], "meta")
+        return {name: _step_dry(name, parameters, ranks) for name in optimizers}
+
+
+def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], ranks: int) -> StepCosts:
+    optimizer, step = make_contender(name, parameters)
+    assert isinstance(optimizer, LearnedOptimizer), f"{name} is no catalogue name"
+    engine = optimizer._engine
+    # On the object, since all parts of the optimizer share it.
+    engine._ranks.gather = lambda value: _answers(engine, value, ranks)  # type: ignore[method-assign]
+    optimizer.init_state()
+    with _DryCollectives() as noted:
+        start = time.perf_counter()
+        blocks = engine._planned(optimizer.param_groups, optimizer.state).blocks
+        if whole := _finished_elsewhere(engine):
+            engine._assembly = Assembly(whole, engine._ranks)
+        plan_seconds = time.perf_counter() - start
+        # Blocks bound temporaries, and here those take no memory, only time for each operation.
+        engine._block_numel = lambda rule, bucket: sys.maxsize  # type: ignore[method-assign]
+        engine._plan = type(engine._plan)()
+        step()
+    return StepCosts(
+        elements=sum(local_part(param.detach()).numel() for param, _ in parameters),
+        state_bytes=state_bytes(optimizer),
+        collectives=tuple(noted.seen),
+        blocks=sum(map(len, blocks)),
+        plan_seconds=plan_seconds,
+    )
+
+
+@contextmanager
+def _fake_process_group(ranks: int) -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if dist.is_initialized():
+        raise RuntimeError("a dry run needs a process that is not part of a process group")
+    # Always the same rank: what torch caches of a mesh, such as this process's place in it, outlives the process group.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _DryCollectives(Collectives):  # type: ignore[no-untyped-call]
+    """Notes collectives, and stands in for the device where it is read."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if is_collective(func):
+            self.note(func, args, kwargs)
+            if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(args)):
+                return _done(func, args)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _done(func: Any, args: Sequence[Any]) -> Any:
+    """What a collective returns, without starting it: no process group has them for the meta device."""
+    from torch._C._distributed_c10d import FakeWork
+
+    # All of c10d's overwrite their first argument, and return it unless they return nothing but the work.
+    work = FakeWork().boxed()  # type: ignore[attr-defined]
+    return work if len(func._schema.returns) == 1 else (args[0], work)
+
+
+def _finished_elsewhere(engine: Engine) -> list[Bucket]:
+    """Buckets of the current plan whose tensors have owners, that is, of which no rank has the whole to finish it."""
+    plan = engine._plan
+    return [bucket for rule, bucket in zip(plan.rules, plan.buckets, strict=True) if rule.finishes and bucket.parts > 1]
+
+
+def _answers(engine: Engine, own: Any, ranks: int) -> list[Any]:
+    """What :class:`Assembly` asks all ranks for, the boxes that each holds; of those that are not here, computed.
+
+    Raises:
+        NotImplementedError: Something else is asked for.
+    """
+    answers = []
+    for rank in range(ranks):
+        buckets: list[list[tuple[Box, ...]]] = []
+        for bucket in _finished_elsewhere(engine):
+            mesh = tuple(bucket.params[0].device_mesh.shape)  # type: ignore[attr-defined]
+            params: list[Any] = bucket.params
+            buckets.append([_boxes(tuple(p.shape), mesh, p.placements, rank) for p in params])
+        answers.append(buckets)
+    if own != answers[0]:
+        raise NotImplementedError("a dry run cannot tell what other ranks would answer here")
+    return answers
+
+
+@functools.lru_cache(maxsize=4096)
+def _boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...], rank: int) -> tuple[Box, ...]:
+    """What a rank holds of a DTensor on a mesh of all ranks: as torch chunks it, axis of the mesh by axis."""
+    start, extents = [0] * len(shape), list(shape)
+    for coordinate, count, placement in zip(_unravel(rank, mesh), mesh, placements, strict=True):
+        if placement.is_shard():
+            axis, extent = placement.dim, extents[placement.dim]
+            chunk = math.ceil(extent / count)
+            begin = min(coordinate * chunk, extent)
+            start[axis] += begin
+            extents[axis] = min(chunk, extent - begin)
+    return (Box(tuple(start), tuple(extents)),) if math.prod(extents) else ()
+
+
+def _unravel(rank: int, mesh: Sequence[int]) -> list[int]:
+    coordinates = []
+    for count in reversed(mesh):
+        rank, coordinate = divmod(rank, count)
+        coordinates.append(coordinate)
+    return coordinates[::-1]
