@@ -30,6 +30,7 @@ LAYERS = [
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
     {"bench", "plot"},
+    {"metatrain"},
     {"cli"},
 ]
 FRAMEWORKS = {

@@ -1,0 +1,130 @@
+"""Does a theta step in meta-training exactly as it does in the optimizer?"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from thetas import theta_for
+
+from pylo_integrations import Theta, create_optimizer, get_optimizer_info, mup_param_groups
+from pylo_integrations.metatrain.episodes import Episode, Objective
+from pylo_integrations.metatrain.learners import Learner
+from pylo_integrations.metatrain.spaces import LinearSpace
+from pylo_integrations.metatrain.tasks import FAMILIES
+
+SEEDS = [11, 12]
+
+
+def observed(task):
+    """A task that remembers the networks that it made and the batches that it drew."""
+    models, batches = [], []
+
+    def model():
+        models.append(task.model())
+        return copy.deepcopy(models[-1])
+
+    def draw(*args):
+        batches.append(task.batches(*args))
+        return batches[-1]
+
+    return replace(task, model=model, batches=draw), models, batches
+
+
+def thetas(optimizer):
+    """Three theta that differ in every array."""
+    if optimizer in ("small_fc_lopt", "mulo"):
+        space = LinearSpace(hidden=8)
+        noise = torch.randn(3, len(space.start), generator=torch.Generator().manual_seed(1))
+        arrays, hyper = space.arrays(space.start + 0.05 * noise), {"exp_mult": 1.0, "step_mult": 0.01}
+    else:
+        theta = theta_for(optimizer)
+        generator = torch.Generator().manual_seed(2)
+        arrays = {
+            name: torch.stack([a + 0.01 * torch.randn(a.shape, generator=generator) for _ in range(3)])
+            for name, a in theta.arrays.items()
+        }
+        hyper = dict(theta.hyper)
+    architecture = get_optimizer_info(optimizer).cls.architecture
+    return [Theta(architecture, {name: a[i] for name, a in arrays.items()}, hyper) for i in range(3)]
+
+
+def train_twice(family, optimizer, steps, dtype=torch.float64, base_width=None):
+    """Parameters of members after ``steps`` steps, by the meta-trainer and by the optimizer."""
+    mine = thetas(optimizer)
+    task, models, batches = observed(family.sample(torch.Generator().manual_seed(3), base_width))
+    learner = Learner.learned(optimizer, mine[0].arrays, mine[0].hyper)
+    episode = Episode(learner, task, Objective(), 2 * steps, SEEDS, copies=3, dtype=dtype)
+    # Copies are outermost: theta i steps members 2 i and 2 i + 1.
+    arrays = {n: torch.stack([t.arrays[n] for t in mine for _ in SEEDS]) for n in mine[0].arrays}
+    losses = episode.unroll(arrays, steps)
+    initial, drawn = models[: len(SEEDS)], batches[:steps]
+    pairs = []
+    for index, theta in enumerate(mine):
+        for seed in range(len(SEEDS)):
+            model = copy.deepcopy(initial[seed]).to(dtype)
+            groups = model if base_width is None else mup_param_groups(model, task.base())
+            oracle = create_optimizer(groups, optimizer, weights=theta, backend="reference", num_steps=2 * steps)
+            for batch in drawn:
+                oracle.zero_grad()
+                loss = task.loss(model, tuple(x[seed].to(dtype) if x.is_floating_point() else x[seed] for x in batch))
+                loss.backward()
+                oracle.step(loss=loss)
+            member = index * len(SEEDS) + seed
+            pairs += [(episode.params[name][member], param.detach()) for name, param in model.named_parameters()]
+            assert not torch.equal(param, dict(initial[seed].named_parameters())[name].to(dtype))
+    assert losses.shape == (steps, 6) and losses.isfinite().all()
+    return pairs
+
+
+def largest_difference(pairs):
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_200_steps_are_those_of_the_optimizer(dtype):
+    family = FAMILIES["teacher"](width=8, activation="tanh")
+    pairs = train_twice(family, "small_fc_lopt", 200, dtype)
+    assert len(pairs) == 36
+    assert largest_difference(pairs) < (1e-5 if dtype is torch.float32 else 1e-10)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_family_is_stepped_as_the_optimizer_steps_it(kind):
+    if kind.startswith("image"):
+        pytest.importorskip("sklearn")
+    assert largest_difference(train_twice(FAMILIES[kind](width=8, batch=4), "small_fc_lopt", 12)) < 1e-8
+
+
+@pytest.mark.parametrize("optimizer", ["velo", "celo", "celo_adam", "celo2_base", "elo_celo2"])
+def test_every_rule_can_be_unrolled(optimizer):
+    # Two layers of equal shape share a stack; the loss and the horizon reach the rules that want them.
+    family = FAMILIES["teacher"](width=8, activation="tanh", depth=3, batch=8)
+    assert largest_difference(train_twice(family, optimizer, 25)) < 1e-5
+
+
+def test_width_multipliers_are_those_of_the_optimizer():
+    family = FAMILIES["text_attention"](width=16, batch=4, length=6)
+    pairs = train_twice(family, "mulo", 12, base_width=8)
+    assert largest_difference(pairs) < 1e-8
+    task = family.sample(torch.Generator().manual_seed(3), 8)
+    lrs = {group["lr"] for group in mup_param_groups(task.model(), task.base())}
+    assert lrs == {1.0, 0.5}, "the case has multipliers"
+
+
+def test_compiled_local_functions_step_alike():
+    pytest.importorskip("torch._inductor")
+    from pylo_integrations.ops.compiled import CompiledLocal
+
+    [mine, *_] = thetas("small_fc_lopt")
+    results = []
+    for local in (None, CompiledLocal()):
+        learner = Learner.learned("small_fc_lopt", mine.arrays, mine.hyper, **({"local": local} if local else {}))
+        task = FAMILIES["teacher"](width=8, depth=1).sample(torch.Generator().manual_seed(3))
+        episode = Episode(learner, task, Objective(), 10, SEEDS)
+        episode.unroll({name: a.expand(2, *a.shape) for name, a in mine.arrays.items()}, 5)
+        results.append(episode.params)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
