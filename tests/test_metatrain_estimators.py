@@ -124,9 +124,7 @@ def test_backpropagation_agrees_with_finite_differences(space, split):
     for _ in range(3):
         direction = torch.randn(len(point), generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            up, down = (
-                Vectors().unroll((point + sign * 1e-6 * direction).expand(2, -1), 6).mean() for sign in (1, -1)
-            )
+            up, down = (Vectors().unroll((point + sign * 1e-6 * direction).expand(2, -1), 6).mean() for sign in (1, -1))
         assert float(gradient @ direction) == pytest.approx(float(up - down) / 2e-6, rel=1e-4, abs=1e-7)
     assert gradient.norm() > 1e-3
 

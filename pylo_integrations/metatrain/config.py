@@ -307,7 +307,9 @@ def _check(config: Config) -> None:
             "or builtin:<name> to begin from"
         )
     positive = {"threads": config.threads, "checkpoint_seconds": config.checkpoint_seconds}
-    positive |= {f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")}
+    positive |= {
+        f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")
+    }
     positive |= {f"start.{name}": getattr(config.start, name) for name in ("step", "exp_mult", "step_mult")}
     positive |= {f"objective.{name}": getattr(config.objective, name) for name in ("floor", "ceiling")}
     if config.base_width is not None:

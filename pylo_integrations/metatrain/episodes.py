@@ -208,8 +208,10 @@ class Episode:
         params = [dict(model.named_parameters()) for model in models]
         stacked = {name: self._over_copies(torch.stack([mine[name].detach() for mine in params])) for name in names}
         stacked = {name: value.to(self.device, self.dtype) for name, value in stacked.items()}
-        stacked = {name: value / self._along(self._scales[name], value) if self._scales else value
-                   for name, value in stacked.items()}
+        stacked = {
+            name: value / self._along(self._scales[name], value) if self._scales else value
+            for name, value in stacked.items()
+        }
         self._now = _Networks(stacked, [], {})
         self._gradients = vmap(grad_and_value(self._loss))
         self._losses = vmap(self._loss)
@@ -386,9 +388,7 @@ class Episode:
         )
         for i, control, values in zip(mine, decided, states, strict=True):
             count = len(self._slots[i].names)
-            controls[i] = {
-                name: self._by_tensor(value.to(self.dtype), count) for name, value in control.items()
-            }
+            controls[i] = {name: self._by_tensor(value.to(self.dtype), count) for name, value in control.items()}
             stacks[i].values.update({name: self._by_tensor(value, count) for name, value in values.items()})
         return controls
 
@@ -425,17 +425,19 @@ class Episode:
         for slot in self._slots:
             count = len(slot.names)
             shapes = slot.rule.state_shapes(slot.layout)
-            states.append({
-                name: self._by_tensor(initial[name].unsqueeze(1), count)
-                if name in initial
-                else torch.zeros(
-                    count * self.members,
-                    *(slot.layout.shape if shape is None else shape),
-                    device=self.device,
-                    dtype=self.dtype,
-                )
-                for name, shape in shapes.items()
-            })
+            states.append(
+                {
+                    name: self._by_tensor(initial[name].unsqueeze(1), count)
+                    if name in initial
+                    else torch.zeros(
+                        count * self.members,
+                        *(slot.layout.shape if shape is None else shape),
+                        device=self.device,
+                        dtype=self.dtype,
+                    )
+                    for name, shape in shapes.items()
+                }
+            )
         return states
 
     # -- the task --------------------------------------------------------------------------------------------------

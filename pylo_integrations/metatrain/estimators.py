@@ -27,8 +27,13 @@ from torch import Generator, Tensor
 class Unrollable(Protocol):
     """An episode in progress."""
 
-    iteration: int
-    horizon: int
+    @property
+    def iteration(self) -> int:
+        """Steps taken."""
+
+    @property
+    def horizon(self) -> int:
+        """Steps in all."""
 
     def unroll(self, vectors: Tensor, steps: int) -> Tensor:
         """Objective before each of ``steps`` steps, ``(steps, members)``, for ``(members, size)`` vectors."""

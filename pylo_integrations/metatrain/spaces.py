@@ -104,12 +104,14 @@ class LinearSpace(Space):
         direction = torch.zeros(len(self._channels))
         direction[self._channels.index(sum(counts[: SmallFC.features.index("momentum_over_rms")]))] = 1
         first = float((self._times * torch.tanh(-torch.ones(len(TIME_SCALES)))).sum())
-        self.start = torch.cat([
-            direction,
-            self._times[: self.free_times],
-            torch.tensor([math.log(step / step_mult) - first]),
-            torch.zeros(sum(self._decays.values())),
-        ])
+        self.start = torch.cat(
+            [
+                direction,
+                self._times[: self.free_times],
+                torch.tensor([math.log(step / step_mult) - first]),
+                torch.zeros(sum(self._decays.values())),
+            ]
+        )
 
     def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
         """The network."""

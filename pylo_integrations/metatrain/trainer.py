@@ -252,7 +252,9 @@ class MetaTrainer:
             return {"exp_mult": start.exp_mult, "step_mult": start.step_mult}, space.arrays(space.start)
         theta = load_theta(start.weights, self.config.optimizer)
         if theta.architecture != architecture_of(self.config.optimizer):
-            raise ValueError(f"start.weights={start.weights!r} are for {theta.architecture}, not {self.config.optimizer}")
+            raise ValueError(
+                f"start.weights={start.weights!r} are for {theta.architecture}, not {self.config.optimizer}"
+            )
         return dict(theta.hyper), dict(theta.arrays)
 
     def _linear_space(self) -> LinearSpace:
@@ -390,9 +392,7 @@ class MetaTrainer:
     def _columns(self) -> list[str]:
         columns = ["step", "cpu_seconds", "steps_per_cpu_second"]
         columns += [f"loss_{family.name}" for family in self.config.train] + ["selection_loss"]
-        return columns + [
-            f"{part}_loss_{family.name}" for part, family in self.config.families() if part != "train"
-        ]
+        return columns + [f"{part}_loss_{family.name}" for part, family in self.config.families() if part != "train"]
 
     def _open_logs(self) -> None:
         """Drop rows that were written after the checkpoint which this run goes on from."""
@@ -465,20 +465,22 @@ class MetaTrainer:
             "taken": self._outer.taken,
             "groups": groups,
         }
-        contents = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for name, value in tensors.items()}
+        contents = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        }
         metadata = {"metatrain": json.dumps(record)}
-        _write_whole(
-            self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata)
-        )
+        _write_whole(self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata))
 
     def _restore(self, checkpoint: Path) -> None:
         with safetensors.safe_open(str(checkpoint), "pt") as file:
             record = json.loads((file.metadata() or {})["metatrain"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if record["config"] != json.loads(json.dumps(self.config.record())):
-            differing = [key for key, value in self.config.record().items()
-                         if json.loads(json.dumps(value)) != record["config"].get(key)]
+            differing = [
+                key
+                for key, value in self.config.record().items()
+                if json.loads(json.dumps(value)) != record["config"].get(key)
+            ]
             raise ResumeError(
                 f"{self.output} holds a run of another config: {', '.join(differing)} differ. Choose another folder, "
                 "or undo the changes"
