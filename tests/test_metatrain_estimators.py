@@ -93,7 +93,7 @@ def test_families_count_alike_whatever_their_groups():
 @pytest.mark.parametrize("space", [LinearSpace(hidden=5), None], ids=["linear", "full"])
 def test_backpropagation_agrees_with_finite_differences(space, split):
     origin = LinearSpace(hidden=5)
-    space = space or FullSpace(origin.arrays(origin.start))
+    space = space or FullSpace(origin.theta(origin.start))
     learner = Learner.learned("small_fc_lopt", origin.arrays(origin.start), {"exp_mult": 1.0, "step_mult": 0.01})
     task = FAMILIES["teacher"](width=4, inputs=3, depth=1, batch=8, activation="tanh").sample(generator_of("task"))
 
@@ -129,13 +129,15 @@ def test_backpropagation_agrees_with_finite_differences(space, split):
     assert gradient.norm() > 1e-3
 
 
-def test_the_linear_space_is_what_it_says():
+@pytest.mark.parametrize("wide", [False, True], ids=["as trained", "as kept"])
+def test_the_linear_space_is_what_it_says(wide):
     space = LinearSpace(hidden=8, step=0.005)
-    rule = Learner.learned("small_fc_lopt", space.arrays(space.start), {"exp_mult": 1.0, "step_mult": 0.01}).rule
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 28, 50, generator=generator)
     vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)
-    rule = Learner.learned("small_fc_lopt", space.arrays(vector), {"exp_mult": 1.0, "step_mult": 0.01}).rule
+    kept = space.theta(vector) if wide else space.arrays(vector)
+    assert kept["nn/~/w1"].shape == ((8, 8) if wide else (3, 3))
+    rule = Learner.learned("small_fc_lopt", kept, {"exp_mult": 1.0, "step_mult": 0.01}).rule
     from pylo_integrations.rules.features import time_features
     from pylo_integrations.rules.networks import steps
 
@@ -150,4 +152,4 @@ def test_the_linear_space_is_what_it_says():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     first = space.start[14:21] @ torch.full((7,), -0.76159) - 0.327 * 4 * -0.76159 + space.start[21]
     assert 0.01 * float(first.exp()) == pytest.approx(0.005, rel=1e-3)
-    assert max(array.abs().max() for array in space.arrays(space.start).values()) < 16, "fit for half precision"
+    assert max(array.abs().max() for array in space.theta(space.start).values()) < 16, "fit for half precision"

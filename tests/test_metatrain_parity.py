@@ -38,7 +38,9 @@ def thetas(optimizer):
     if optimizer in ("small_fc_lopt", "mulo"):
         space = LinearSpace(hidden=8)
         noise = torch.randn(3, len(space.start), generator=torch.Generator().manual_seed(1))
-        arrays, hyper = space.arrays(space.start + 0.05 * noise), {"exp_mult": 1.0, "step_mult": 0.01}
+        kept = [space.theta(space.start + 0.05 * row) for row in noise]
+        arrays = {name: torch.stack([theta[name] for theta in kept]) for name in kept[0]}
+        hyper = {"exp_mult": 1.0, "step_mult": 0.01}
     else:
         theta = theta_for(optimizer)
         generator = torch.Generator().manual_seed(2)

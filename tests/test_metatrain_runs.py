@@ -88,8 +88,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, at):
 
 LONG = {
     "stages": [
-        {"space": "linear", "iterations": 150, "pairs": 2, "groups": 2, "truncation": 4, "horizon": [6, 20]},
-        {"iterations": 150, "pairs": 2, "truncation": 4, "horizon": [6, 20], "sigma": 0.01, "lr": 0.003},
+        {"space": "linear", "iterations": 60, "pairs": 2, "truncation": 4, "horizon": [6, 20]},
+        {"iterations": 60, "pairs": 2, "truncation": 4, "horizon": [6, 20], "sigma": 0.01, "lr": 0.003},
     ],
     "checkpoint_seconds": 0.001,  # after every iteration, so that kills fall into the writing of checkpoints too
     "held_out": [],
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path)
     command = [sys.executable, "-m", "pylo_integrations.cli", "metatrain", str(config), "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     kills = 0
-    for delay in (0.0, 0.37, 0.81):
+    for delay in (0.0, 0.07, 0.15):
         process = subprocess.Popen([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL)
         before, deadline = progress(folder), time.monotonic() + 60
         while progress(folder) <= before and process.poll() is None and time.monotonic() < deadline:

@@ -348,7 +348,7 @@ class Episode:
                 step = rule.finish(step, slot.layout, contexts[i])
             keep, scale = keep_and_scale(slot.group, rule.lr_mult)
             new = (block.param * keep - step * scale).squeeze(1)
-            params.update(zip(slot.names, new.unflatten(0, (len(slot.names), self.members)), strict=True))
+            params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))
         now.params = {name: value.reshape(now.params[name].shape) for name, value in params.items()}
         now.states = [stack.values for stack in stacks]
 
@@ -401,7 +401,7 @@ class Episode:
         return joined.reshape(-1, *slot.layout.shape)
 
     def _by_member(self, value: Tensor) -> Tensor:
-        return value.unflatten(0, (-1, self.members)).transpose(0, 1)
+        return value.reshape(-1, self.members, *value.shape[1:]).transpose(0, 1)
 
     def _by_tensor(self, value: Tensor, count: int) -> Tensor:
         return value.expand(-1, count, *value.shape[2:]).transpose(0, 1).flatten(0, 1)

@@ -153,7 +153,8 @@ class TruncatedBackprop(Estimator):
         with torch.enable_grad():
             leaf = vector.detach().clone().requires_grad_()
             objective = episode.unroll(leaf.expand(self.members, -1), steps)
-            (gradient,) = torch.autograd.grad(objective.sum() / (self.truncation * self.members), leaf)
+            total = objective.sum() / (self.truncation * self.members) + 0 * leaf.sum()  # the first step sees no theta
+            (gradient,) = torch.autograd.grad(total, leaf)
         episode.detach_()
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         norm = gradient.norm()

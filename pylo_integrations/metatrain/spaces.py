@@ -6,7 +6,6 @@ import fnmatch
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,11 @@ class Space(ABC):
 
     @abstractmethod
     def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Theta's arrays of ``(..., size)`` vectors, each ``(..., *shape)``."""
+        """Theta's arrays of ``(..., size)`` vectors, each ``(..., *shape)``, as members are trained by them."""
+
+    def theta(self, vector: Tensor) -> dict[str, Tensor]:
+        """Theta's arrays of a ``(size,)`` vector, to be kept; the same function as :meth:`arrays`."""
+        return self.arrays(vector)
 
 
 class FullSpace(Space):
@@ -64,8 +67,9 @@ class LinearSpace(Space):
 
     The direction is a weighted sum of the 14 features that change sign with the gradient or the parameter, so that it
     cannot drift; the logarithm of the step is a sum of tanh time features. A ReLU network represents both exactly: the
-    direction as the difference of two units, the schedule as a unit that is always positive. Its other units are random
-    and not connected to the outputs, ready for :class:`FullSpace` to go on from here.
+    direction as the difference of two units, the schedule as a unit that is always positive. Members are trained by a
+    network of these three, which is faster; the theta to keep has the width asked for, its other units being random and
+    not connected to the outputs, ready for :class:`FullSpace` to go on from here.
 
     The vector holds the weights of the direction, of the time features up to 1000 steps, the logarithm of the step, and
     the decays. Slower time features keep weights that make the step fall as the inverse root of time.
@@ -114,51 +118,40 @@ class LinearSpace(Space):
         )
 
     def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
-        """The network."""
+        """The network of three units."""
         sizes = [len(self._channels), self.free_times, 1, sum(self._decays.values())]
         direction, times, log_step, decays = vectors.split_with_sizes(sizes, dim=-1)
         batch, inputs = vectors.shape[:-1], sum(channel_counts(SmallFC.features))
-        arrays = {name: array.to(vectors).expand(*batch, *array.shape) for name, array in self._unconnected().items()}
+        fixed = {
+            "b0": torch.tensor([0, 0, self.offset]),
+            "b1": torch.zeros(3),
+            "w1": torch.eye(3),
+            "w2": torch.tensor([[1, 0], [-1, 0], [0, 1 / self._exp_mult]]),
+        }
+        arrays = {f"nn/~/{name}": array.to(vectors).expand(*batch, *array.shape) for name, array in fixed.items()}
         slow = self._times[self.free_times :].to(vectors).expand(*batch, -1)
         index = torch.tensor(self._channels, device=vectors.device)
         up = vectors.new_zeros(*batch, inputs + len(TIME_SCALES)).index_copy(-1, index, direction)
         schedule = torch.cat([torch.zeros_like(up[..., :inputs]), times, slow], dim=-1)
-        first = torch.stack([up, -up, schedule], dim=-1)
-        arrays["nn/~/w0"] = torch.cat([first, arrays["nn/~/w0"][..., 3:]], dim=-1)
-        last = torch.cat([arrays["nn/~/b2"][..., :1], (log_step - self.offset) / self._exp_mult], dim=-1)
-        arrays["nn/~/b2"] = last
+        arrays["nn/~/w0"] = torch.stack([up, -up, schedule], dim=-1)
+        arrays["nn/~/b2"] = torch.cat([torch.zeros_like(log_step), (log_step - self.offset) / self._exp_mult], dim=-1)
         pieces = (DECAY_SCALE * decays).split_with_sizes(list(self._decays.values()), dim=-1)
         return arrays | dict(zip(self._decays, pieces, strict=True))
 
-    def _unconnected(self) -> dict[str, Tensor]:
-        """The network but for what the vector decides."""
-        hidden, inputs = self._hidden, sum(channel_counts(SmallFC.features)) + len(TIME_SCALES)
-        generator = generator_of("unconnected", self._seed)
-        w0 = torch.randn(inputs, hidden, generator=generator) / inputs**0.5
-        w1 = torch.randn(hidden, hidden, generator=generator) / hidden**0.5
-        w1[:3], w1[:, :3], w1[:3, :3] = 0, 0, torch.eye(3)
-        b0, b1, w2, b2 = torch.zeros(hidden), torch.zeros(hidden), torch.zeros(hidden, 2), torch.zeros(2)
-        b0[2] = self.offset
-        w2[0, 0], w2[1, 0], w2[2, 1] = 1, -1, 1 / self._exp_mult
-        return {
+    def theta(self, vector: Tensor) -> dict[str, Tensor]:
+        """The network of the width asked for."""
+        arrays, hidden = self.arrays(vector), self._hidden
+        generator, inputs = generator_of("unconnected", self._seed), len(arrays["nn/~/w0"])
+        w0 = torch.randn(inputs, hidden, generator=generator).to(vector) / inputs**0.5
+        w1 = torch.randn(hidden, hidden, generator=generator).to(vector) / hidden**0.5
+        w0[:, :3] = arrays["nn/~/w0"]
+        w1[:3], w1[:, :3] = 0, 0
+        w1[:3, :3] = arrays["nn/~/w1"]
+        pad = torch.nn.functional.pad
+        return arrays | {
             "nn/~/w0": w0,
-            "nn/~/b0": b0,
             "nn/~/w1": w1,
-            "nn/~/b1": b1,
-            "nn/~/w2": w2,
-            "nn/~/b2": b2,
+            "nn/~/b0": pad(arrays["nn/~/b0"], (0, hidden - 3)),
+            "nn/~/b1": pad(arrays["nn/~/b1"], (0, hidden - 3)),
+            "nn/~/w2": pad(arrays["nn/~/w2"], (0, 0, 0, hidden - 3)),
         }
-
-
-SPACES = ("full", "linear")
-"""Names of spaces in a config."""
-
-
-def make_space(kind: str, template: Mapping[str, Tensor] | None, scales: Mapping[str, float], **linear: Any) -> Space:
-    """A space by its name; ``template`` is where ``"full"`` starts, by default ``"linear"``'s own start."""
-    if kind == "linear":
-        return LinearSpace(**linear)
-    if template is None:
-        origin = LinearSpace(**linear)
-        template = origin.arrays(origin.start)
-    return FullSpace(template, scales)

@@ -127,7 +127,13 @@ class Pointwise(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.function = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}[name]
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "relu": F.relu,
+            "tanh": torch.tanh,
+            "gelu": F.gelu,
+            "silu": F.silu,
+        }
+        self.function = functions[name]
 
     def forward(self, input: Tensor) -> Tensor:
         """Element by element."""

@@ -242,14 +242,14 @@ class MetaTrainer:
         )
 
     def _current(self) -> dict[str, Tensor]:
-        return {name: array.detach() for name, array in self._space.arrays(self._outer.average).items()}
+        return {name: array.detach() for name, array in self._space.theta(self._outer.average).items()}
 
     def _start(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Constants and arrays to start from."""
         start = self.config.start
         if not start.weights:
             space = self._linear_space()
-            return {"exp_mult": start.exp_mult, "step_mult": start.step_mult}, space.arrays(space.start)
+            return {"exp_mult": start.exp_mult, "step_mult": start.step_mult}, space.theta(space.start)
         theta = load_theta(start.weights, self.config.optimizer)
         if theta.architecture != architecture_of(self.config.optimizer):
             raise ValueError(
