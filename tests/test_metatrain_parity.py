@@ -86,12 +86,11 @@ def largest_difference(pairs):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_200_steps_are_those_of_the_optimizer(dtype):
-    family = FAMILIES["teacher"](width=8, activation="tanh")
-    pairs = train_twice(family, "small_fc_lopt", 200, dtype)
+def test_200_steps_are_those_of_the_optimizer():
+    family = FAMILIES["teacher"](width=8, activation="tanh", batch=8)
+    pairs = train_twice(family, "small_fc_lopt", 200, torch.float32)
     assert len(pairs) == 36
-    assert largest_difference(pairs) < (1e-5 if dtype is torch.float32 else 1e-10)
+    assert largest_difference(pairs) < 1e-5
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))

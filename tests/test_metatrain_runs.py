@@ -87,6 +87,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, at):
 
 
 LONG = {
+    "train": TINY["train"][:1],
     "stages": [
         {"space": "linear", "iterations": 60, "pairs": 2, "truncation": 4, "horizon": [6, 20]},
         {"iterations": 60, "pairs": 2, "truncation": 4, "horizon": [6, 20], "sigma": 0.01, "lr": 0.003},
@@ -97,7 +98,7 @@ LONG = {
 }
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path):
     import yaml
 
@@ -107,9 +108,9 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path)
     command = [sys.executable, "-m", "pylo_integrations.cli", "metatrain", str(config), "--output", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     kills = 0
-    for delay in (0.0, 0.07, 0.15):
+    for delay in (0.0, 0.12):
         process = subprocess.Popen([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL)
-        before, deadline = progress(folder), time.monotonic() + 60
+        before, deadline = progress(folder), time.monotonic() + 120
         while progress(folder) <= before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(delay)
@@ -117,9 +118,9 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path)
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait(30)
-    assert kills == 3, "the run is long enough to be killed"
+    assert kills == 2, "the run is long enough to be killed"
     assert not (folder / "report.json").exists()
-    subprocess.run([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    subprocess.run([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
     _, expected = run(tmp_path / "whole", **LONG)
     assert Theta.load(folder / "theta.safetensors").sha256 == expected.sha256
     assert Theta.load(folder / "last.safetensors") == Theta.load(tmp_path / "whole" / "last.safetensors")

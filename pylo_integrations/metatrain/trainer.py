@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -13,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -293,7 +293,7 @@ class MetaTrainer:
 
     def _make_group(self, family: Family, index: int) -> Group:
         key = (self.config.seed, self._progress.stage, family.name, index)
-        return Group(partial(self._begin, family, key), lambda count: generator_of("noise", *key, count))
+        return Group(functools.partial(self._begin, family, key), lambda count: generator_of("noise", *key, count))
 
     def _begin(self, family: Family, key: tuple[object, ...], number: int) -> _VectorEpisode:
         """Episode ``number`` of a group."""
@@ -550,6 +550,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of this package's sources, marked if they were changed; None if they are not a checkout."""
     folder = Path(__file__).parent
