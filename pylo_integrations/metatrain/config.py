@@ -94,7 +94,7 @@ class Evaluation:
     horizon: int = 200
     tasks: int = 2
     seeds: int = 2
-    adamw: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    adamw: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 
 
 @dataclass(frozen=True)
