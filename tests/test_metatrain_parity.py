@@ -10,7 +10,7 @@ import torch
 from thetas import theta_for
 
 from pylo_integrations import Theta, create_optimizer, get_optimizer_info, mup_param_groups
-from pylo_integrations.metatrain.episodes import Episode, Objective
+from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametrisation
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.spaces import LinearSpace
 from pylo_integrations.metatrain.tasks import FAMILIES
@@ -129,3 +129,32 @@ def test_local_functions_go_through_the_learners_runner():
     episode = Episode(learner, FAMILIES["teacher"]().sample(torch.Generator().manual_seed(3)), Objective(), 10, SEEDS)
     episode.unroll({name: array.expand(2, *array.shape) for name, array in mine.arrays.items()}, 1)
     assert set(seen) == {"accumulate_", "normalised", "steps"}
+
+
+def episode(copies=1, reparametrisation=None):
+    theta = thetas("small_fc_lopt")[0]
+    learner = Learner.learned("small_fc_lopt", theta.arrays, theta.hyper)
+    task = FAMILIES["teacher"](width=8, batch=8).sample(torch.Generator().manual_seed(3))
+    made = Episode(learner, task, Objective(), 10, SEEDS, copies, reparametrisation, dtype=torch.float64)
+    made.unroll({name: array.expand(made.members, *array.shape) for name, array in theta.arrays.items()}, 3)
+    return made
+
+
+def test_twins_differ_by_theta_alone():
+    params = episode(copies=2).params
+    for value in params.values():
+        assert torch.equal(value[0], value[2]) and torch.equal(value[1], value[3])
+        assert not torch.equal(value[0], value[1])
+
+
+def test_reparametrisation_changes_the_training_but_not_the_network():
+    plain, scaled = episode(), episode(reparametrisation=Reparametrisation(0.3, 0.9))
+    torch.testing.assert_close(plain.tensors()["first"], scaled.tensors()["first"], rtol=1e-6, atol=0)
+    assert any(not torch.allclose(plain.params[name], value) for name, value in scaled.params.items())
+
+
+def test_the_objective_bounds_what_diverges():
+    objective = Objective(floor=0.01, ceiling=3.0)
+    losses = torch.tensor([1.0, 0.0, 100.0, torch.inf, torch.nan])
+    want = torch.log(torch.tensor([0.51, 0.01, 3.01, 3.01, 3.01]))
+    torch.testing.assert_close(objective(losses, torch.full((5,), 2.0)), want)
