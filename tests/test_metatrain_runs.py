@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pylo_integrations import Theta, cli, create_optimizer
-from pylo_integrations.metatrain import ConfigError, Family, MetaTrainer, ResumeError, read_config
+from pylo_integrations.metatrain import ConfigError, Family, MetaTrainer, ResumeError, load_config, read_config
 from pylo_integrations.metatrain.tasks import FAMILIES, Task
 
 ROOT = Path(__file__).parent.parent
@@ -284,14 +285,28 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(cli._metatrain_configs()))
 def test_packaged_configs_are_valid(name):
-    from pylo_integrations.metatrain import load_config
-
     config = load_config(cli._metatrain_configs()[name])
     assert config.selection and config.held_out and config.licence
 
 
 def test_packaged_configs_are_found():
     assert {"tutorial", "small_fc_lopt", "mulo"} <= set(cli._metatrain_configs())
+
+
+@pytest.mark.slow
+def test_the_tutorial_helps_from_its_first_iterations_on(tmp_path):
+    pytest.importorskip("sklearn")
+    config = load_config(cli._metatrain_configs()["tutorial"])
+    [stage] = config.stages
+    short = replace(
+        config,
+        stages=(replace(stage, iterations=30),),
+        evaluation=replace(config.evaluation, every=30, horizon=100, tasks=1, adamw=()),
+    )
+    theta = MetaTrainer(short, tmp_path, quiet=True).run()
+    first, last = theta.training["curve"]
+    assert last["score"] < first["score"] - 0.2
+    assert last["held_out_loss_digits_conv"] < first["held_out_loss_digits_conv"] - 0.2
 
 
 # -- families ------------------------------------------------------------------------------------------------------
