@@ -404,11 +404,14 @@ def _metatrain(args: argparse.Namespace) -> int:
     try:
         config = metatrain.load_config(path, **{name: value for name, value in overrides.items() if value is not None})
         trainer = metatrain.MetaTrainer(config, output, resume=args.resume)
-        trainer.run(args.iterations)
     except metatrain.ResumeError as error:
         args.parser.error(f"{error} (--resume, --output)")
-    except (metatrain.ConfigError, metatrain.DataError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         args.parser.error(" ".join(str(error).split()))
+    try:
+        trainer.run(args.iterations)
+    except metatrain.DataError as error:
+        args.parser.error(str(error))
     except KeyboardInterrupt:
         print(f"interrupted; go on with: pylo metatrain {args.config} --output {output} --resume", file=sys.stderr)
         return 130

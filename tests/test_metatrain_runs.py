@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thetas import theta_for
 
 from pylo_integrations import Theta, cli, create_optimizer
 from pylo_integrations.metatrain import ConfigError, Family, MetaTrainer, ResumeError, load_config, read_config
@@ -208,8 +209,6 @@ def test_other_estimators_and_objectives_run(tmp_path):
 
 
 def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
-    from thetas import theta_for
-
     weights = theta_for("celo").save(tmp_path / "celo.safetensors")
     stage = {"iterations": 2, "pairs": 2, "truncation": 3, "horizon": [4, 8], "scales": {"lstm*": 0.5}}
     _, theta = run(tmp_path / "run", optimizer="celo", start={"weights": str(weights)}, stages=[stage])
@@ -241,6 +240,7 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
         ({"stages": [{"iterations": 1, "horizon": [9, 3]}]}, r"stages\[0\].horizon=\[9, 3\] must be the least"),
         ({"stages": [{"iterations": 1}, {"iterations": 1, "space": "linear"}]}, r"is for the first stage only"),
         ({"threads": True}, r"threads=True must be of type int"),
+        ({"device": "abacus"}, r"device='abacus': "),
         ({"held_out": [{"kind": "teacher", **SMALL}]}, r"family teacher is in held_out and as teacher in train: .*"),
         ({"held_out": [{"kind": "teacher", "name": "x", **SMALL, "width": [4, 9]}]}, r"family x is in held_out and"),
         ({"held_out": [{"kind": "teacher", **SMALL, "width": 9}]}, r"two families are called teacher"),
@@ -268,6 +268,9 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({**TINY, "evaluation": {"every": 1, "horizon": 2, "tasks": 1, "seeds": 1}}))
+    other = tmp_path / "other.yaml"
+    weights = theta_for("celo").save(tmp_path / "celo.safetensors")
+    other.write_text(yaml.safe_dump({**TINY, "start": {"weights": str(weights)}, "stages": [{"iterations": 1}]}))
     monkeypatch.chdir(tmp_path)
     assert cli.main(["metatrain", str(path), "--iterations", "1", "--seed", "3"]) == 0
     assert "iteration 1: selection score" in capsys.readouterr().out
@@ -276,6 +279,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         ([str(path)], "holds a run already"),
         (["no_such"], "no_such: No such file"),
         ([str(path), "--output", "x", "--threads", "0"], "threads=0 must be positive"),
+        ([str(other), "--output", "x"], "start.weights="),
     ):
         with pytest.raises(SystemExit) as exit_:
             cli.main(["metatrain", *arguments])

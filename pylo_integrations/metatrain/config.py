@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import torch
+
 from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.metatrain.episodes import Objective, Reparametrisation
 from pylo_integrations.metatrain.tasks import Family, find_family
@@ -296,6 +298,12 @@ def _check(config: Config) -> None:
         get_optimizer_info(config.optimizer)
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from None
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={config.device!r}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use 'cpu'")
     if not config.train:
         raise ConfigError("train needs at least one family")
     if not config.stages:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pylo_integrations.catalog import get_optimizer_info
+from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Local, Rule, as_written
@@ -62,8 +63,7 @@ class Learner:
     @classmethod
     def adamw(cls, lr: float) -> Learner:
         """AdamW without decay, to compare with."""
-        spec = get_optimizer_info("small_fc_lopt")
-        return cls(AdamW((0.9, 0.999)), None, lr, spec.param_groups)
+        return cls(AdamW((0.9, 0.999)), None, lr, param_groups)
 
     def param_groups(self, model: nn.Module, base: nn.Module | None) -> list[dict[str, Any]]:
         """Groups with every option that a step reads; with ``base``, those of muP."""

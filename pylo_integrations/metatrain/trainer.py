@@ -237,7 +237,10 @@ class MetaTrainer:
                 "iterations": progress.iteration,
                 "inner_steps": progress.inner_steps,
                 "cpu_seconds": round(self._cpu_seconds(), 1),
-                "curve": progress.curve[:: max(1, len(progress.curve) // 50)],
+                "curve": [
+                    {name: value if value is None else round(value, 4) for name, value in point.items()}
+                    for point in progress.curve[:: max(1, len(progress.curve) // 50)]
+                ],
             },
         )
 
