@@ -78,6 +78,16 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("options", nargs=argparse.REMAINDER, help="passed to the recipe, e.g. --help")
     command.set_defaults(run=_recipe, parser=command)
 
+    command = commands.add_parser("metatrain", help="train the weights of a learned optimizer on families of tasks")
+    command.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(_metatrain_configs())}")
+    command.add_argument("--output", type=Path, help="folder of the run; by default runs/metatrain/<CONFIG>")
+    command.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if it has one")
+    command.add_argument("--iterations", type=int, metavar="N", help="stop after N more")
+    command.add_argument("--seed", type=int, help="in place of the config's")
+    command.add_argument("--device", help="in place of the config's")
+    command.add_argument("--threads", type=int, help="in place of the config's")
+    command.set_defaults(run=_metatrain, parser=command)
+
     command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
     command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
     command.add_argument("--output", type=Path, help="picture to write; by default plot.png in the folder")
@@ -353,11 +363,15 @@ def _remedy(extra: str) -> str:
 # -- recipe --------------------------------------------------------------------------------------------------------
 
 
-def _recipes() -> dict[str, Path]:
-    """Scripts by recipe name: those inside an installed wheel, else those beside the package in a clone."""
+def _recipes_root() -> Path:
+    """The recipes inside an installed wheel, else those beside the package in a clone."""
     package = Path(__file__).parent
-    root = next((root for root in (package / "_recipes", package.parent / "recipes") if root.is_dir()), package)
-    return {script.parent.name: script for script in root.glob("*/train.py")}
+    return next((root for root in (package / "_recipes", package.parent / "recipes") if root.is_dir()), package)
+
+
+def _recipes() -> dict[str, Path]:
+    """Scripts by recipe name."""
+    return {script.parent.name: script for script in _recipes_root().glob("*/train.py")}
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -372,6 +386,38 @@ def _recipe(args: argparse.Namespace) -> Any:
         return subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
     except KeyboardInterrupt:
         return 130
+
+
+# -- metatrain -----------------------------------------------------------------------------------------------------
+
+
+def _metatrain_configs() -> dict[str, Path]:
+    """Packaged configs by name."""
+    return {path.stem: path for path in sorted(_recipes_root().glob("metatrain/*.yaml"))}
+
+
+def _metatrain(args: argparse.Namespace) -> int:
+    from pylo_integrations import metatrain  # torch.func is slow to import, and no other command needs it
+
+    path = _metatrain_configs().get(args.config, Path(args.config))
+    output = args.output or Path("runs", "metatrain", path.stem)
+    overrides = {name: getattr(args, name) for name in ("seed", "device", "threads")}
+    try:
+        config = metatrain.load_config(path, **{name: value for name, value in overrides.items() if value is not None})
+        trainer = metatrain.MetaTrainer(config, output, resume=args.resume)
+    except metatrain.ResumeError as error:
+        args.parser.error(f"{error} (--resume, --output)")
+    except (ValueError, OSError) as error:
+        args.parser.error(" ".join(str(error).split()))
+    try:
+        trainer.run(args.iterations)
+    except metatrain.DataError as error:
+        args.parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: pylo metatrain {args.config} --output {output} --resume", file=sys.stderr)
+        return 130
+    print(f"theta and logs are in {output}")
+    return 0
 
 
 # -- plot ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench", "plot", "workers"},
+    {"bench", "plot", "workers", "metatrain"},
     {"strategies"},
     {"dry_run"},
     {"bench_distributed"},

@@ -5,7 +5,6 @@ All start at zero and are never bias-corrected. ``q`` below is the squared gradi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +21,14 @@ DIAGONAL = ("diagonal_0", "diagonal_1", "diagonal_2")
 
 @dataclass(frozen=True)
 class Decays:
-    """EMA coefficients: three for momentum, one for the second moment, three for the factored second moments."""
+    """EMA coefficients: three for momentum, one for the second moment, three for the factored second moments.
 
-    momentum: tuple[float, ...]
-    rms: tuple[float, ...]
-    factored: tuple[float, ...]
+    Learned ones are float64 tensors of that length, so that meta-training can look through them.
+    """
+
+    momentum: tuple[float, ...] | Tensor
+    rms: tuple[float, ...] | Tensor
+    factored: tuple[float, ...] | Tensor
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weight ``1 - beta`` of the new value in each EMA, shape (n,).
@@ -38,18 +40,20 @@ class Decays:
         clipped = {"momentum": False, "rms": True, "factored": True}
         weights = {}
         for name, clip in clipped.items():
-            beta = torch.tensor(getattr(self, name), dtype=torch.float64).to(dtype)
+            decays = getattr(self, name)
+            exact = decays if isinstance(decays, Tensor) else torch.tensor(decays, dtype=torch.float64)
+            beta = exact.to(dtype)
             weights[f"{name}_weight"] = (1 - (beta.clamp(0, 1) if clip else beta)).to(device)
         return weights
 
 
-def decays_from_offsets(initial: Sequence[float], offsets: Sequence[float]) -> tuple[float, ...]:
-    """EMA coefficients that meta-training moved away from ``initial`` by ``offsets``.
+def decays_from_offsets(initial: Sequence[float], offsets: Tensor) -> Tensor:
+    """EMA coefficients that meta-training moved away from ``initial`` by ``offsets``, float64.
 
     ``1 - beta = (1 - initial) * exp(10 * offset)`` (spec §1); ``initial`` is rounded to float32 as the reference's is.
     """
-    starts = rounded_to_float32(initial)
-    return tuple(1 - (1 - start) * math.exp(10 * offset) for start, offset in zip(starts, offsets, strict=True))
+    starts = torch.tensor(rounded_to_float32(initial), dtype=torch.float64, device=offsets.device)
+    return 1 - (1 - starts) * torch.exp(10 * offsets.double())
 
 
 def rounded_to_float32(values: Sequence[float]) -> tuple[float, ...]:
@@ -71,8 +75,8 @@ def accumulator_shapes(layout: TensorLayout, decays: Decays) -> dict[str, tuple[
 
 
 def along_channels(weight: Tensor, like: Tensor) -> Tensor:
-    """View a (channels,) vector so that it broadcasts over ``like`` of shape ``(tensors, channels, *axes)``."""
-    return weight.view(1, -1, *(1,) * (like.dim() - 2))
+    """View ``(channels,)`` or ``(tensors, channels)`` so that it broadcasts over ``(tensors, channels, *axes)``."""
+    return weight.reshape(-1, weight.shape[-1], *(1,) * (like.dim() - 2))
 
 
 def factored_scales(row: Tensor, col: Tensor, d1: int) -> tuple[Tensor, Tensor]:
@@ -89,5 +93,8 @@ def factored_scales(row: Tensor, col: Tensor, d1: int) -> tuple[Tensor, Tensor]:
 
 
 def ema_(average: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-    """Move ``average``, ``(tensors, channels, *axes)``, towards ``value`` by a per-channel ``weight``, in place."""
+    """Move ``average``, ``(tensors, channels, *axes)``, towards ``value`` by a per-channel ``weight``, in place.
+
+    The weight is ``(channels,)``, or ``(tensors, channels)`` where every tensor has its own theta.
+    """
     return average.lerp_(value.expand_as(average), along_channels(weight, average).expand_as(average))

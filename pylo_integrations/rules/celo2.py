@@ -151,7 +151,7 @@ class Celo2(MomentRule):
         """``d * exp(a * exp_mult)``, not yet orthogonalised and normalised."""
         inputs = self.normalised_features(block, prepared, sums, ctx)
         weights, biases = ([ctx.constants[f"{kind}{layer}"] for layer in range(len(self.weights))] for kind in "wb")
-        weights[0] = weights[0][:, : inputs.shape[1]]
+        weights[0] = weights[0][..., : inputs.shape[1]]
         precise = self.orthogonalises and inputs.device.type != "mps"  # which has no float64
         return ctx.local(unfinished_steps)(inputs, weights, biases, exp_mult=self.exp_mult, precise=precise)
 

@@ -40,8 +40,9 @@ def steps(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *
         ``(tensors, 1, *box)``.
     """
     outputs = mlp(inputs.flatten(2), weights, biases)
-    direction, magnitude = outputs.view(len(inputs), 2, *inputs.shape[2:]).chunk(2, dim=1)
-    return magnitude.mul_(exp_mult).exp_().mul_(direction)
+    outputs = outputs.view(len(inputs), 2, *inputs.shape[2:])
+    direction, magnitude = outputs[:, :1], outputs[:, 1:]
+    return (magnitude * exp_mult).exp_() * direction  # not in place: meta-training differentiates it
 
 
 def read_mlp(

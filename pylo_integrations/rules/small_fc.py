@@ -84,7 +84,7 @@ class SmallFC(MomentRule):
             offsets = arrays[name] if name in arrays else torch.zeros(len(initial))
             if tuple(offsets.shape) != (len(initial),):
                 raise ValueError(f"small_fc theta: {name} is {tuple(offsets.shape)}; expected ({len(initial)},)")
-            decays[name] = decays_from_offsets(initial, offsets.tolist())
+            decays[name] = decays_from_offsets(initial, offsets)
         return cls(
             decays=Decays(decays["momentum_decays"], decays["rms_decays"], decays["adafactor_decays"]),
             weights=weights,
@@ -110,12 +110,12 @@ class SmallFC(MomentRule):
         """Fold the time features, equal for all parameters, into the bias of the first layer."""
         weight = ctx.constants["w_time"]
         bias = ctx.constants["b0"] + weight @ time_features(ctx.iteration, weight.dtype, weight.device)
-        return [{"b0": bias}] * len(buckets)
+        return [{"b0": bias.unsqueeze(0)}] * len(buckets)
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """``d * exp(a * exp_mult) * step_mult`` for every parameter."""
         inputs = self.normalised_features(block, prepared, sums, ctx)
         depth = range(len(self.weights))
-        biases = [control["b0"], *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
+        biases = [block.rows(control["b0"]), *(ctx.constants[f"b{layer}"] for layer in depth[1:])]
         weights = [ctx.constants[f"w{layer}"] for layer in depth]
         return ctx.local(steps)(inputs, weights, biases, exp_mult=self.exp_mult).mul_(self.step_mult)

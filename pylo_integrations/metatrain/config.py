@@ -1,0 +1,360 @@
+"""Configs of meta-training: YAML files, read into checked records."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import torch
+
+from pylo_integrations.catalog import get_optimizer_info
+from pylo_integrations.metatrain.episodes import Objective, Reparametrisation
+from pylo_integrations.metatrain.tasks import Family, find_family
+from pylo_integrations.weights.theta import architecture_of
+
+_T = TypeVar("_T")
+
+
+class ConfigError(ValueError):
+    """A config is wrong; the message names the file, the entry and the remedy."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where theta starts.
+
+    Attributes:
+        weights: A ``weights`` argument, such as a path or ``builtin:<name>``; "" to construct a theta for small_fc.
+        hidden: Width of the constructed network.
+        step: Root mean square of its first step.
+        exp_mult: Its rule's constant.
+        step_mult: Its rule's constant.
+    """
+
+    weights: str = ""
+    hidden: int = 32
+    step: float = 5e-3
+    exp_mult: float = 1.0
+    step_mult: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of meta-training. One iteration unrolls every group of every family by one truncation.
+
+    Attributes:
+        iterations: How many.
+        space: What of theta is free, see :mod:`pylo_integrations.metatrain.spaces`.
+        scales: For space ``full``, factors on the changes of arrays, by patterns of their names.
+        estimator: See :mod:`pylo_integrations.metatrain.estimators`.
+        pairs: Antithetic pairs in a group; members, for ``backprop``.
+        groups: Of each family, in different phases of their episodes.
+        truncation: Steps.
+        horizon: Least and greatest length of an episode; lengths are log-uniform between.
+        sigma: Standard deviation of perturbations.
+        clip: Bound on the difference within a pair; for ``backprop``, on the gradient's norm.
+        lr: Of Adam, which moves theta's vector.
+        lr_end: Fraction of ``lr`` at the end; it falls along a cosine.
+        average: Decay of the average of theta that is evaluated and saved.
+    """
+
+    iterations: int
+    space: Literal["full", "linear"] = "full"
+    scales: Mapping[str, float] = field(default_factory=dict)
+    estimator: Literal["pes", "es", "backprop"] = "pes"
+    pairs: int = 8
+    groups: int = 1
+    truncation: int = 20
+    horizon: tuple[int, int] = (100, 1000)
+    sigma: float = 0.03
+    clip: float = 0.3
+    lr: float = 0.01
+    lr_end: float = 0.1
+    average: float = 0.98
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How theta is scored on the selection and the held-out families.
+
+    Attributes:
+        every: Iterations between evaluations.
+        horizon: Steps of every run.
+        tasks: Drawn from every family, the same each time.
+        seeds: Networks of every task.
+        adamw: Learning rates of AdamW to compare with at the end; empty for no comparison.
+    """
+
+    every: int = 50
+    horizon: int = 200
+    tasks: int = 2
+    seeds: int = 2
+    adamw: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A meta-training.
+
+    Attributes:
+        name: Of the theta.
+        optimizer: Catalogue name.
+        train: Families that theta is trained on.
+        selection: Families by whose score the theta to keep is chosen.
+        held_out: Families that only report.
+        stages: In order; each begins with the average of the one before.
+        start: Where theta starts.
+        seed: Of everything random.
+        device: A torch device.
+        threads: Of the CPU; results are the same bit for bit only for the same number.
+        compile: Whether the rule's local functions go through ``torch.compile``.
+        objective: What is lowered.
+        reparametrisation: None to use parameters as they are.
+        base_width: Width at which muP's multipliers are 1; None for no multipliers.
+        evaluation: How theta is scored.
+        checkpoint_seconds: Wall time between checkpoints.
+        licence: Of the theta, an SPDX identifier.
+    """
+
+    name: str
+    optimizer: str
+    train: tuple[Family, ...]
+    stages: tuple[Stage, ...]
+    selection: tuple[Family, ...] = ()
+    held_out: tuple[Family, ...] = ()
+    start: Start = field(default_factory=Start)
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    compile: bool = False
+    objective: Objective = field(default_factory=Objective)
+    reparametrisation: Reparametrisation | None = None
+    base_width: int | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_seconds: float = 60.0
+    licence: str = ""
+
+    def families(self) -> Iterator[tuple[str, Family]]:
+        """All families with the set that each is in."""
+        for part in ("train", "selection", "held_out"):
+            for family in getattr(self, part):
+                yield part, family
+
+    def record(self) -> dict[str, Any]:
+        """The config as JSON-serialisable data."""
+        plain: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("train", "selection", "held_out"):
+                value = [
+                    {"kind": family.kind, "name": family.name, **{k: list(v) for k, v in family.options.items()}}
+                    for family in value
+                ]
+            elif isinstance(value, tuple):
+                value = [_plain(item) for item in value]
+            plain[entry.name] = _plain(value)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: Path, **overrides: Any) -> Config:
+    """Read a YAML file.
+
+    Args:
+        path: The file.
+        overrides: Entries that replace those of the file.
+
+    Raises:
+        ConfigError: No such file, no YAML, or wrong contents.
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{path} must be a mapping of entries such as name, optimizer, train and stages")
+    try:
+        return read_config({**entries, **overrides}, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_config(entries: Mapping[str, Any], folder: Path) -> Config:
+    """Check entries and make a config of them.
+
+    Args:
+        entries: As in a YAML file.
+        folder: What paths of task files are relative to.
+
+    Raises:
+        ConfigError: Unknown or missing entries, wrong types or values; families that are in two sets.
+    """
+    values = dict(entries)
+    for part in ("train", "selection", "held_out"):
+        if part in values:
+            values[part] = _read_families(values[part], part, folder)
+    config = _read(Config, values, "")
+    _check(config)
+    return config
+
+
+def _read_families(entries: Any, part: str, folder: Path) -> tuple[Family, ...]:
+    if not isinstance(entries, list):
+        raise ConfigError(f"{part} must be a list of families such as {{kind: image_mlp, width: [16, 32]}}")
+    families = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+            raise ConfigError(f"{part}[{index}] must be a mapping with a kind, not {entry!r}")
+        options = dict(entry)
+        try:
+            families.append(find_family(options.pop("kind"), folder)(**options))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{part}[{index}]: {error}") from None
+    return tuple(families)
+
+
+def _read(cls: type[_T], entries: Any, where: str) -> _T:
+    """A dataclass from a mapping, entry by entry."""
+    if not isinstance(entries, Mapping):
+        raise ConfigError(f"{where or 'the config'} must be a mapping, not {entries!r}")
+    hints = typing.get_type_hints(cls)
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    dot = f"{where}." if where else ""
+    for key in entries:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {dot}{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown entry {dot}{key}; {hint}")
+    for name, entry in known.items():
+        if name not in entries and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"entry {dot}{name} is missing")
+    return cls(**{key: _convert(value, hints[key], f"{dot}{key}") for key, value in entries.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A value as its type hint wants it."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else _read(hint, value, where)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}={value!r} is unknown; choose one of {list(args)}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(value, next(arg for arg in args if arg is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}={value!r} must be a list")
+        if args[-1] is not ...:
+            if len(value) != len(args):
+                raise ConfigError(f"{where}={value!r} must have {len(args)} entries")
+            return tuple(_convert(item, arg, where) for item, arg in zip(value, args, strict=True))
+        return tuple(_convert(item, args[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None:  # a mapping of numbers
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}={value!r} must be a mapping")
+        return {str(key): _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
+    return _convert_plain(value, hint, where)
+
+
+def _convert_plain(value: Any, hint: type, where: str) -> Any:
+    if hint is float:
+        try:  # YAML reads 1e-3 as a string
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ConfigError(f"{where}={value!r} must be a finite number")
+        return number
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+    return value
+
+
+def _check(config: Config) -> None:
+    """What no type can tell."""
+    try:
+        get_optimizer_info(config.optimizer)
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}") from None
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={config.device!r}: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use 'cpu'")
+    if not config.train:
+        raise ConfigError("train needs at least one family")
+    if not config.stages:
+        raise ConfigError("stages needs at least one stage")
+    constructs = not config.start.weights
+    if constructs and architecture_of(config.optimizer) != "small_fc":
+        raise ConfigError(
+            f"start.weights is needed for {config.optimizer}: only a theta of small_fc can be constructed; give a path "
+            "or builtin:<name> to begin from"
+        )
+    positive = {"threads": config.threads, "checkpoint_seconds": config.checkpoint_seconds}
+    positive |= {
+        f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")
+    }
+    positive |= {f"start.{name}": getattr(config.start, name) for name in ("step", "exp_mult", "step_mult")}
+    positive |= {f"objective.{name}": getattr(config.objective, name) for name in ("floor", "ceiling")}
+    if config.base_width is not None:
+        positive["base_width"] = config.base_width
+    for index, stage in enumerate(config.stages):
+        where = f"stages[{index}]"
+        names = ("iterations", "pairs", "groups", "truncation", "sigma", "clip", "lr")
+        positive |= {f"{where}.{name}": getattr(stage, name) for name in names}
+        low, high = stage.horizon
+        if not 1 <= low <= high:
+            raise ConfigError(f"{where}.horizon={[low, high]} must be the least and the greatest length, both positive")
+        if not 0 <= stage.average < 1:
+            raise ConfigError(f"{where}.average={stage.average} must be in [0, 1)")
+        if not 0 <= stage.lr_end <= 1:
+            raise ConfigError(f"{where}.lr_end={stage.lr_end} must be a fraction of lr, in [0, 1]")
+        if stage.space == "linear" and (index or not constructs):
+            raise ConfigError(f"{where}.space='linear' is for the first stage only, of a theta that is constructed")
+        if stage.scales and stage.space == "linear":
+            raise ConfigError(f"{where}.scales are for space 'full'")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be positive")
+    if constructs and config.start.hidden < 3:
+        raise ConfigError(f"start.hidden={config.start.hidden} must be at least 3")
+    _check_disjoint(list(config.families()))
+
+
+def _check_disjoint(families: list[tuple[str, Family]]) -> None:
+    """Names differ, and no task can be drawn from families of two sets."""
+    for index, (part, family) in enumerate(families):
+        for earlier_part, earlier in families[:index]:
+            if part != earlier_part and family.overlaps(earlier):
+                raise ConfigError(
+                    f"family {family.name} is in {part} and as {earlier.name} in {earlier_part}: the sets must be "
+                    "disjoint. Leave it out of one, or give some option values that have none in common"
+                )
+            if family.name == earlier.name:
+                raise ConfigError(
+                    f"two families are called {family.name} ({earlier_part}, {part}); give one another name:"
+                )

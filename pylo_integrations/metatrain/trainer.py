@@ -1,0 +1,569 @@
+"""The meta-trainer: stages, checkpoints, evaluations and logs."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import pylo_integrations
+from pylo_integrations import plot
+from pylo_integrations.metatrain.config import Config, Stage
+from pylo_integrations.metatrain.episodes import Episode
+from pylo_integrations.metatrain.estimators import PES, Estimate, Estimator, Group, TruncatedBackprop, mean_gradient
+from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
+from pylo_integrations.metatrain.learners import Learner
+from pylo_integrations.metatrain.outer import Outer, cosine
+from pylo_integrations.metatrain.seeds import generator_of, seed_of
+from pylo_integrations.metatrain.spaces import FullSpace, LinearSpace, Space
+from pylo_integrations.metatrain.tasks import Family
+from pylo_integrations.ops.compiled import CompiledLocal
+from pylo_integrations.rules.base import as_written
+from pylo_integrations.weights.sources import load_theta
+from pylo_integrations.weights.theta import Theta, architecture_of
+
+CHECKPOINT, METRICS, THETA, LAST, REPORT, PLOT = (
+    "checkpoint.safetensors",
+    "metrics.csv",
+    "theta.safetensors",
+    "last.safetensors",
+    "report.json",
+    "plot.png",
+)
+LOG_EVERY = 10
+"""Iterations in a row of the log, which holds their means."""
+
+
+class ResumeError(ValueError):
+    """A folder cannot be resumed, or would be overwritten; the message says what to do."""
+
+
+class _VectorEpisode:
+    """An episode whose members' theta are vectors of a space."""
+
+    def __init__(self, episode: Episode, space: Space) -> None:
+        self.inner, self._space, self.horizon = episode, space, episode.horizon
+
+    @property
+    def iteration(self) -> int:
+        return self.inner.iteration
+
+    def unroll(self, vectors: Tensor, steps: int) -> Tensor:
+        return self.inner.unroll(self._space.arrays(vectors), steps)
+
+    def detach_(self) -> None:
+        self.inner.detach_()
+
+
+@dataclass
+class _Progress:
+    """What a run has come to, besides tensors; JSON-serialisable.
+
+    Attributes:
+        stage: Index of the stage.
+        done: Iterations done in the stage.
+        iteration: Iterations done in all.
+        cpu_seconds: Spent by this process and those that it resumed.
+        training_seconds: The part of them that unrolled training episodes.
+        inner_steps: Optimizer steps in training episodes, over all members.
+        window: Objectives by family since the last row of the log.
+        curve: Evaluations: iteration, score, and the objective of every family.
+        best_score: Of the best theta.
+        best_iteration: When it was.
+    """
+
+    stage: int = 0
+    done: int = 0
+    iteration: int = 0
+    cpu_seconds: float = 0.0
+    training_seconds: float = 0.0
+    inner_steps: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float = math.inf
+    best_iteration: int = 0
+
+
+class MetaTrainer:
+    """Meta-trains the theta of a config.
+
+    The same config gives the same theta, bit for bit, on the same machine and versions, whether or not it was
+    interrupted. All that a run writes is in one folder:
+
+    ============================  ==================================================================================
+    ``checkpoint.safetensors``    everything to go on from, replaced as a whole now and then
+    ``metrics.csv``               objectives by family, throughput; what ``pylo plot`` reads
+    ``theta.safetensors``         the best theta by the score on the selection families
+    ``last.safetensors``          the theta at the end
+    ``report.json``               scores at the start, of the best theta and of AdamW
+    ``plot.png``                  the curves, if matplotlib is installed
+    ============================  ==================================================================================
+
+    Args:
+        config: What to do.
+        output: The folder.
+        resume: Go on from the folder's checkpoint, if it has one.
+        quiet: Print nothing.
+
+    Raises:
+        ResumeError: The folder holds a run and ``resume`` is False, or that of another config.
+        ValueError: ``start.weights`` do not fit the optimizer.
+    """
+
+    def __init__(self, config: Config, output: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False):
+        self.config, self.output, self._quiet = config, Path(output), quiet
+        self._device = torch.device(config.device)
+        self._progress = _Progress()
+        self._began = time.process_time()
+        checkpoint = self.output / CHECKPOINT
+        if checkpoint.exists() and not resume:
+            raise ResumeError(f"{self.output} holds a run already: resume it, or choose another folder")
+        self._hyper, self._template = self._start()
+        self._learner = Learner.learned(
+            config.optimizer, self._template, self._hyper, CompiledLocal() if config.compile else as_written
+        )
+        self._best = dict(self._template)
+        self._tensorboard: Any = None
+        if checkpoint.exists():
+            self._restore(checkpoint)
+        else:
+            self._enter_stage()
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, iterations: int | None = None) -> Theta:
+        """Meta-train to the end, or for some iterations; returns the best theta so far.
+
+        Raises:
+            DataError: A family's data set is not on this machine.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.config.threads)
+        try:
+            self._run(iterations)
+        finally:
+            torch.set_num_threads(threads)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        return self.theta(best=True)
+
+    def _run(self, iterations: int | None) -> None:
+        progress, total = self._progress, sum(stage.iterations for stage in self.config.stages)
+        self._check_data()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._open_logs()
+        last = total if iterations is None else min(total, progress.iteration + iterations)
+        saved = time.monotonic()
+        with tqdm(initial=progress.iteration, total=total, unit="it", disable=True if self._quiet else None) as bar:
+            if progress.iteration == 0 and not progress.curve:
+                self._evaluate(bar)
+            while progress.iteration < last:
+                if progress.done == self.config.stages[progress.stage].iterations:
+                    progress.stage, progress.done = progress.stage + 1, 0
+                    self._enter_stage()
+                self._iterate(bar)
+                if progress.iteration % self.config.evaluation.every == 0 or progress.iteration == total:
+                    self._evaluate(bar)
+                elif progress.iteration % LOG_EVERY == 0:
+                    self._write_row({})
+                if time.monotonic() - saved > self.config.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+                bar.update()
+        self._save()
+        self.theta(best=False).save(self.output / LAST, overwrite=True)
+        if progress.iteration == total:
+            self._report()
+
+    def _iterate(self, bar: Any) -> None:
+        progress, stage = self._progress, self._stage
+        began, estimates = time.process_time(), dict[str, list[Estimate]]()
+        for name, groups in self._groups.items():
+            estimates[name] = [self._estimator.estimate(self._outer.vector, group) for group in groups]
+        gradient = mean_gradient(estimates)
+        rate = cosine(stage.lr, stage.lr_end, progress.done / stage.iterations)
+        self._outer.step_(gradient, rate, stage.average)
+        progress.done += 1
+        progress.iteration += 1
+        progress.inner_steps += sum(estimate.steps for mine in estimates.values() for estimate in mine)
+        progress.training_seconds += time.process_time() - began
+        for name, mine in estimates.items():
+            progress.window.setdefault(name, []).append(fmean(estimate.objective for estimate in mine))
+        bar.set_postfix({name: f"{fmean(values):.3f}" for name, values in progress.window.items()}, refresh=False)
+
+    def steps_per_cpu_second(self) -> float:
+        """Throughput: optimizer steps of single networks in training episodes, per second of CPU time."""
+        return self._progress.inner_steps / max(self._progress.training_seconds, 1e-9)
+
+    # -- theta -----------------------------------------------------------------------------------------------------
+
+    def theta(self, best: bool) -> Theta:
+        """The best theta by the selection score, or the current average, with its record."""
+        progress, config = self._progress, self.config
+        arrays = self._best if best else self._current()
+        return Theta(
+            architecture_of(config.optimizer),
+            arrays,
+            self._hyper,
+            name=config.name,
+            provenance=f"meta-trained by pylo-integrations {pylo_integrations.__version__}, config {config.name}",
+            licence=config.licence,
+            training={
+                "config": config.record(),
+                "package": pylo_integrations.__version__,
+                "commit": _commit(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "iteration": progress.best_iteration if best else progress.iteration,
+                "iterations": progress.iteration,
+                "inner_steps": progress.inner_steps,
+                "cpu_seconds": round(self._cpu_seconds(), 1),
+                "curve": [
+                    {name: value if value is None else round(value, 4) for name, value in point.items()}
+                    for point in progress.curve[:: max(1, len(progress.curve) // 50)]
+                ],
+            },
+        )
+
+    def _current(self) -> dict[str, Tensor]:
+        return {name: array.detach() for name, array in self._space.theta(self._outer.average).items()}
+
+    def _start(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Constants and arrays to start from."""
+        start = self.config.start
+        if not start.weights:
+            space = self._linear_space()
+            return {"exp_mult": start.exp_mult, "step_mult": start.step_mult}, space.theta(space.start)
+        theta = load_theta(start.weights, self.config.optimizer)
+        if theta.architecture != architecture_of(self.config.optimizer):
+            raise ValueError(
+                f"start.weights={start.weights!r} are for {theta.architecture}, not {self.config.optimizer}"
+            )
+        return dict(theta.hyper), dict(theta.arrays)
+
+    def _linear_space(self) -> LinearSpace:
+        start = self.config.start
+        return LinearSpace(
+            hidden=start.hidden,
+            step=start.step,
+            exp_mult=start.exp_mult,
+            step_mult=start.step_mult,
+            seed=self.config.seed,
+        )
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _stage(self) -> Stage:
+        return self.config.stages[self._progress.stage]
+
+    def _enter_stage(self) -> None:
+        """Begin the current stage where the one before ended."""
+        if self._progress.iteration:
+            self._template = self._current()
+        self._make_stage()
+        self._outer = Outer.at(self._space.start)
+
+    def _make_stage(self) -> None:
+        stage = self._stage
+        self._space: Space = (
+            self._linear_space() if stage.space == "linear" else FullSpace(self._template, stage.scales)
+        )
+        self._estimator = _make_estimator(stage)
+        self._groups = {
+            family.name: [self._make_group(family, index) for index in range(stage.groups)]
+            for family in self.config.train
+        }
+
+    def _make_group(self, family: Family, index: int) -> Group:
+        key = (self.config.seed, self._progress.stage, family.name, index)
+        return Group(functools.partial(self._begin, family, key), lambda count: generator_of("noise", *key, count))
+
+    def _begin(self, family: Family, key: tuple[object, ...], number: int) -> _VectorEpisode:
+        """Episode ``number`` of a group."""
+        config, stage = self.config, self._stage
+        generator = generator_of("episode", *key, number)
+        low, high = map(math.log, stage.horizon)
+        draw = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        horizon = round(math.exp(low + (high - low) * draw[0]))
+        if number == 0 and stage.estimator != "es":
+            # Episodes of different groups must not begin together for ever: the first ends early.
+            horizon = max(1, round(horizon * draw[1]))
+        episode = Episode(
+            self._learner,
+            family.sample(generator, config.base_width),
+            config.objective,
+            horizon,
+            [seed_of("member", *key, number, pair) for pair in range(stage.pairs)],
+            self._estimator.copies,
+            config.reparametrisation,
+            self._device,
+        )
+        return _VectorEpisode(episode, self._space)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def _check_data(self) -> None:
+        """Find out now, and not after hours, that a data set is missing."""
+        for part, family in self.config.families():
+            task = family.sample(generator_of("check", part, family.name), self.config.base_width)
+            task.batches(generator_of("check"), 1, True)
+
+    def _evaluate(self, bar: Any) -> None:
+        """Score the average of theta; keep it if it is the best so far."""
+        progress, current = self._progress, self._current()
+        scores = self._score(current)
+        selection = [scores[f"selection_loss_{family.name}"].objective for family in self.config.selection]
+        score = fmean(selection) if selection else None
+        objectives = {name: found.objective for name, found in scores.items()}
+        progress.curve.append({"iteration": progress.iteration, "score": score, **objectives})
+        if score is None or score < progress.best_score:
+            progress.best_score, progress.best_iteration = math.inf if score is None else score, progress.iteration
+            self._best = current
+            self.theta(best=True).save(self.output / THETA, overwrite=True)
+        self._write_row(objectives | ({} if score is None else {"selection_loss": score}))
+        if not self._quiet:
+            told = " ".join(f"{name.replace('_loss_', ':')}={value:.3f}" for name, value in objectives.items())
+            best = " (best)" if progress.best_iteration == progress.iteration else ""
+            bar.write(
+                f"iteration {progress.iteration}: "
+                + (f"selection score {score:.4f}{best}; " if score is not None else "")
+                + f"{told}; {self.steps_per_cpu_second():.0f} inner steps per CPU-second",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+
+    def _score(self, arrays: Mapping[str, Tensor]) -> dict[str, Score]:
+        """By set and family; only the sets that theta is not trained on."""
+        return {
+            f"{part}_loss_{family.name}": evaluate(self._learner, arrays, family, self.config)
+            for part, family in self.config.families()
+            if part != "train"
+        }
+
+    def _report(self) -> None:
+        """Compare where theta started, the best theta and AdamW, on every family."""
+        if (self.output / REPORT).exists():
+            return
+        _, start = self._start()
+        rows = []
+        for part, family in self.config.families():
+            first, best = (evaluate(self._learner, arrays, family, self.config) for arrays in (start, self._best))
+            row: dict[str, Any] = {"set": part, "family": family.name}
+            row |= {"start": vars(first), "theta": vars(best)}
+            if self.config.evaluation.adamw:
+                lr, score = best_adamw(family, self.config, self.config.evaluation.adamw)
+                row["adamw"] = {**vars(score), "lr": lr}
+            rows.append(row)
+        report = {
+            "iteration": self._progress.best_iteration,
+            "horizon": self.config.evaluation.horizon,
+            "steps_per_cpu_second": round(self.steps_per_cpu_second()),
+            "cpu_seconds": round(self._cpu_seconds(), 1),
+            "families": rows,
+        }
+        _write_whole(self.output / REPORT, lambda path: path.write_text(json.dumps(report, indent=2), encoding="utf-8"))
+        try:
+            plot.plot(self.output / METRICS, self.output / PLOT)
+        except plot.PlotError as error:
+            if not self._quiet:
+                print(f"no {PLOT}: {error}")
+        if not self._quiet:
+            print(describe_report(report))
+
+    # -- logs ------------------------------------------------------------------------------------------------------
+
+    def _columns(self) -> list[str]:
+        columns = ["step", "cpu_seconds", "steps_per_cpu_second"]
+        columns += [f"loss_{family.name}" for family in self.config.train] + ["selection_loss"]
+        return columns + [f"{part}_loss_{family.name}" for part, family in self.config.families() if part != "train"]
+
+    def _open_logs(self) -> None:
+        """Drop rows that were written after the checkpoint which this run goes on from."""
+        path, rows = self.output / METRICS, list[dict[str, str]]()
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                read = list(csv.DictReader(file))
+            # A kill may have cut the last row short.
+            whole = [row for row in read if None not in row.values() and row["step"].isdigit()]
+            rows = [row for row in whole if int(row["step"]) <= self._progress.iteration and self._progress.curve]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns(), extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
+        _write_whole(path, write)
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            return
+        self._tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=self._progress.iteration + 1)
+
+    def _write_row(self, values: Mapping[str, float]) -> None:
+        progress = self._progress
+        row: dict[str, float] = {
+            "step": progress.iteration,
+            "cpu_seconds": round(self._cpu_seconds(), 1),
+            "steps_per_cpu_second": round(self.steps_per_cpu_second(), 1),
+        }
+        row |= {f"loss_{name}": fmean(window) for name, window in progress.window.items()}
+        row |= values
+        progress.window = {}
+        with (self.output / METRICS).open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns()).writerow(row)
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, progress.iteration)
+
+    def _cpu_seconds(self) -> float:
+        return self._progress.cpu_seconds + time.process_time() - self._began
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write everything that the rest of the run depends on."""
+        progress = self._progress
+        progress.cpu_seconds, self._began = self._cpu_seconds(), time.process_time()
+        tensors = {f"outer/{name}": value for name, value in self._outer.tensors().items()}
+        tensors |= {f"template/{name}": value for name, value in self._template.items()}
+        tensors |= {f"best/{name}": value for name, value in self._best.items()}
+        groups: dict[str, list[dict[str, int]]] = {}
+        for name, mine in self._groups.items():
+            groups[name] = []
+            for index, group in enumerate(mine):
+                entry = {"begun": group.begun, "perturbed": group.perturbed}
+                prefix = f"group/{name}/{index}"
+                if isinstance(group.episode, _VectorEpisode):
+                    entry["iteration"] = group.episode.iteration
+                    inner = group.episode.inner.tensors()
+                    tensors |= {f"{prefix}/episode/{key}": value for key, value in inner.items()}
+                if group.drift is not None:
+                    tensors[f"{prefix}/drift"] = group.drift
+                groups[name].append(entry)
+        record = {
+            "config": self.config.record(),
+            "progress": vars(progress),
+            "taken": self._outer.taken,
+            "groups": groups,
+        }
+        contents = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        }
+        metadata = {"metatrain": json.dumps(record)}
+        _write_whole(self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata))
+
+    def _restore(self, checkpoint: Path) -> None:
+        with safetensors.safe_open(str(checkpoint), "pt") as file:
+            record = json.loads((file.metadata() or {})["metatrain"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if record["config"] != json.loads(json.dumps(self.config.record())):
+            differing = [
+                key
+                for key, value in self.config.record().items()
+                if json.loads(json.dumps(value)) != record["config"].get(key)
+            ]
+            raise ResumeError(
+                f"{self.output} holds a run of another config: {', '.join(differing)} differ. Choose another folder, "
+                "or undo the changes"
+            )
+        self._progress = _Progress(**record["progress"])
+        self._template = _below(tensors, "template/")
+        self._best = _below(tensors, "best/")
+        self._make_stage()
+        self._outer = Outer.restored(_below(tensors, "outer/"), record["taken"])
+        for name, entries in record["groups"].items():
+            for index, (group, entry) in enumerate(zip(self._groups[name], entries, strict=True)):
+                mine = _below(tensors, f"group/{name}/{index}/")
+                group.begun, group.perturbed = entry["begun"], entry["perturbed"]
+                group.drift = mine.get("drift")
+                if "iteration" in entry:
+                    episode = group.begin(group.begun - 1)
+                    assert isinstance(episode, _VectorEpisode)
+                    episode.inner.restore(_below(mine, "episode/"), entry["iteration"])
+                    group.episode = episode
+
+
+def describe_report(report: Mapping[str, Any]) -> str:
+    """A report as a table of the objective and, in brackets, of the validation loss; lower is better."""
+    columns = [key for key in ("start", "theta", "adamw") if key in report["families"][0]]
+    width = max(len(row["family"]) for row in report["families"])
+    titles = {"start": "start", "theta": "meta-trained", "adamw": "AdamW, best lr"}
+    lines = [f"{'set':10} {'family':{width}} " + " ".join(f"{titles[key]:>24}" for key in columns)]
+    for row in report["families"]:
+        cells = [
+            f"{row[key]['objective']:.3f} ({row[key]['validation']:.3f})"
+            + (f" {row[key]['lr']:g}" if "lr" in row[key] else "")
+            for key in columns
+        ]
+        lines.append(f"{row['set']:10} {row['family']:{width}} " + " ".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(
+        [
+            f"mean objective over {report['horizon']} steps (validation loss after them), lower is better:",
+            *lines,
+            f"{report['steps_per_cpu_second']} inner steps per CPU-second, {report['cpu_seconds']:.0f} CPU-seconds",
+        ]
+    )
+
+
+def _make_estimator(stage: Stage) -> Estimator:
+    if stage.estimator == "backprop":
+        return TruncatedBackprop(stage.pairs, stage.truncation, stage.clip)
+    return PES(stage.pairs, stage.sigma, None if stage.estimator == "es" else stage.truncation, stage.clip)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, and move it there when it is whole and on disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of this package's sources, marked if they were changed; None if they are not a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return run.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it may be the checkout of something else
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,155 @@
+"""Do the estimators estimate the gradient that they say they do?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametrisation
+from pylo_integrations.metatrain.estimators import PES, Estimate, Group, TruncatedBackprop, mean_gradient
+from pylo_integrations.metatrain.learners import Learner
+from pylo_integrations.metatrain.seeds import generator_of
+from pylo_integrations.metatrain.spaces import FullSpace, LinearSpace
+from pylo_integrations.metatrain.tasks import FAMILIES
+
+HORIZON, TRUNCATION = 12, 3
+
+
+class Walk:
+    """``x <- x + a[t] . theta``, with objective ``(x - goal)**2``: quadratic in theta, so that evolution strategies
+    have no bias from their width, and with effects that outlast any truncation."""
+
+    def __init__(self, members: int) -> None:
+        self.iteration, self.horizon = 0, HORIZON
+        generator = torch.Generator().manual_seed(0)
+        self.pushes = torch.randn(HORIZON, 3, generator=generator, dtype=torch.float64)
+        self.goals = torch.randn(HORIZON, generator=generator, dtype=torch.float64)
+        self.x = torch.zeros(members, dtype=torch.float64)
+
+    def unroll(self, vectors, steps):
+        objectives = []
+        for _ in range(steps):
+            objectives.append((self.x - self.goals[self.iteration]).square())
+            self.x = self.x + vectors @ self.pushes[self.iteration]
+            self.iteration += 1
+        return torch.stack(objectives)
+
+    def detach_(self):
+        self.x = self.x.detach()
+
+
+VECTOR = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+
+
+def true_gradient():
+    """Of the sum of the objective over an episode, in closed form."""
+    walk = Walk(1)
+    reach = torch.cat([torch.zeros(1, 3, dtype=torch.float64), walk.pushes.cumsum(0)[:-1]])
+    return (2 * (reach @ VECTOR - walk.goals).unsqueeze(1) * reach).sum(0)
+
+
+def episode_gradient(estimator, members, episodes=1):
+    """The estimates of whole episodes added up, times the number of steps that they are means over."""
+    group = Group(lambda number: Walk(members), lambda number: generator_of("noise", number))
+    sums = []
+    for _ in range(episodes):
+        total, taken = torch.zeros(3, dtype=torch.float64), 0
+        while taken < HORIZON:
+            estimate = estimator.estimate(VECTOR, group)
+            total, taken = total + estimate.gradient, taken + estimate.steps // members
+        sums.append(total)
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("truncation", [TRUNCATION, 5, None], ids=["pes", "pes, last one shorter", "es"])
+def test_evolution_strategies_are_unbiased_over_whole_episodes(truncation):
+    pairs = 4000
+    sums = episode_gradient(PES(pairs, 0.1, truncation), 2 * pairs, episodes=40) * (truncation or HORIZON)
+    error = (sums.mean(0) - true_gradient()).abs()
+    standard_error = sums.std(0) / len(sums) ** 0.5
+    assert (error < 4 * standard_error).all()
+    assert (standard_error < 0.03 * true_gradient().norm()).all(), "the test could see a bias"
+
+
+def test_truncation_without_memory_would_be_biased_and_is_for_backpropagation():
+    short = episode_gradient(TruncatedBackprop(1, TRUNCATION), 1)[0] * TRUNCATION
+    whole = episode_gradient(TruncatedBackprop(1, HORIZON), 1)[0] * HORIZON
+    torch.testing.assert_close(whole, true_gradient(), rtol=1e-10, atol=0)
+    assert (short - whole).norm() > 0.3 * whole.norm()
+
+
+def test_clipping_bounds_what_a_pair_says():
+    group = Group(lambda number: Walk(2), lambda number: generator_of("noise", number))
+    estimate = PES(1, 0.1, TRUNCATION, clip=1e-3).estimate(VECTOR, group)
+    assert estimate.gradient.norm() <= 1e-3 * group.drift.norm() / (2 * 0.1**2) * (1 + 1e-9)
+
+
+def test_families_count_alike_whatever_their_groups():
+    ones, twos = (Estimate(torch.full((2,), value), 0.0, 1) for value in (1.0, 2.0))
+    assert mean_gradient({"a": [ones, ones, ones], "b": [twos]}).tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("space", [LinearSpace(hidden=5), None], ids=["linear", "full"])
+def test_backpropagation_agrees_with_finite_differences(space, split):
+    origin = LinearSpace(hidden=5)
+    space = space or FullSpace(origin.theta(origin.start))
+    learner = Learner.learned("small_fc_lopt", origin.arrays(origin.start), {"exp_mult": 1.0, "step_mult": 0.01})
+    task = FAMILIES["teacher"](width=4, inputs=3, depth=1, batch=8, activation="tanh").sample(generator_of("task"))
+
+    class Vectors:
+        """From the third step on, so that state from before the truncation counts."""
+
+        def __init__(self):
+            self.inner = Episode(
+                learner, task, Objective(split), 50, [1, 2], 1, Reparametrisation(), dtype=torch.float64
+            )
+            self.horizon = 50
+            with torch.no_grad():
+                self.unroll(space.start.double().expand(2, -1), 3)
+
+        @property
+        def iteration(self):
+            return self.inner.iteration
+
+        def unroll(self, vectors, steps):
+            return self.inner.unroll(space.arrays(vectors), steps)
+
+        def detach_(self):
+            self.inner.detach_()
+
+    generator = generator_of("point")
+    point = space.start.double() + 0.02 * torch.randn(len(space.start), generator=generator, dtype=torch.float64)
+    gradient = TruncatedBackprop(2, 6).estimate(point, Group(lambda number: Vectors(), generator_of)).gradient
+    for _ in range(3):
+        direction = torch.randn(len(point), generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            up, down = (Vectors().unroll((point + sign * 1e-6 * direction).expand(2, -1), 6).mean() for sign in (1, -1))
+        assert float(gradient @ direction) == pytest.approx(float(up - down) / 2e-6, rel=1e-4, abs=1e-7)
+    assert gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as trained", "as kept"])
+def test_the_linear_space_is_what_it_says(wide):
+    space = LinearSpace(hidden=8, step=0.005)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 28, 50, generator=generator)
+    vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)
+    kept = space.theta(vector) if wide else space.arrays(vector)
+    assert kept["nn/~/w1"].shape == ((8, 8) if wide else (3, 3))
+    rule = Learner.learned("small_fc_lopt", kept, {"exp_mult": 1.0, "step_mult": 0.01}).rule
+    from pylo_integrations.rules.features import time_features
+    from pylo_integrations.rules.networks import steps
+
+    signed = [0, 1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 25, 26, 27]
+    for time in (0, 30, 5000):
+        times = time_features(time, torch.float32, torch.device("cpu"))
+        inputs = torch.cat([features, times.view(1, -1, 1).expand(1, -1, 50)], dim=1)
+        weights, biases = rule.weights, [bias.unsqueeze(0) for bias in rule.biases]
+        got = 0.01 * steps(inputs, weights, biases, exp_mult=1.0).flatten()
+        schedule = vector[14:21] @ times[:7] - 0.327 * times[7:].sum() + vector[21]
+        want = 0.01 * torch.exp(schedule) * (vector[:14] @ features[0, signed])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    first = space.start[14:21] @ torch.full((7,), -0.76159) - 0.327 * 4 * -0.76159 + space.start[21]
+    assert 0.01 * float(first.exp()) == pytest.approx(0.005, rel=1e-3)
+    assert max(array.abs().max() for array in space.theta(space.start).values()) < 16, "fit for half precision"
