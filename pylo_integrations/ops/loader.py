@@ -56,7 +56,13 @@ class RuleStruct(ctypes.Structure):
 
 
 class CallStruct(ctypes.Structure):
-    """``pylo_call``."""
+    """``pylo_call``.
+
+    Attributes:
+        plan: What a library that plans ahead keeps with a call.
+    """
+
+    plan: object = None
 
     _fields_ = [
         ("abi_version", ctypes.c_uint32),

@@ -1,0 +1,119 @@
+// Elements of a tensor on the device: where they are, and what is read and written of them.
+//
+// `Plain` stands for what nearly every call is: float32 throughout, indices of 32 bits, gradients used as they are but
+// for their scale, parameters updated in place. It spares the tests for anything else in the inner loops.
+#pragma once
+
+#define PYLO_ISA isa_cuda
+#include "device.h"
+
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 1675  // GCC's pragma for unrolling: this compiler unrolls short loops anyway
+#endif
+#include "../core/formulas.h"
+#include "plan.h"
+
+namespace pylo {
+inline namespace PYLO_ISA {
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divisor &by) { return (__umulhi(n, by.magic) + n) >> by.shift; }
+
+// Entries of an element in the statistics.
+struct Entry {
+    int64_t row, col;
+};
+
+template <bool Plain>
+__device__ __forceinline__ Entry locate(const Record &record, int64_t index) {
+    const pylo_tensor &t = record.tensor;
+    if (Plain || !record.wide) {
+        uint32_t rest = (uint32_t)index;
+        int32_t row = (int32_t)t.row_offset, col = (int32_t)t.col_offset;
+        for (int axis = t.rank - 1; axis > 0; --axis) {
+            const Axis &a = record.axis[axis];
+            const uint32_t slower = divide(rest, a.extent);
+            const int32_t i = (int32_t)(rest - slower * a.extent.divisor);
+            row += i * a.row_stride;
+            col += i * a.col_stride;
+            rest = slower;
+        }
+        row += (int32_t)rest * record.axis[0].row_stride;
+        col += (int32_t)rest * record.axis[0].col_stride;
+        return {row, col};
+    }
+    int64_t row = t.row_offset, col = t.col_offset;
+    for (int axis = t.rank - 1; axis >= 0; --axis) {
+        const int64_t i = index % t.extent[axis];
+        index /= t.extent[axis];
+        row += i * t.row_stride[axis];
+        col += i * t.col_stride[axis];
+    }
+    return {row, col};
+}
+
+template <bool Plain = false>
+__device__ __forceinline__ float read(const void *base, int dtype, int64_t index) {
+    if (Plain || dtype == PYLO_FLOAT32) return ((const float *)base)[index];
+    const uint16_t bits = ((const uint16_t *)base)[index];
+    return dtype == PYLO_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
+}
+
+template <bool Plain>
+__device__ __forceinline__ void write(void *base, int dtype, int64_t index, float x) {
+    if (Plain || dtype == PYLO_FLOAT32)
+        ((float *)base)[index] = x;
+    else
+        ((uint16_t *)base)[index] = dtype == PYLO_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+}
+
+// The gradient as the rule sees it.
+template <bool Plain = false>
+__device__ __forceinline__ float seen_gradient(const pylo_rule &rule, const pylo_step &step, float grad, float param) {
+    if (!Plain && step.flags & PYLO_ZERO_NONFINITE) grad = fabsf(grad) <= rule.grad_limit ? grad : 0.0f;
+    grad = grad * step.grad_scale;
+    if (!Plain && step.l2 != 0.0f) grad = madd(param, step.l2, grad);
+    return clip_gradient(rule, grad);
+}
+
+// An element with its accumulators updated.
+template <bool Factored, bool Plain>
+__device__ __forceinline__ Element<float> load_element(
+    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, int64_t index) {
+    Element<float> x;
+    x.param = read<Plain>(t.param, t.param_dtype, index);
+    x.grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, index), x.param);
+    x.rms = t.rms[index];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+        x.momentum[k] = t.momentum[k][index];
+        if constexpr (!Factored) x.diagonal[k] = t.diagonal[k][index];
+    }
+    accumulate<Factored>(rule, x);
+    return x;
+}
+
+template <bool Factored>
+__device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, int64_t index) {
+    t.rms[index] = x.rms;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+        t.momentum[k][index] = x.momentum[k];
+        if constexpr (!Factored) t.diagonal[k][index] = x.diagonal[k];
+    }
+}
+
+// Products of row and column scales.
+__device__ __forceinline__ void load_scales(const pylo_tensor &t, const Entry &entry, float (&scale)[3]) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+        scale[k] = t.row_scale[k * t.row_numel + entry.row] * t.col_scale[k * t.col_numel + entry.col];
+}
+
+__device__ __forceinline__ bool has_extra(const pylo_rule &rule) {
+    return rule.features >> CLIPPED_GRAD & 1 || rule.features >> GRAD_OVER_RMS & 1;
+}
+
+}  // namespace PYLO_ISA
+}  // namespace pylo
