@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,15 @@ import torch
 from native_library import CSRC, library_or_skip
 
 from pylo_integrations.ops.cuda import CudaLibrary
+from pylo_integrations.ops.loader import Library
 
 PROBES = Path(__file__).parent / "csrc" / "cuda_probes.cu"
+
+
+@functools.cache
+def cpu_library() -> Library:
+    """The CPU library, whatever a test has put in its place since."""
+    return library_or_skip()
 
 
 def compile_for_cpu(source: Path, target: Path, *options: str) -> Path:
@@ -31,7 +39,7 @@ def compile_for_cpu(source: Path, target: Path, *options: str) -> Path:
 
 def compile_kernels(folder: Path, *options: str) -> Path:
     """The library of kernels, which finds the checks of tables in the CPU library."""
-    cpu = library_or_skip().path
+    cpu = cpu_library().path
     target = folder / "libpylo_cuda_shim.so"
     return compile_for_cpu(CSRC / "cuda/library.cu", target, *options, str(cpu), f"-Wl,-rpath,{cpu.parent}")
 
@@ -47,7 +55,7 @@ class Shim(CudaLibrary):
     isa = "emulated"
 
     def __init__(self, path: Path, precision: str = "precise") -> None:
-        super().__init__(path, library_or_skip(), torch.device("cpu"), precision)
+        super().__init__(path, cpu_library(), torch.device("cpu"), precision)
         self._emulation = ctypes.CDLL(str(path))
 
     def order(self, seed: int) -> None:

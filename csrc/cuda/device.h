@@ -50,6 +50,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const vo
                  : "memory");
 }
 
+// A pointer into device memory; the compiler cannot know that of one that was itself read from memory.
+template <class T>
+__device__ __forceinline__ T *device(T *pointer) {
+    __builtin_assume(__isGlobal(pointer));
+    return pointer;
+}
+
 // Without it the compiler keeps what a loop reads of shared memory in registers, more than there are.
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 

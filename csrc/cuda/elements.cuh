@@ -55,17 +55,17 @@ __device__ __forceinline__ Entry locate(const Record &record, int64_t index) {
 
 template <bool Plain = false>
 __device__ __forceinline__ float read(const void *base, int dtype, int64_t index) {
-    if (Plain || dtype == PYLO_FLOAT32) return ((const float *)base)[index];
-    const uint16_t bits = ((const uint16_t *)base)[index];
+    if (Plain || dtype == PYLO_FLOAT32) return device((const float *)base)[index];
+    const uint16_t bits = device((const uint16_t *)base)[index];
     return dtype == PYLO_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
 template <bool Plain>
 __device__ __forceinline__ void write(void *base, int dtype, int64_t index, float x) {
     if (Plain || dtype == PYLO_FLOAT32)
-        ((float *)base)[index] = x;
+        device((float *)base)[index] = x;
     else
-        ((uint16_t *)base)[index] = dtype == PYLO_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
+        device((uint16_t *)base)[index] = dtype == PYLO_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
 }
 
 // The gradient as the rule sees it.
@@ -84,11 +84,11 @@ __device__ __forceinline__ Element<float> load_element(
     Element<float> x;
     x.param = read<Plain>(t.param, t.param_dtype, index);
     x.grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, index), x.param);
-    x.rms = t.rms[index];
+    x.rms = device(t.rms)[index];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-        x.momentum[k] = t.momentum[k][index];
-        if constexpr (!Factored) x.diagonal[k] = t.diagonal[k][index];
+        x.momentum[k] = device(t.momentum[k])[index];
+        if constexpr (!Factored) x.diagonal[k] = device(t.diagonal[k])[index];
     }
     accumulate<Factored>(rule, x);
     return x;
@@ -96,11 +96,11 @@ __device__ __forceinline__ Element<float> load_element(
 
 template <bool Factored>
 __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, int64_t index) {
-    t.rms[index] = x.rms;
+    device(t.rms)[index] = x.rms;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-        t.momentum[k][index] = x.momentum[k];
-        if constexpr (!Factored) t.diagonal[k][index] = x.diagonal[k];
+        device(t.momentum[k])[index] = x.momentum[k];
+        if constexpr (!Factored) device(t.diagonal[k])[index] = x.diagonal[k];
     }
 }
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<
 __device__ __forceinline__ void load_scales(const pylo_tensor &t, const Entry &entry, float (&scale)[3]) {
 #pragma unroll
     for (int k = 0; k < 3; ++k)
-        scale[k] = t.row_scale[k * t.row_numel + entry.row] * t.col_scale[k * t.col_numel + entry.col];
+        scale[k] = device(t.row_scale)[k * t.row_numel + entry.row] * device(t.col_scale)[k * t.col_numel + entry.col];
 }
 
 __device__ __forceinline__ bool has_extra(const pylo_rule &rule) {

@@ -303,27 +303,25 @@ int on_device(const pylo_cuda_call *call, bool reads_networks, Run run) {
     return error == cudaSuccess ? (int)PYLO_OK : fail(PYLO_DEVICE_ERROR, "a launch failed: %s", cudaGetErrorString(error));
 }
 
-template <int Width, int Elements>
-cudaError_t apply_width(bool plain, const Header &plan, const Arguments &arguments, const FlatPart *parts, cudaStream_t stream) {
-    const size_t bytes = sizeof(ExactShared<Width>);
+template <int Width, int Elements, bool Plain>
+cudaError_t apply_exactly(const Header &plan, const Arguments &arguments, const FlatPart *parts, cudaStream_t stream) {
     static_assert(sizeof(ExactShared<Width>) <= 48 << 10, "what every device has");
-    return plain ? launch(exact_kernel<Width, Elements, true>, plan.apply_count, EXACT_THREADS, bytes, stream, arguments, parts)
-                 : launch(exact_kernel<Width, Elements, false>, plan.apply_count, EXACT_THREADS, bytes, stream, arguments, parts);
+    return launch(exact_kernel<Width, Elements, Plain>, plan.apply_count, EXACT_THREADS, sizeof(ExactShared<Width>), stream,
+                  arguments, parts);
 }
 
 cudaError_t apply(const pylo_cuda_call &call, bool plain, const Header &plan, const Arguments &arguments, const FlatPart *parts) {
-    const pylo_rule &rule = plan.rule;
     const cudaStream_t stream = (cudaStream_t)call.stream;
-    const int width = *std::max_element(rule.width, rule.width + rule.layers - 1);
+    const int width = *std::max_element(plan.rule.width, plan.rule.width + plan.rule.layers - 1);
     static_assert(sizeof(TensorShared) <= 48 << 10, "what every device has");
     if (call.precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
-        return plain ? launch(tensor_core_kernel<true>, plan.apply_count, TENSOR_THREADS, sizeof(TensorShared), stream, arguments, parts)
-                     : launch(tensor_core_kernel<false>, plan.apply_count, TENSOR_THREADS, sizeof(TensorShared), stream, arguments, parts);
-    if (width <= 4) return apply_width<4, 2>(plain, plan, arguments, parts, stream);
-    if (width <= 8) return apply_width<8, 2>(plain, plan, arguments, parts, stream);
-    if (width <= 16) return apply_width<16, 2>(plain, plan, arguments, parts, stream);
-    if (width <= 32) return apply_width<32, 2>(plain, plan, arguments, parts, stream);
-    return apply_width<64, 1>(plain, plan, arguments, parts, stream);
+        return launch(plain ? tensor_core_kernel<true> : tensor_core_kernel<false>, plan.apply_count, TENSOR_THREADS,
+                      sizeof(TensorShared), stream, arguments, parts);
+    // The widths of published theta have a kernel for plain calls.
+    if (width <= 4) return (plain ? apply_exactly<4, 2, true> : apply_exactly<4, 2, false>)(plan, arguments, parts, stream);
+    if (width <= 16) return apply_exactly<16, 2, false>(plan, arguments, parts, stream);
+    if (width <= 32) return (plain ? apply_exactly<32, 2, true> : apply_exactly<32, 2, false>)(plan, arguments, parts, stream);
+    return apply_exactly<64, 1, false>(plan, arguments, parts, stream);
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ __device__ __forceinline__ void inputs_of(
         load_scales(t, entry, scale);
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
-            const float row = t.row[k * t.row_numel + entry.row], col = t.col[k * t.col_numel + entry.col];
+            const float row = device(t.row)[k * t.row_numel + entry.row];
+            const float col = device(t.col)[k * t.col_numel + entry.col];
             put(elements + k, row);
             put(elements + 3 + k, col);
             put(elements + 6 + k, inverse_statistic(row));
@@ -115,7 +116,7 @@ __device__ __forceinline__ void finish_element(
     float magnitude) {
     const float proposed = step.step_mult * proposed_step(direction, magnitude, rule.exp_mult);
     if (!Plain && t.direction)
-        t.direction[index] = proposed;
+        device(t.direction)[index] = proposed;
     else
         write<Plain>(t.param, t.param_dtype, index, madd(-step.scale, proposed, step.keep * param));
 }

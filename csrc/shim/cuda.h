@@ -339,6 +339,10 @@ inline void load_matrices(uint32_t (&registers)[4], const void *row, SHIM_PLACE)
     shim::at_warp(0xFFFFFFFFu, {file, line}, shim::LoadMatrices::carry_out, &operands);
 }
 inline void forget_memory() {}
+template <class T>
+T *device(T *pointer) {
+    return pointer;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
