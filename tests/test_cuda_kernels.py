@@ -11,6 +11,7 @@ import ctypes
 import re
 
 import pytest
+import test_native_kernels
 import torch
 from cuda_shim import Shim, compile_kernels
 from native_library import CSRC
@@ -23,8 +24,8 @@ from test_native_kernels import (
     parameters,
     snapshot,
     stages_of,
+    table_of,
     theta,
-    train,
 )
 from thetas import create
 from torch import nn
@@ -32,6 +33,7 @@ from torch import nn
 from pylo_integrations import SmallFCLOpt
 from pylo_integrations.ops import cuda, loader
 from pylo_integrations.ops.loader import NativeError
+from pylo_integrations.rules.base import StepContext
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -76,7 +78,9 @@ def test_tensors_of_many_parts(precision):
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize("widths", [(4,), (5,), (9,), (64,), (4, 4), (12, 12), (33, 17), (32, 3, 32), (1, 2, 1), (64, 64, 64)])
+@pytest.mark.parametrize(
+    "widths", [(4,), (5,), (9,), (64,), (4, 4), (12, 12), (33, 17), (32, 3, 32), (1, 2, 1), (64, 64, 64)]
+)
 def test_any_geometry_of_the_network_is_evaluated(widths, precision):
     # Ten times the bound: little networks of random weights may cancel in their last layer.
     assert_step_matches(*one_step(FEW, widths), bound=10 * bound_of(precision))
@@ -156,8 +160,6 @@ def test_the_sums_of_a_stage_are_those_of_the_reference(shim):
     give_gradients(params, 0)
     for bucket in stages._buckets:
         bucket.grads = [p.grad for p in bucket.params]
-    from pylo_integrations.rules.base import StepContext
-
     for bucket, sums in zip(stages._buckets, stages.collect(StepContext(0, None, None)), strict=True):
         d1, d0 = bucket.layout.factored
         squares = bucket.grads[0].double().square()
@@ -217,12 +219,11 @@ def test_indices_of_64_bits_find_the_same_elements(tmp_path, shim, precision):
 
 @pytest.mark.parametrize("precision", ["exact"], indirect=True)
 @pytest.mark.parametrize(
-    ("shape", "cuts"), [((20, 30), {0: [7]}), ((31, 9), {0: [4, 30]}), ((8, 12, 3), {0: [3], 1: [5]}), ((50,), {0: [17]})]
+    ("shape", "cuts"),
+    [((20, 30), {0: [7]}), ((31, 9), {0: [4, 30]}), ((8, 12, 3), {0: [3], 1: [5]}), ((50,), {0: [17]})],
 )
 def test_pieces_of_a_tensor_make_the_steps_of_the_whole(shim, shape, cuts):
-    from test_native_kernels import test_pieces_of_a_tensor_make_the_steps_of_the_whole as of_the_cpu
-
-    of_the_cpu(shim, shape, cuts)
+    test_native_kernels.test_pieces_of_a_tensor_make_the_steps_of_the_whole(shim, shape, cuts)
 
 
 # -- the interface ----------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_a_bad_call_is_refused_and_nothing_changes(shim, field, value, message):
     stages, run = stages_of(params, library=shim)
     give_gradients(params, 0)
     before = snapshot(stages.optimizer, params)
-    setattr(stages._call.plan.call, field, value)
+    setattr(table_of(stages).call.plan.call, field, value)
     with pytest.raises(NativeError, match=message):
         run()
     assert_equal_bits(before, snapshot(stages.optimizer, params))
@@ -263,9 +264,9 @@ def test_a_bad_call_is_refused_and_nothing_changes(shim, field, value, message):
 def test_bad_tables_and_steps_are_refused(shim):
     params = parameters([(6, 5), (7,)])
     stages, run = stages_of(params, library=shim)
-    stages._tensors["row"][0] = 0
+    table_of(stages).tensors["row"][0] = 0
     with pytest.raises(NativeError, match="tensor 0: row is null"):
-        shim.check(stages._call)
+        shim.check(table_of(stages).call)
     stages, run = stages_of(params, library=shim)
     give_gradients(params, 0)
     before = snapshot(stages.optimizer, params)
@@ -274,15 +275,15 @@ def test_bad_tables_and_steps_are_refused(shim):
         ("grad", 0, "tensor 1: grad is null"),
         ("grad_dtype", 9, "tensor 1: grad_dtype 9 is unknown"),
     ):
-        stages._steps["grad"] = [p.grad.data_ptr() for p in params]
-        stages._steps["grad_dtype"] = 0
+        table_of(stages).steps["grad"] = [p.grad.data_ptr() for p in params]
+        table_of(stages).steps["grad_dtype"] = 0
         shim._precision = 1
         if field == "precision":
             shim._precision = value
         else:
-            stages._steps[field][1] = value
+            table_of(stages).steps[field][1] = value
         with pytest.raises(NativeError, match=message):
-            shim.run("collect", stages._call)
+            shim.run("collect", table_of(stages).call)
     assert_equal_bits(before, snapshot(stages.optimizer, params))
 
 
@@ -291,18 +292,37 @@ def test_steps_are_copied_to_the_device_only_when_they_change(shim, monkeypatch)
     stages, run = stages_of(params, library=shim)
     give_gradients(params, 0)
     run()
-    plan = stages._call.plan
+    plan = table_of(stages).call.plan
     copies = []
     original = torch.Tensor.copy_
 
     def counted(self, *args, **kwargs):
-        if self is plan._steps:
+        if self.data_ptr() == plan._steps.data_ptr():
             copies.append(1)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
-    shim.run("describe", stages._call)
+    shim.run("describe", table_of(stages).call)
     assert not copies
-    stages._steps["l2"] = 0.5
-    shim.run("describe", stages._call)
+    table_of(stages).steps["l2"] = 0.5
+    shim.run("describe", table_of(stages).call)
     assert len(copies) == 1
+
+
+def test_values_that_a_device_computed_need_not_come_to_the_host(shim):
+    """A learning rate on the device, say: it goes from tensor to tensor."""
+    results = []
+    for on_device in (False, True):
+        params = parameters(FEW)
+        stages, run = stages_of(params, library=shim)
+        give_gradients(params, 0)
+        run()
+        call = table_of(stages).call
+        for index in range(len(params)):
+            if on_device:
+                call.on_device["scale", index, index + 1] = torch.tensor(0.5)
+            else:
+                table_of(stages).steps["scale"][index] = 0.5
+        shim.run("apply", call)
+        results.append(snapshot(stages.optimizer, params))
+    assert_equal_bits(*results)

@@ -27,7 +27,9 @@ class Probes:
     def __call__(self, name: str, *args) -> str | None:
         function = getattr(self._dll, f"probe_{name}")
         function.restype = ctypes.c_char_p
-        message = function(*(arg.ctypes.data_as(ctypes.c_void_p) if isinstance(arg, np.ndarray) else arg for arg in args))
+        message = function(
+            *(arg.ctypes.data_as(ctypes.c_void_p) if isinstance(arg, np.ndarray) else arg for arg in args)
+        )
         return message and message.decode()
 
     def order(self, seed: int) -> None:
@@ -109,7 +111,7 @@ def test_every_element_of_a_matrix_has_one_owner():
 
 
 def test_load_matrices_has_the_documented_layout(probes):
-    """Lanes 0-7 bring the rows of matrix 0, 8-15 those of matrix 1...; lane l gets row l / 4, elements l % 4 * 2 + 0, 1."""
+    """Lanes 0-7 bring the rows of matrix 0, 8-15 those of matrix 1...; lane l gets 2 elements of row l / 4 of each."""
     rows = np.arange(32 * 8, dtype=np.uint16).reshape(32, 8)
     got = np.zeros((32, 4), np.uint32)
     assert probes("load_matrices", rows, got) is None
@@ -132,7 +134,9 @@ def test_rows_of_inputs_reach_the_first_multiplicand(probes):
 def test_numbers_are_rounded_as_torch_rounds(probes):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5000, generator=generator) * torch.logspace(-42, 6, 5000)
-    x = torch.cat([x, torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 65519.0, 65520.0, 3.3e38, torch.inf, -torch.inf])])
+    x = torch.cat(
+        [x, torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 65519.0, 65520.0, 3.3e38, torch.inf, -torch.inf])]
+    )
     count = len(x)
     bfloat16, float16 = np.zeros(count, np.uint16), np.zeros(count, np.uint16)
     packed = np.zeros(count, np.uint32)

@@ -16,21 +16,37 @@
 namespace pylo {
 inline namespace PYLO_ISA {
 
-__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class T>
+__device__ __forceinline__ T smaller(T a, T b) {
+    return a < b ? a : b;
+}
 
 __device__ __forceinline__ uint32_t divide(uint32_t n, const Divisor &by) { return (__umulhi(n, by.magic) + n) >> by.shift; }
 
+template <bool Plain>
+struct IndexOf {
+    typedef int64_t type;
+};
+template <>
+struct IndexOf<true> {
+    typedef int32_t type;
+};
+template <bool Plain>
+using Index = typename IndexOf<Plain>::type;
+
 // Entries of an element in the statistics.
+template <bool Plain>
 struct Entry {
-    int64_t row, col;
+    Index<Plain> row, col;
 };
 
 template <bool Plain>
-__device__ __forceinline__ Entry locate(const Record &record, int64_t index) {
+__device__ __forceinline__ Entry<Plain> locate(const Record &record, Index<Plain> index) {
     const pylo_tensor &t = record.tensor;
     if (Plain || !record.wide) {
         uint32_t rest = (uint32_t)index;
         int32_t row = (int32_t)t.row_offset, col = (int32_t)t.col_offset;
+#pragma unroll 1
         for (int axis = t.rank - 1; axis > 0; --axis) {
             const Axis &a = record.axis[axis];
             const uint32_t slower = divide(rest, a.extent);
@@ -43,25 +59,26 @@ __device__ __forceinline__ Entry locate(const Record &record, int64_t index) {
         col += (int32_t)rest * record.axis[0].col_stride;
         return {row, col};
     }
-    int64_t row = t.row_offset, col = t.col_offset;
+    int64_t row = t.row_offset, col = t.col_offset, rest = index;
+#pragma unroll 1
     for (int axis = t.rank - 1; axis >= 0; --axis) {
-        const int64_t i = index % t.extent[axis];
-        index /= t.extent[axis];
+        const int64_t i = rest % t.extent[axis];
+        rest /= t.extent[axis];
         row += i * t.row_stride[axis];
         col += i * t.col_stride[axis];
     }
-    return {row, col};
+    return {(Index<Plain>)row, (Index<Plain>)col};
 }
 
 template <bool Plain = false>
-__device__ __forceinline__ float read(const void *base, int dtype, int64_t index) {
+__device__ __forceinline__ float read(const void *base, int dtype, Index<Plain> index) {
     if (Plain || dtype == PYLO_FLOAT32) return device((const float *)base)[index];
     const uint16_t bits = device((const uint16_t *)base)[index];
     return dtype == PYLO_BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
 template <bool Plain>
-__device__ __forceinline__ void write(void *base, int dtype, int64_t index, float x) {
+__device__ __forceinline__ void write(void *base, int dtype, Index<Plain> index, float x) {
     if (Plain || dtype == PYLO_FLOAT32)
         device((float *)base)[index] = x;
     else
@@ -80,7 +97,7 @@ __device__ __forceinline__ float seen_gradient(const pylo_rule &rule, const pylo
 // An element with its accumulators updated.
 template <bool Factored, bool Plain>
 __device__ __forceinline__ Element<float> load_element(
-    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, int64_t index) {
+    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index) {
     Element<float> x;
     x.param = read<Plain>(t.param, t.param_dtype, index);
     x.grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, index), x.param);
@@ -94,8 +111,8 @@ __device__ __forceinline__ Element<float> load_element(
     return x;
 }
 
-template <bool Factored>
-__device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, int64_t index) {
+template <bool Factored, bool Plain>
+__device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, Index<Plain> index) {
     device(t.rms)[index] = x.rms;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
@@ -104,11 +121,21 @@ __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<
     }
 }
 
+// One of three channels of a statistic.
+template <bool Plain>
+__device__ __forceinline__ float row_entry(const float *statistic, const pylo_tensor &t, int k, const Entry<Plain> &entry) {
+    return device(statistic)[k * (Index<Plain>)t.row_numel + entry.row];
+}
+template <bool Plain>
+__device__ __forceinline__ float col_entry(const float *statistic, const pylo_tensor &t, int k, const Entry<Plain> &entry) {
+    return device(statistic)[k * (Index<Plain>)t.col_numel + entry.col];
+}
+
 // Products of row and column scales.
-__device__ __forceinline__ void load_scales(const pylo_tensor &t, const Entry &entry, float (&scale)[3]) {
+template <bool Plain>
+__device__ __forceinline__ void load_scales(const pylo_tensor &t, const Entry<Plain> &entry, float (&scale)[3]) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k)
-        scale[k] = device(t.row_scale)[k * t.row_numel + entry.row] * device(t.col_scale)[k * t.col_numel + entry.col];
+    for (int k = 0; k < 3; ++k) scale[k] = row_entry(t.row_scale, t, k, entry) * col_entry(t.col_scale, t, k, entry);
 }
 
 __device__ __forceinline__ bool has_extra(const pylo_rule &rule) {

@@ -53,18 +53,19 @@ __device__ __forceinline__ void apply_exactly(const pylo_rule &rule, const FlatP
     __syncthreads();
 
     constexpr int inputs = Inputs<Factored>::all;
-    for (int64_t base = part.begin; base < part.end; base += EXACT_THREADS * Elements) {
+    const Index<Plain> end = (Index<Plain>)part.end;
+    for (Index<Plain> base = (Index<Plain>)part.begin; base < end; base += EXACT_THREADS * Elements) {
         forget_memory();
         float x[Elements][inputs] = {}, a[Elements][Width], param[Elements];
 #pragma unroll
         for (int e = 0; e < Elements; ++e) {
-            const int64_t wanted = base + e * EXACT_THREADS + thread, index = smaller(wanted, part.end - 1);
+            const Index<Plain> wanted = base + e * EXACT_THREADS + thread, index = smaller(wanted, end - 1);
             const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
             param[e] = element.param;
             inputs_of<Factored, Plain>(rule, shared.record, index, element, [&](int input, float value) {
                 x[e][input] = value;
             });
-            if (wanted < part.end) store_state<Factored>(shared.record.tensor, element, index);
+            if (wanted < end) store_state<Factored, Plain>(shared.record.tensor, element, index);
 #pragma unroll
             for (int unit = 0; unit < Width; ++unit) a[e][unit] = shared.first_bias[unit];
         }
@@ -97,8 +98,8 @@ __device__ __forceinline__ void apply_exactly(const pylo_rule &rule, const FlatP
                 direction = madd(h, shared.last[input][0], direction);
                 magnitude = madd(h, shared.last[input][1], magnitude);
             }
-            const int64_t index = base + e * EXACT_THREADS + thread;
-            if (index < part.end)
+            const Index<Plain> index = base + e * EXACT_THREADS + thread;
+            if (index < end)
                 finish_element<Plain>(rule, shared.record.tensor, shared.step, index, param[e], direction, magnitude);
         }
     }

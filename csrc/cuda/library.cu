@@ -14,7 +14,8 @@
 #include "tensor_cores.cuh"
 
 #ifndef PYLO_NARROW
-#define PYLO_NARROW ((int64_t)1 << 31)  // fewer elements have indices of 32 bits
+// Fewer elements have indices of 32 bits, also where a block looks beyond the last one.
+#define PYLO_NARROW (((int64_t)1 << 31) - 65536)
 #endif
 
 static_assert(sizeof(pylo_cuda_call) == 80, "");  // other languages mirror it
@@ -217,6 +218,10 @@ int with_plan(const pylo_call *call, Use use) {
     uint64_t token;
     int64_t bytes;
     if (int status = pylo_check(call, &token, &bytes)) return fail(status, "%s", pylo_last_error());
+    if (call->rule->layers == 0) return fail(PYLO_BAD_ARGUMENT, "rule: there are no CUDA kernels for Adam");
+    for (int64_t i = 0; i < call->count; ++i)
+        if (call->tensors[i].norm_slices != 1)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels normalise features over whole tensors", (long long)i);
     try {
         const Plan plan(*call);
         if (plan.matrices.size() + plan.measures.size() > INT32_MAX || plan.merges.size() > INT32_MAX ||

@@ -35,17 +35,16 @@ static_assert(Inputs<false>::all <= MAX_INPUTS, "");
 // Calls put(input, value) for every input of an element, but for the last two if the rule does not read them.
 template <bool Factored, bool Plain, class Put>
 __device__ __forceinline__ void inputs_of(
-    const pylo_rule &rule, const Record &record, int64_t index, const Element<float> &x, Put &&put) {
+    const pylo_rule &rule, const Record &record, Index<Plain> index, const Element<float> &x, Put &&put) {
     constexpr int elements = Channels<Factored>::common;
     float scale[3] = {};
     if constexpr (Factored) {
         const pylo_tensor &t = record.tensor;
-        const Entry entry = locate<Plain>(record, index);
+        const Entry<Plain> entry = locate<Plain>(record, index);
         load_scales(t, entry, scale);
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
-            const float row = device(t.row)[k * t.row_numel + entry.row];
-            const float col = device(t.col)[k * t.col_numel + entry.col];
+            const float row = row_entry(t.row, t, k, entry), col = col_entry(t.col, t, k, entry);
             put(elements + k, row);
             put(elements + 3 + k, col);
             put(elements + 6 + k, inverse_statistic(row));
@@ -112,7 +111,7 @@ struct Layer {
 // What one element becomes.
 template <bool Plain>
 __device__ __forceinline__ void finish_element(
-    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, int64_t index, float param, float direction,
+    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index, float param, float direction,
     float magnitude) {
     const float proposed = step.step_mult * proposed_step(direction, magnitude, rule.exp_mult);
     if (!Plain && t.direction)

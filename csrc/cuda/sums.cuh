@@ -93,7 +93,7 @@ __device__ __forceinline__ void collect_part(const Arguments &arguments, const M
         const bool inside = lane < part.lanes;
         double lane_total = 0;
         for (int first = y; first < part.rows; first += FLUSH * down) {
-            const int end = (int)smaller(first + FLUSH * down, part.rows);
+            const int end = smaller(first + FLUSH * down, part.rows);
             float lane_sum = 0, raw_sum = 0;
             for (int row = first; row < end; row += down) {
                 float raw = 0, seen = 0;
@@ -253,7 +253,7 @@ __device__ __forceinline__ void describe_part(const Arguments &arguments, const 
     const pylo_step &step = arguments.steps[part.record];
     const bool extra = has_extra(arguments.rule);
     float sums[channels] = {};
-    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += SUM_THREADS) {
+    for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const Element<float> x = load_element<Factored, Plain>(arguments.rule, record.tensor, step, i);
         float scale[3] = {};
         if constexpr (Factored) load_scales(record.tensor, locate<Plain>(record, i), scale);

@@ -111,17 +111,18 @@ __device__ __forceinline__ void apply_on_tensor_cores(const pylo_rule &rule, con
     __syncthreads();
 
     auto &tile = shared.warp[thread / WARP];
-    for (int64_t base = part.begin + thread / WARP * WARP; base < part.end; base += TENSOR_THREADS) {
+    const Index<Plain> end = (Index<Plain>)part.end;
+    for (Index<Plain> base = (Index<Plain>)part.begin + thread / WARP * WARP; base < end; base += TENSOR_THREADS) {
         forget_memory();
-        const int64_t index = smaller(base + lane, part.end - 1);
-        const bool inside = base + lane < part.end;
+        const Index<Plain> index = smaller(base + lane, end - 1);
+        const bool inside = base + lane < end;
         float param;
         {
             float x[2 * STEPS * 8] = {};
             const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
             param = element.param;
             inputs_of<Factored, Plain>(rule, shared.record, index, element, [&](int input, float value) { x[input] = value; });
-            if (inside) store_state<Factored>(shared.record.tensor, element, index);
+            if (inside) store_state<Factored, Plain>(shared.record.tensor, element, index);
 #pragma unroll
             for (int i = 0; i < TENSOR_WIDTH; i += 8) {
                 uint4 large, small;

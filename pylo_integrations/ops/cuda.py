@@ -16,14 +16,13 @@ from torch import Tensor
 
 from pylo_integrations.ops import loader
 from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError
+from pylo_integrations.ops.records import STEP
 
 FILE = loader.FILE.replace("cpu", "cuda")
 """Name of the shared library; it stands beside the CPU library, which it calls."""
 
 PRECISIONS = {"precise": 0, "exact": 1}
 """Networks on tensor cores, numbers split into two bfloat16; or in float32 throughout."""
-
-_STEP_BYTES = 48  # of pylo_step
 
 
 class CudaCallStruct(ctypes.Structure):
@@ -52,7 +51,8 @@ class _Plan:
         self._host = host
         self._device = host.to(device, copy=True)
         self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=device)
-        self._steps = torch.empty(count * _STEP_BYTES, dtype=torch.uint8, device=device)
+        self._steps = torch.empty(count, STEP.itemsize, dtype=torch.uint8, device=device)
+        self._fields = self._steps.view(torch.float32)
         self._uploaded = b""
         self.call = CudaCallStruct(
             abi_version=ABI_VERSION,
@@ -65,22 +65,26 @@ class _Plan:
             device=device.index or 0,
         )
 
-    def upload(self, address: int) -> None:
-        """Bring the device's copy of the steps up to date with those at an address of the host."""
-        self.call.steps = address
-        data = ctypes.string_at(address, self._steps.numel())
-        if data == self._uploaded:
-            return
-        self._uploaded = data
+    def upload(self, call: CallStruct) -> None:
+        """Bring the device's copy of the steps up to date."""
+        self.call.steps = call.steps
+        data = ctypes.string_at(call.steps, self._steps.numel())
+        if data != self._uploaded:
+            self._copy(data)
+            self._uploaded = data
+        for (field, first, end), value in call.on_device.items():
+            self._fields[first:end, STEP.fields[field][1] // 4] = value
+
+    def _copy(self, data: bytes) -> None:
         locked = self._steps.device.type == "cuda"
         # Torch gives this memory to somebody else only when the copy is done, and keeps it for the next step.
         host = torch.empty(len(data), dtype=torch.uint8, pin_memory=locked)
         host.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self._steps.copy_(host, non_blocking=locked)
+        self._steps.view(-1).copy_(host, non_blocking=locked)
 
 
 class CudaLibrary:
-    """The loaded library on one device, to be used as :class:`~pylo_integrations.ops.loader.Library` is.
+    """The loaded library for one device, a :class:`~pylo_integrations.ops.loader.NativeLibrary`.
 
     Args:
         path: The shared library.
@@ -97,7 +101,7 @@ class CudaLibrary:
     def __init__(self, path: Path, cpu: Library, device: torch.device, precision: str = "precise") -> None:
         self.path = path
         self._cpu = cpu
-        self._device = device
+        self.device = device
         self._precision = PRECISIONS[precision]
         try:
             self._dll = ctypes.CDLL(str(path))
@@ -114,7 +118,7 @@ class CudaLibrary:
         self._stages = {stage: getattr(self._dll, f"pylo_cuda_{stage}") for stage in self.STAGES}
 
     def feature_names(self) -> tuple[str, ...]:
-        """The feature of every slot, see :meth:`~pylo_integrations.ops.loader.Library.feature_names`."""
+        """See :class:`~pylo_integrations.ops.loader.NativeLibrary`."""
         return self._cpu.feature_names()
 
     def check(self, call: CallStruct) -> tuple[int, int]:
@@ -132,7 +136,7 @@ class CudaLibrary:
         host = torch.empty(plan_bytes.value, dtype=torch.uint8)
         address = ctypes.c_void_p(host.data_ptr())
         self._raise_for(self._dll.pylo_cuda_plan(ctypes.byref(call), address, plan_bytes))
-        call.plan = _Plan(host, call.count, workspace_bytes.value, self._device)
+        call.plan = _Plan(host, call.count, workspace_bytes.value, self.device)
         return 0, 0
 
     def run(self, stage: str, call: CallStruct) -> None:
@@ -148,9 +152,9 @@ class CudaLibrary:
             raise NativeError("the table was not checked: check it before a stage is run")
         plan.call.precision = self._precision
         plan.call.grad_squares = call.grad_squares
-        if self._device.type == "cuda":
-            plan.call.stream = torch.cuda.current_stream(self._device).cuda_stream
-        plan.upload(call.steps)
+        if self.device.type == "cuda":
+            plan.call.stream = torch.cuda.current_stream(self.device).cuda_stream
+        plan.upload(call)
         self._raise_for(self._stages[stage](ctypes.byref(plan.call)))
 
     def _raise_for(self, status: int) -> None:
@@ -158,14 +162,20 @@ class CudaLibrary:
             raise NativeError(f"CUDA kernels: {self._dll.pylo_cuda_last_error().decode()}")
 
 
+def find_library(cpu: Library) -> Path | None:
+    """The shared library, which stands beside the CPU library."""
+    path = cpu.path.with_name(FILE)
+    return path if path.exists() else None
+
+
 @cache
 def load(device: torch.device) -> CudaLibrary | str:
-    """The library on a device, or the reason why there is none, in words."""
+    """The library for a device, or the reason why there is none, in words."""
     cpu = loader.load()
     if isinstance(cpu, str):
         return cpu
-    path = cpu.path.with_name(FILE)
-    if not path.exists():
+    path = find_library(cpu)
+    if path is None:
         return f"{FILE} is not part of this installation: it is built when pip finds nvcc"
     try:
         return CudaLibrary(path, cpu, device)
