@@ -269,6 +269,7 @@ class NativeStages:
         self._grads: list[Tensor] = []
         self._grad_formats: list[tuple[Any, ...]] = []  # strides and dtypes that the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
+        self._networks: list[Tensor] = []
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -481,6 +482,19 @@ class NativeStages:
             while cuts:
                 yield cuts.pop()
 
+    def _keep(self, number: int, network: Tensor) -> Tensor:
+        """A copy of the ``number``-th network of a step where the last step had its own.
+
+        A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
+        """
+        if number == len(self._networks):
+            self._networks.append(network)
+        elif self._networks[number].shape == network.shape:
+            self._networks[number].copy_(network)
+        else:
+            self._networks[number] = network
+        return self._networks[number]
+
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
@@ -493,7 +507,7 @@ class NativeStages:
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
                     batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
-                    networks[key] = _pack(batched, self._slots[index])
+                    networks[key] = self._keep(len(networks), _pack(batched, self._slots[index]))
                 network = networks[key]
                 each = network.element_size() * network.shape[1] if len(network) > 1 else 0
                 count = len(self._buckets[index])
