@@ -191,7 +191,8 @@ def test_auto_leaves_cuda_tensors_to_the_reference_and_native_says_what_is_missi
     library_or_skip()
     monkeypatch.setattr(cuda, "find_library", lambda cpu: None)
     device = torch.device("cuda", 7)  # whatever this machine has
-    assert "asked for" in select._why_no_library("auto", device)
-    assert "nvcc" in select._why_no_library("native", device)
-    assert select._why_no_library("native", torch.device("cpu")) is None
+    assert "asked for" in select._reluctance("auto", device)
+    assert select._reluctance("native", device) is None
+    assert "nvcc" in select._why_no_library(device)
+    assert select._why_no_library(torch.device("cpu")) is None
     assert "no CUDA kernels" in select.native_report()
