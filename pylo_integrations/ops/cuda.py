@@ -24,6 +24,9 @@ FILE = loader.FILE.replace("cpu", "cuda")
 PRECISIONS = {"precise": 0, "exact": 1}
 """Networks on tensor cores, numbers split into two bfloat16; or in float32 throughout."""
 
+OFFSETS = {name: field[1] for name, field in (STEP.fields or {}).items()}
+"""Where the fields of ``pylo_step`` are, in bytes."""
+
 
 class CudaCallStruct(ctypes.Structure):
     """``pylo_cuda_call``."""
@@ -73,7 +76,7 @@ class _Plan:
             self._copy(data)
             self._uploaded = data
         for (field, first, end), value in call.on_device.items():
-            self._fields[first:end, STEP.fields[field][1] // 4] = value
+            self._fields[first:end, OFFSETS[field] // 4] = value
 
     def _copy(self, data: bytes) -> None:
         locked = self._steps.device.type == "cuda"

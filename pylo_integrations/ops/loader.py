@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -67,8 +69,8 @@ class CallStruct(ctypes.Structure):
         on_device: Fields of steps whose values are on the device, by their name and range of records.
     """
 
-    plan: object
-    on_device: dict[tuple[str, int, int], Tensor]
+    plan: object = None
+    on_device: Mapping[tuple[str, int, int], Tensor] = MappingProxyType({})
 
     _fields_ = [
         ("abi_version", ctypes.c_uint32),

@@ -194,15 +194,15 @@ class Table:
             threads=1,
             isa=ISAS[isa] if isa else 0,
         )
-        self.call.plan = None
-        self.call.on_device = {}
+        self._on_device: dict[tuple[str, int, int], Tensor] = {}
+        self.call.on_device = self._on_device
 
     def enter(self, field: str, rows: slice, value: float | Tensor) -> None:
         """Enter a number into a field of the steps; one that a device computed stays there, and nobody waits for it."""
         key = field, rows.start, rows.stop
-        self.call.on_device.pop(key, None)
+        self._on_device.pop(key, None)
         if isinstance(value, Tensor) and value.device.type != "cpu":
-            self.call.on_device[key] = value
+            self._on_device[key] = value
         else:
             self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) and value.dim() else float(value)
 
