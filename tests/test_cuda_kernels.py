@@ -11,10 +11,13 @@ import ctypes
 import re
 
 import pytest
+import test_golden_velo
 import test_native_kernels
 import torch
 from cuda_shim import Shim, compile_kernels
+from golden_files import initial_params, needs_published, replay_float32
 from native_library import CSRC
+from test_golden import small_fc
 from test_native_kernels import (
     SHAPES,
     assert_equal_bits,
@@ -133,6 +136,21 @@ def test_whole_runs_of_every_rule_follow_the_reference(name, precision):
         if backend == "native":
             assert optimizer._engine._plan.natively == set(range(len(optimizer._engine._plan.buckets)))
     assert_close_to_reference(params, twins, parameters(FEW), 2e-5 if precision == "exact" else 2e-4)
+
+
+@pytest.mark.usefixtures("shim")
+@pytest.mark.parametrize(
+    "case",
+    ["small_fc_h4_default", "small_fc_h32_pylo", "velo_small", pytest.param("celo_real", marks=needs_published)],
+)
+def test_the_trajectories_of_the_original_code_are_repeated(case):
+    golden = test_golden_velo.read(case)
+    params = initial_params("wild", torch.float32)
+    if case.startswith("small_fc"):
+        optimizer = small_fc(golden, list(params.values()), backend="native")
+    else:
+        optimizer = test_golden_velo.build(golden, params, "wild", backend="native")
+    replay_float32(golden, "wild", params, optimizer)
 
 
 @pytest.mark.usefixtures("shim")
