@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 #ifdef __CUDACC__
-#define PYLO_FN __host__ __device__ inline
+#define PYLO_FN __device__ __forceinline__
 #else
 #define PYLO_FN inline __attribute__((always_inline))
 #endif
@@ -16,10 +16,38 @@
 namespace pylo {
 inline namespace PYLO_ISA {
 
+#ifdef __CUDACC__
+
+PYLO_FN double root(double x) { return sqrt(x); }
+PYLO_FN float madd(float a, float b, float c) { return fmaf(a, b, c); }
+PYLO_FN double madd(double a, double b, double c) { return fma(a, b, c); }
+PYLO_FN float exponential(float x) { return expf(x); }
+
+// One instruction, within 2 units in the last place. All arguments are sums with a positive constant far from denormal.
+PYLO_FN float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Maximum and minimum that pass NaN on.
+PYLO_FN float at_least(float bound, float x) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(bound), "f"(x));
+    return y;
+}
+PYLO_FN float at_most(float bound, float x) {
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(bound), "f"(x));
+    return y;
+}
+
+#else
+
 PYLO_FN float root(float x) { return __builtin_sqrtf(x); }
 PYLO_FN double root(double x) { return __builtin_sqrt(x); }
 
-#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
+#if defined(__FMA__) || defined(__aarch64__)
 PYLO_FN float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PYLO_FN double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else  // the library function would be a hundred times slower
@@ -35,6 +63,8 @@ PYLO_FN double at_most(double bound, double x) { return bound < x ? bound : x; }
 
 PYLO_FN float exponential(float x) { return __builtin_expf(x); }
 PYLO_FN double exponential(double x) { return __builtin_exp(x); }
+
+#endif
 
 }  // namespace PYLO_ISA
 }  // namespace pylo

@@ -9,8 +9,14 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 ABI_VERSION = 3
 MAX_RANK = 6
@@ -56,7 +62,15 @@ class RuleStruct(ctypes.Structure):
 
 
 class CallStruct(ctypes.Structure):
-    """``pylo_call``."""
+    """``pylo_call``.
+
+    Attributes:
+        plan: What a library that plans ahead keeps with a call.
+        on_device: Fields of steps whose values are on the device, by their name and range of records.
+    """
+
+    plan: object = None
+    on_device: Mapping[tuple[str, int, int], Tensor] = MappingProxyType({})
 
     _fields_ = [
         ("abi_version", ctypes.c_uint32),
@@ -74,8 +88,38 @@ class CallStruct(ctypes.Structure):
     ]
 
 
+class NativeLibrary(Protocol):
+    """What tables ask of a library of kernels.
+
+    Attributes:
+        device: Where its tensors are.
+    """
+
+    device: torch.device
+
+    def feature_names(self) -> tuple[str, ...]:
+        """The feature of every slot; the channels of one feature share its name."""
+
+    def check(self, call: CallStruct) -> tuple[int, int]:
+        """Validate rule and table.
+
+        Returns:
+            The token that the stages ask for, and the workspace that they need, in bytes.
+
+        Raises:
+            NativeError: The message says which argument is wrong.
+        """
+
+    def run(self, stage: str, call: CallStruct) -> None:
+        """Run a stage over all tensors of a call.
+
+        Raises:
+            NativeError: The message says which argument is wrong; nothing was changed.
+        """
+
+
 class Library:
-    """The loaded library.
+    """The loaded library for CPUs, a :class:`NativeLibrary`.
 
     Args:
         path: The shared library.
@@ -84,6 +128,7 @@ class Library:
         NativeError: It cannot be loaded or has another interface version; the message says which.
     """
 
+    device = torch.device("cpu")
     STAGES = ("collect", "measure", "prepare", "describe", "apply")
 
     def __init__(self, path: Path) -> None:
@@ -115,7 +160,7 @@ class Library:
         return [name for name, number in ISAS.items() if self._dll.pylo_has_isa(number)]
 
     def feature_names(self) -> tuple[str, ...]:
-        """The feature of every slot; the channels of one feature share its name."""
+        """See :class:`NativeLibrary`."""
         return tuple(self._dll.pylo_feature_name(slot).decode() for slot in range(SLOTS))
 
     def network_floats(self, rule: RuleStruct) -> int:
@@ -123,24 +168,13 @@ class Library:
         return int(self._dll.pylo_network_floats(ctypes.byref(rule)))
 
     def check(self, call: CallStruct) -> tuple[int, int]:
-        """Validate rule and table.
-
-        Returns:
-            The token that the stages ask for, and the workspace that they need, in bytes.
-
-        Raises:
-            NativeError: The message says which argument is wrong.
-        """
+        """See :class:`NativeLibrary`."""
         token, size = ctypes.c_uint64(), ctypes.c_int64()
         self._raise_for(self._dll.pylo_check(ctypes.byref(call), ctypes.byref(token), ctypes.byref(size)))
         return token.value, size.value
 
     def run(self, stage: str, call: CallStruct) -> None:
-        """Run a stage over all tensors of a call.
-
-        Raises:
-            NativeError: The message says which argument is wrong; nothing was changed.
-        """
+        """See :class:`NativeLibrary`."""
         self._raise_for(self._stages[stage](ctypes.byref(call)))
 
     def _raise_for(self, status: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, Library, RuleStruct
+from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
 from pylo_integrations.ops.records import (
     DTYPES,
     Table,
@@ -46,6 +46,9 @@ ZERO_NONFINITE = 1
 
 NativeRule = SmallFC | MixtureRule | Celo2 | AdamW | CeloAdamRule
 """The rules that the kernels know."""
+
+CudaRule = SmallFC | MixtureRule
+"""Those that the kernels for CUDA know."""
 
 _ADAM = AdamW | CeloAdamRule
 """Those without a network."""
@@ -109,20 +112,19 @@ def _slots(features: Sequence[str], names: Sequence[str]) -> list[int]:
     return [slot for feature in features for slot, name in enumerate(names) if name == feature]
 
 
-def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Sequence[int]) -> Tensor:
+def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
     """Networks as the library reads them, float32 ``(networks, floats)``.
 
     Args:
         layers: Weights ``(networks or 1, outputs, inputs)`` and biases ``(networks or 1, outputs)``.
-        slots: Of the inputs of the first layer; inputs beyond them are left out.
+        slots: Of the inputs of the first layer, int64; inputs beyond them are left out.
     """
     parts = []
     for index, (weight, bias) in enumerate(layers):
         matrix = weight.float().transpose(1, 2)
         if index == 0:
             spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
-            spread[:, slots] = matrix[:, : len(slots)]
-            matrix = spread
+            matrix = spread.index_copy_(1, slots, matrix[:, : len(slots)])
         rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
         parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
     return torch.cat(parts, dim=1).contiguous()
@@ -142,8 +144,10 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     widths = _widths(rule)
     if widths and (not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH):
         return f"layers of {widths} units are more or wider than they take"
-    if bucket.device.type != "cpu":
+    if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
+    if bucket.device.type == "cuda" and not isinstance(rule, CudaRule):
+        return f"those for CUDA do not know the rule {type(rule).__name__}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 
@@ -192,10 +196,12 @@ class _Layer:
         self.rows = [slice(first, end) for first, end in itertools.pairwise(ends)]
         self.collected = [_empty_sums(*pair) for pair in zip(buckets, members, strict=True)]
         self.described = [
-            torch.zeros(len(mine), count, SLOTS, dtype=torch.float64)
+            torch.zeros(len(mine), count, SLOTS, dtype=torch.float64, device=table.device)
             for mine, count in zip(members, slices, strict=True)
         ]
-        self.measured = [torch.zeros(len(mine), TENSOR_SUMS, dtype=torch.float64) for mine in members]
+        self.measured = [
+            torch.zeros(len(mine), TENSOR_SUMS, dtype=torch.float64, device=table.device) for mine in members
+        ]
         self.owners = np.zeros(ends[-1], np.int64)
         self.offsets = np.zeros(ends[-1], np.uint64)
 
@@ -215,7 +221,9 @@ class NativeStages:
         NativeError: The library refuses the table.
     """
 
-    def __init__(self, library: Library, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
+    def __init__(
+        self, library: NativeLibrary, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None
+    ) -> None:
         names = library.feature_names()
         self._rule = rule
         self._buckets = buckets
@@ -225,7 +233,12 @@ class NativeStages:
             math.prod(norm_shape(bucket.layout, axes)) for bucket, axes in zip(buckets, self._norm_axes, strict=True)
         ]
         self._slots = [
-            _slots(rule.features_of(bucket.layout), names) if isinstance(rule, MomentRule) else [] for bucket in buckets
+            torch.tensor(
+                _slots(rule.features_of(bucket.layout), names) if isinstance(rule, MomentRule) else [],
+                dtype=torch.int64,
+                device=library.device,
+            )
+            for bucket in buckets
         ]
         self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
@@ -257,6 +270,7 @@ class NativeStages:
         self._grads: list[Tensor] = []
         self._grad_formats: list[tuple[Any, ...]] = []  # strides and dtypes that the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
+        self._networks: list[Tensor] = []
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -358,12 +372,12 @@ class NativeStages:
             layer.table.steps["grad"] = addresses[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
 
     def _read_policy(self, ctx: StepContext) -> None:
-        clip_scale = 1.0 if ctx.grad_scale is None else float(ctx.grad_scale)
+        clip_scale = 1.0 if ctx.grad_scale is None else ctx.grad_scale
         for layer in self._layers:
             steps = layer.table.steps
             steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
             for bucket, rows in zip(self._buckets, layer.rows, strict=True):
-                steps["grad_scale"][rows] = -clip_scale if bucket.group["maximize"] else clip_scale
+                layer.table.enter("grad_scale", rows, -clip_scale if bucket.group["maximize"] else clip_scale)
                 steps["l2"][rows] = l2_penalty(bucket.group)
 
     def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
@@ -425,7 +439,8 @@ class NativeStages:
         networks = self._read_decisions(controls, ctx)
         for layer in self._layers:
             for rows, (keep, scale) in zip(layer.rows, keep_and_scale, strict=True):
-                layer.table.steps["keep"][rows], layer.table.steps["scale"][rows] = float(keep), float(scale)
+                layer.table.enter("keep", rows, keep)
+                layer.table.enter("scale", rows, scale)
         self._run("apply")
         del networks  # which had to live until here
 
@@ -469,6 +484,19 @@ class NativeStages:
             while cuts:
                 yield cuts.pop()
 
+    def _keep(self, number: int, network: Tensor) -> Tensor:
+        """A copy of the ``number``-th network of a step where the last step had its own.
+
+        A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
+        """
+        if number == len(self._networks):
+            self._networks.append(network)
+        elif self._networks[number].shape == network.shape:
+            self._networks[number].copy_(network)
+        else:
+            self._networks[number] = network
+        return self._networks[number]
+
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
@@ -481,7 +509,7 @@ class NativeStages:
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
                     batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
-                    networks[key] = _pack(batched, self._slots[index])
+                    networks[key] = self._keep(len(networks), _pack(batched, self._slots[index]))
                 network = networks[key]
                 each = network.element_size() * network.shape[1] if len(network) > 1 else 0
                 count = len(self._buckets[index])
@@ -490,9 +518,10 @@ class NativeStages:
             mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
                 mult = control[factor] * mult if factor in control else mult
-            values["step_mult"] = mult.numpy() if isinstance(mult, Tensor) else mult
             for layer in self._layers:
                 rows, members = layer.rows[index], layer.members[index]
+                some = isinstance(mult, Tensor) and 1 < mult.numel() != len(members)
+                layer.table.enter("step_mult", rows, mult[members] if some else mult)
                 for name, value in values.items():
                     of_members = value[members] if isinstance(value, np.ndarray) and value.size > 1 else value
                     layer.table.steps[name][rows] = of_members
@@ -518,7 +547,7 @@ def _empty_sums(bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
         return {}
     d1, d0 = bucket.layout.factored
     return {
-        name: torch.zeros(len(members), 1, *bucket.layout.without(axis), dtype=torch.float64)
+        name: torch.zeros(len(members), 1, *bucket.layout.without(axis), dtype=torch.float64, device=bucket.device)
         for name, axis in (("row", d0), ("col", d1))
     }
 

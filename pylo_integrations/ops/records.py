@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pylo_integrations.ops.loader import ABI_VERSION, ISAS, MAX_RANK, CallStruct, Library, RuleStruct
+from pylo_integrations.ops.loader import ABI_VERSION, ISAS, MAX_RANK, CallStruct, NativeLibrary, RuleStruct
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
@@ -167,6 +167,7 @@ class Table:
     Attributes:
         tensors: What is fixed, ``TENSOR`` records; :meth:`check` again after a change.
         steps: What changes from step to step, ``STEP`` records.
+        device: Where the tensors are.
 
     Args:
         library: The loaded library.
@@ -175,11 +176,12 @@ class Table:
         isa: Instruction set, by default the best one of this machine.
     """
 
-    def __init__(self, library: Library, rule: RuleStruct, count: int, isa: str | None = None) -> None:
+    def __init__(self, library: NativeLibrary, rule: RuleStruct, count: int, isa: str | None = None) -> None:
         self._library = library
+        self.device = library.device
         self.tensors = np.zeros(count, TENSOR)
         self.steps = np.zeros(count, STEP)
-        self._grad_squares = torch.zeros(count, dtype=torch.float64)
+        self._grad_squares = torch.zeros(count, dtype=torch.float64, device=library.device)
         self._workspace = torch.empty(0, dtype=torch.float64)
         self.call = CallStruct(
             abi_version=ABI_VERSION,
@@ -192,6 +194,17 @@ class Table:
             threads=1,
             isa=ISAS[isa] if isa else 0,
         )
+        self._on_device: dict[tuple[str, int, int], Tensor] = {}
+        self.call.on_device = self._on_device
+
+    def enter(self, field: str, rows: slice, value: float | Tensor) -> None:
+        """Enter a number into a field of the steps; one that a device computed stays there, and nobody waits for it."""
+        key = field, rows.start, rows.stop
+        self._on_device.pop(key, None)
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            self._on_device[key] = value
+        else:
+            self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) and value.dim() else float(value)
 
     def check(self) -> None:
         """Have the library look at all records.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, cast, get_args
 
-from pylo_integrations.ops import loader
+import torch
+
+from pylo_integrations.ops import cuda, loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
-from pylo_integrations.ops.loader import Library
+from pylo_integrations.ops.loader import NativeLibrary
 from pylo_integrations.ops.native import NativeRule, NativeStages, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
@@ -17,8 +19,9 @@ Backend = Literal["auto", "reference", "native", "compile"]
 
 ``"reference"`` runs a rule's own torch functions on any device; ``"native"`` the compiled kernels, and raises where
 they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16 on a
-CPU) and the reference for the others. ``"compile"`` runs the reference through ``torch.compile``, each function once
-for every shape of its arguments. State is the same, so the backend may change in the middle of a run.
+CPU) and the reference for the others: also for those on a CUDA device, whose kernels nobody has run on one yet and
+which take ``"native"`` to be used. ``"compile"`` runs the reference through ``torch.compile``, each function once for
+every shape of its arguments. State is the same, so the backend may change in the middle of a run.
 """
 
 
@@ -41,7 +44,8 @@ def native_report() -> str:
     library = loader.load()
     if isinstance(library, str):
         return f"missing; {library}"
-    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used"
+    there = "CUDA kernels" if cuda.find_library(library) else "no CUDA kernels"
+    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used; {there}"
 
 
 def select_local(backend: Backend) -> Local:
@@ -67,29 +71,43 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     unable: list[int] = []
     if backend in ("reference", "compile"):
         return able, unable
-    missing = isinstance(loader.load(), str)
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-        reason = obstacle(rule, bucket)
-        if reason is None and not missing and (reason := local_obstacle(cast(NativeRule, rule), bucket)) is None:
+        common = obstacle(rule, bucket) or _reluctance(backend, bucket.device)
+        reason = common or _why_no_library(bucket.device) or local_obstacle(cast(NativeRule, rule), bucket)
+        if reason is None:
             able.append(index)
         elif backend == "native":
             raise RuntimeError(
                 f"backend='native' cannot step a tensor of shape {bucket.layout.shape}: {reason}; use backend='auto'"
             )
-        elif obstacle(rule, bucket) is None:
+        elif common is None:
             unable.append(index)
     return able, unable
+
+
+def _library_for(device: torch.device) -> NativeLibrary | str:
+    return cuda.load(device) if device.type == "cuda" else loader.load()
+
+
+def _reluctance(backend: Backend, device: torch.device) -> str | None:
+    """Why kernels that there are are not taken unasked."""
+    unasked = backend == "auto" and device.type == "cuda"
+    return "the kernels for CUDA are taken where they are asked for" if unasked else None
+
+
+def _why_no_library(device: torch.device) -> str | None:
+    library = _library_for(device)
+    return library if isinstance(library, str) else None
 
 
 def native_stages(
     rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
 ) -> dict[tuple[int, ...], NativeStages]:
     """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
-    library = loader.load()
-    by_rule: dict[NativeRule, list[int]] = {}
+    together: dict[tuple[NativeRule, torch.device], list[int]] = {}
     for index in indices:
-        by_rule.setdefault(cast(NativeRule, rules[index]), []).append(index)
+        together.setdefault((cast(NativeRule, rules[index]), buckets[index].device), []).append(index)
     return {
-        tuple(mine): NativeStages(cast(Library, library), rule, [buckets[i] for i in mine])
-        for rule, mine in by_rule.items()
+        tuple(mine): NativeStages(cast(NativeLibrary, _library_for(device)), rule, [buckets[i] for i in mine])
+        for (rule, device), mine in together.items()
     }

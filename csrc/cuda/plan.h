@@ -1,0 +1,88 @@
+// The plan of a step: tensors and parts of them, a part for every block of every kernel. Made once on the host, read on
+// the device. How a tensor is cut into parts for a sum depends on that tensor alone, so neither does the sum's rounding.
+#pragma once
+
+#include "../core/pylo.h"
+
+namespace pylo {
+
+constexpr int WARP = 32;
+constexpr int SUM_THREADS = 256;     // of a block of every kernel but apply
+constexpr int LANES = 1024;          // of a part of a matrix at most: neighbours in a row
+constexpr int ROWS = 512;            // of a part of a matrix at most
+constexpr int FLUSH = 64;            // numbers that are added in single precision
+constexpr int PART = FLUSH * SUM_THREADS;  // elements of a part of a tensor
+constexpr int STATISTICS_PART = 2048;      // entries of a part of a statistic
+constexpr int LINES_PART = 64;             // lines of a part of `row`
+
+// n / divisor for n below 2^31, without a division.
+struct Divisor {
+    uint32_t divisor, magic, shift;
+};
+
+struct Axis {
+    Divisor extent;
+    int32_t row_stride, col_stride;  // of narrow tensors
+};
+
+struct Record {
+    pylo_tensor tensor;
+    Axis axis[PYLO_MAX_RANK];
+    int64_t numel;                    // of the box
+    int32_t wide;                     // whether indices need 64 bits
+    int32_t describe_parts;
+    int32_t row_parts, col_parts;     // of prepare, for each of the three decays
+    int64_t describe_slot, prepare_slot;  // first partial sum, in doubles
+};
+
+// Elements of a tensor in the order of memory.
+struct FlatPart {
+    int64_t begin, end, slot;
+    int32_t record, unused;
+};
+
+// Part of a matrix: one factored axis are its rows, the other its lanes. Squares are summed along both.
+struct MatrixPart {
+    int64_t memory, row_step, lane_step;
+    int64_t square_slot, row_slot, lane_slot;  // for one sum, a sum per row, a sum per lane; -1 for none
+    int32_t rows, lanes, record;
+    int32_t clears;  // whether to zero the sums of the whole tensor, of which the box has only some
+};
+
+// Entries of `col`, or lines of `row` along d1, for one decay.
+struct StatisticPart {
+    int64_t begin, end, slot;
+    int32_t record, decay, is_row, unused;
+};
+
+// Sums of partial sums: result[i * result_step] = sum over j < terms of partial[first + i * step + j * term_step].
+// Without a result it is grad_squares[record].
+struct Merge {
+    double *result;
+    int64_t result_step, first, step, terms, term_step;
+    int32_t count, record;  // at most SUM_THREADS
+};
+
+// Begin of the plan. Offsets are bytes from here.
+struct Header {
+    uint64_t magic;
+    int64_t bytes, workspace_bytes;
+    int64_t tickets, partial;  // offsets in the workspace
+    int64_t records, matrices, measures, merges, statistics, describes, applies;
+    int64_t record_count, matrix_count, measure_count, merge_count, statistic_count, describe_count, apply_count;
+    int32_t plain;  // whether tensors and boxes are, see elements.cuh
+    pylo_rule rule;
+};
+
+constexpr uint64_t MAGIC = 0x70796C6F00000000u + PYLO_ABI_VERSION;
+
+// What every kernel gets.
+struct Arguments {
+    pylo_rule rule;
+    const Record *records;
+    const pylo_step *steps;
+    double *partial, *grad_squares;
+    int32_t *tickets;  // one per record: parts that have ended; 0 between launches
+};
+
+}  // namespace pylo
