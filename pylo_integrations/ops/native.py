@@ -520,8 +520,8 @@ class NativeStages:
                 mult = control[factor] * mult if factor in control else mult
             for layer in self._layers:
                 rows, members = layer.rows[index], layer.members[index]
-                some = isinstance(mult, Tensor) and 1 < mult.numel() != len(members)
-                layer.table.enter("step_mult", rows, mult[members] if some else mult)
+                mine = mult[members] if isinstance(mult, Tensor) and 1 < mult.numel() != len(members) else mult
+                layer.table.enter("step_mult", rows, mine)
                 for name, value in values.items():
                     of_members = value[members] if isinstance(value, np.ndarray) and value.size > 1 else value
                     layer.table.steps[name][rows] = of_members
