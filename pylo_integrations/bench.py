@@ -197,12 +197,15 @@ class Setting:
             torch.cuda.synchronize(self.device)
 
 
-def make_contender(name: str, parameters: Sequence[tuple[Tensor, ParamShape]]) -> tuple[Optimizer, Callable[[], Any]]:
+def make_contender(
+    name: str, parameters: Sequence[tuple[Tensor, ParamShape]], **options: Any
+) -> tuple[Optimizer, Callable[[], Any]]:
     """An optimizer over ``parameters`` and the call that steps it.
 
     Args:
         name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend.
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
+        **options: Of learned optimizers.
     """
     lr = 1e-4
     if name in BASELINES:
@@ -218,7 +221,7 @@ def make_contender(name: str, parameters: Sequence[tuple[Tensor, ParamShape]]) -
     chosen = cast(Backend, backend or "auto")
     # Published weights may not be at hand, and no step's cost depends on their values.
     weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen, weights=weights)
+    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen, weights=weights, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 

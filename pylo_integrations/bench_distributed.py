@@ -31,7 +31,7 @@ from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.collectives import Collective, Collectives
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.strategies import MEASURABLE, NODE, SIMULABLE, STRATEGIES, shards_of_hsdp, spread
+from pylo_integrations.strategies import NODE, SIMULABLE, STRATEGIES, shards_of_hsdp, spread
 from pylo_integrations.workers import Workers
 
 TIMEOUT = 600
@@ -62,7 +62,7 @@ def measure_rank(
     module, parameters = spread(SHAPES[shapes](), strategy, world, DTYPES[dtype])
     steps, found = {}, {}
     for name in [*optimizers, *BASELINES]:
-        optimizer, steps[name] = make_contender(name, parameters)
+        optimizer, steps[name] = make_contender(name, parameters, **STRATEGIES[strategy].options)
         if isinstance(optimizer, LearnedOptimizer):
             optimizer.bind_model(module)
         steps[name]()
@@ -291,7 +291,8 @@ the model.
 Bytes are what a rank puts into a collective. A step that clips the gradient norm repeats its first all-reduce where the
 rule's sums do not scale with the gradient (`velo`, `celo`, `celo2_base`, `celo2`, `elo_celo2`).
 
-Under DDP, whatever the model, replicas only average the loss:
+Under DDP, whatever the model, replicas only average the loss. With `shard_step` they send what sharded parameters do,
+and collect the parameters: an all-gather, or more if `chunk_bytes` bounds them, of the rows that a rank has stepped.
 
 {ddp}
 """
@@ -439,7 +440,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "measure": {
         "shapes": ("vit_ti",),
         "optimizers": ("small_fc_lopt",),
-        "strategies": MEASURABLE,
+        "strategies": tuple(STRATEGIES),
         "ranks": (1, 2, 4),
         "repeats": 5,
         "dtype": "float32",
@@ -465,8 +466,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distributed", nargs="?", const="measure", choices=MODES, help="by default measure")
     group.add_argument(
         "--strategies",
-        type=bench.names_of("strategy", lambda: list(MEASURABLE)),
-        help=f"comma-separated, of {', '.join(MEASURABLE)} (default: all; simulated: fsdp2)",
+        type=bench.names_of("strategy", lambda: list(STRATEGIES)),
+        help=f"comma-separated, of {', '.join(STRATEGIES)} (default: all; simulated: fsdp2)",
     )
     group.add_argument("--ranks", type=bench.counts, help="comma-separated (default: 1,2,4; simulated: 8,64,256,1024)")
     group.add_argument("--plot", type=bench.new_file, metavar="FILE", help="also draw what was simulated into FILE")

@@ -78,11 +78,14 @@ def dry_run(
         raise ValueError(f"strategy {strategy!r} is not for {ranks} ranks")
     with _fake_process_group(ranks):
         _, parameters = spread(shapes, strategy, ranks, DTYPES[dtype], "meta")
-        return {name: _step_dry(name, parameters, ranks) for name in optimizers}
+        options = STRATEGIES[strategy].options
+        return {name: _step_dry(name, parameters, ranks, options) for name in optimizers}
 
 
-def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], ranks: int) -> StepCosts:
-    optimizer, step = make_contender(name, parameters)
+def _step_dry(
+    name: str, parameters: Sequence[tuple[Tensor, ParamShape]], ranks: int, options: Mapping[str, Any]
+) -> StepCosts:
+    optimizer, step = make_contender(name, parameters, **options)
     assert isinstance(optimizer, LearnedOptimizer), f"{name} is no catalogue name"
     engine = optimizer._engine
     # On the object, since all parts of the optimizer share it.
@@ -164,9 +167,12 @@ def _answers(engine: Engine, own: Any, ranks: int) -> list[Any]:
     for rank in range(ranks):
         buckets: list[list[tuple[Box, ...]]] = []
         for bucket in _finished_elsewhere(engine):
-            mesh = tuple(bucket.params[0].device_mesh.shape)  # type: ignore[attr-defined]
-            params: list[Any] = bucket.params
-            buckets.append([_boxes(tuple(p.shape), mesh, p.placements, rank) for p in params])
+            # Of parameters that every rank has, the states tell how ranks share their steps.
+            divided: list[Any] = [
+                param if hasattr(param, "placements") else next(s for s in state.values() if hasattr(s, "placements"))
+                for param, state in zip(bucket.params, bucket.states, strict=True)
+            ]
+            buckets.append([_boxes(tuple(d.shape), tuple(d.device_mesh.shape), d.placements, rank) for d in divided])
         answers.append(buckets)
     if own != answers[0]:
         raise NotImplementedError("a dry run cannot tell what other ranks would answer here")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pylo_integrations.bench import ParamShape, fresh_gradient, fresh_parameter
 from pylo_integrations.sharding.pieces import local_part
+from pylo_integrations.sharding.shares import share_axis, share_rows
 
 NODE = 8
 """Ranks among which HSDP shards, where there are more than that: those of one machine."""
@@ -36,21 +38,22 @@ class Strategy:
 
     Attributes:
         about: In a few words.
-        apply: Spreads a module's parameters over so many ranks; returns what the optimizer is to be bound to. None for
-            a strategy that is told on paper only.
+        apply: Spreads a module's parameters over so many ranks; returns what the optimizer is to be bound to.
         elements: How many elements of a parameter rank 0 of so many holds; no rank has more. None if that depends on
             other parameters; such a strategy can be measured, but not simulated.
         stepped: How many of those it steps, and keeps state of; by default all.
         fewest: The smallest number of ranks that it makes sense for.
         multiple: What the number of ranks must be a multiple of.
+        options: Of the optimizer.
     """
 
     about: str
-    apply: Callable[[nn.Module, int], nn.Module] | None
+    apply: Callable[[nn.Module, int], nn.Module]
     elements: Callable[[ParamShape, int], int] | None = None
     stepped: Callable[[ParamShape, int], int] | None = None
     fewest: int = 1
     multiple: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def allows(self, ranks: int) -> bool:
         """Whether there is such a thing with so many ranks."""
@@ -112,13 +115,18 @@ def _all(kind: ParamShape, ranks: int) -> int:
 
 
 def _share(kind: ParamShape, ranks: int) -> int:
-    extent = next((extent for extent in kind.shape if extent > 1), 1)
-    return math.ceil(extent / ranks) * (math.prod(kind.shape) // extent)
+    return share_rows(kind.shape, ranks) * math.prod(kind.shape) // kind.shape[share_axis(kind.shape)]
 
 
 STRATEGIES = {
     "ddp": Strategy("every rank has all", _ddp, _all),
-    "shard_step": Strategy("ddp, where every rank steps its share of the rows of all tensors", None, _all, _share),
+    "shard_step": Strategy(
+        "ddp, where every rank steps its share of the rows of all tensors",
+        _ddp,
+        _all,
+        _share,
+        options={"shard_step": True},
+    ),
     "fsdp2": Strategy("fully_shard()", _fsdp2, _first_chunk),
     "hsdp": Strategy(
         f"fully_shard() within groups of at most {NODE} ranks, replicas of one another",
@@ -139,8 +147,7 @@ STRATEGIES = {
 }
 """By name."""
 
-MEASURABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.apply)
-SIMULABLE = tuple(name for name in MEASURABLE if STRATEGIES[name].elements)
+SIMULABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.elements)
 
 
 def spread(
@@ -150,14 +157,12 @@ def spread(
 
     Args:
         shapes: Of whole parameters.
-        strategy: A name in :data:`STRATEGIES`.
+        strategy: A name in :data:`STRATEGIES`; its options are for whoever makes the optimizer.
         ranks: The size of the default process group; :meth:`Strategy.allows` it.
         dtype: Of parameters and gradients.
         device: ``"cpu"`` or ``"meta"``.
     """
-    apply = STRATEGIES[strategy].apply
-    assert apply is not None, f"{strategy} is on paper only"
-    module = apply(ShapedModule(shapes, dtype, device), ranks)
+    module = STRATEGIES[strategy].apply(ShapedModule(shapes, dtype, device), ranks)
     parameters: list[tuple[Tensor, ParamShape]] = list(zip(module.parameters(), shapes, strict=True))
     for param, _ in parameters:
         param.grad = _gradient(param)

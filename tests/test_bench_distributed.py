@@ -59,7 +59,16 @@ def measured(workers, strategy, ranks, optimizers):
     return workers.run(ranks, bench_distributed.measure_rank, optimizers=names, **options)
 
 
-CASES = [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp", 2), ("fsdp1", 2)]
+CASES = [
+    ("ddp", 2),
+    ("shard_step", 2),
+    ("shard_step", 4),
+    ("fsdp2", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("tp", 2),
+    ("fsdp1", 2),
+]
 
 
 @pytest.mark.dist
@@ -70,7 +79,7 @@ def test_real_ranks_count_as_promised_and_as_a_dry_run(workers, strategy, ranks)
     assert all(not found[name]["collectives"] for found in by_rank for name in bench.BASELINES)
     for name in optimizers:
         first, *others = (found[f"{name}:reference"] for found in by_rank)
-        want = promised(name, ranks, sharded=strategy != "ddp")
+        want = promised(name, ranks, sharded=strategy != "ddp") + ["_allgather_base_"] * (strategy == "shard_step")
         for mine in (first, *others):
             assert [collective.name for collective in mine["collectives"]] == want
             # What is added up is equal in size everywhere; of what is put together, ranks have different parts.
@@ -251,7 +260,7 @@ def test_a_simulation_in_print_in_a_file_and_as_a_picture(tmp_path, capsys):
         (["--distributed", "tables", "--optimizers", "velo"], "--optimizers means nothing with --distributed tables"),
         (["--distributed", "guess"], "invalid choice: 'guess'"),
         (["--distributed", "--ranks", "0"], "'0' is not a positive integer"),
-        (["--distributed", "--strategies", "ddp,zero"], "unknown strategy 'zero'; available: ddp, fsdp2"),
+        (["--distributed", "--strategies", "ddp,zero"], "unknown strategy 'zero'; available: ddp, shard_step, fsdp2"),
         (["--distributed", "--strategies", "hsdp", "--ranks", "2"], "none of the strategies hsdp is for 2 ranks"),
         (["--distributed", "simulate", "--strategies", "fsdp1"], "strategy 'fsdp1' can be measured, but not simulated"),
         (["--distributed", "simulate", "--optimizers", "velo:native"], "'velo:native' names a backend"),
