@@ -13,6 +13,7 @@ from sharded_cases import (
     compare,
     digest,
     full,
+    is_native,
     loss_of,
     make,
     net,
@@ -50,7 +51,12 @@ def share_case(rank: int, world: int, name: str, dtype, steps: int = 3, options=
         memory = [value for _, value in sorted(optimizer._progress.memory.items())]
         runs.append((trained, counted, digest([*trained, *same, *memory])))
     assert runs[0][2] == runs[1][2], "not repeatable"
-    return {"params": [t.numpy() for t in runs[0][0]], "collectives": runs[0][1], "digest": runs[0][2]}
+    return {
+        "params": [t.numpy() for t in runs[0][0]],
+        "collectives": runs[0][1],
+        "digest": runs[0][2],
+        "native": is_native(optimizer),
+    }
 
 
 def cost_case(rank: int, world: int, name: str, shard_step: bool) -> dict[str, int]:

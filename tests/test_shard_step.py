@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_library import library_or_skip
 from sharded_cases import load_case, make, save_case, take_steps, wrapper_case
 from share_cases import (
     absent_case,
@@ -22,7 +23,7 @@ from share_cases import (
     telemetry_case,
     views_case,
 )
-from test_sharded_steps import EXACT, MANY, NAMES, assert_same, promised
+from test_sharded_steps import EXACT, KERNELS, MANY, NAMES, ORTHOGONALISED, assert_same, promised
 
 from pylo_integrations import get_optimizer_info, list_optimizers
 
@@ -40,19 +41,36 @@ def unshared(name, dtype, world, steps, options):
 CASES = [
     *((name, 2, torch.float64) for name in NAMES),
     *((name, world, torch.float64) for name in MANY for world in (1, 3, 4)),
-    *((name, 2, torch.float32) for name in ("small_fc_lopt", "velo")),
 ]
 
 
 @pytest.mark.parametrize(("name", "world", "dtype"), CASES, ids=str)
 def test_shared_steps_are_those_of_one_device(workers, name, world, dtype):
-    steps = 20 if dtype == torch.float32 else 3
+    steps = 3
     ranks = workers.run(world, share_case, name=name, dtype=dtype, steps=steps, options=EXACT)
     assert len({rank["digest"] for rank in ranks}) == 1
     assert_same(ranks[0]["params"], unshared(name, dtype, world, steps, EXACT), dtype)
     # Two rounds, two exchanges where owners finish whole tensors, and one message with all new parameters.
     for counted in ranks[0]["collectives"][1:]:
         assert counted == promised(name, world, sharded=True) + [GATHER] * (world > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [*((name, 2) for name in KERNELS), *((name, world) for name in ("velo", "celo2") for world in (3, 4))],
+    ids=str,
+)
+def test_native_kernels_step_shares(workers, name, world):
+    library_or_skip()
+    options = {**EXACT, "backend": "native"}
+    steps = 10 if world == 2 else 3
+    ranks = workers.run(world, share_case, name=name, dtype=torch.float32, steps=steps, options=options)
+    assert all(rank["native"] for rank in ranks)
+    assert len({rank["digest"] for rank in ranks}) == 1
+    want = unshared(name, torch.float32, world, steps, options)
+    assert_same(ranks[0]["params"], want, torch.float32, ORTHOGONALISED.get(name, 1.0))
+    for counted in ranks[0]["collectives"][1:]:
+        assert counted == [*promised(name, world, sharded=True), GATHER]
 
 
 @pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in NAMES), *((name, 3) for name in MANY)], ids=str)
