@@ -1,4 +1,4 @@
-"""What the ranks of tests of canonical states run; see dist_workers."""
+"""What the ranks of tests of canonical states run; see pylo_integrations.workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of distributed adapters run; see dist_workers.
+"""What the ranks of the tests of distributed adapters run; see pylo_integrations.workers.
 
 Accelerate and the Hugging Face Trainer shard only what they take for accelerators. So here the CPU ranks pass for GPUs
 in the one place where that is decided; everything after it is as a user gets it, but for gloo in the place of NCCL.

@@ -1,4 +1,4 @@
-"""What the ranks of tests of shared steps run; see dist_workers."""
+"""What the ranks of tests of shared steps run; see pylo_integrations.workers."""
 
 from __future__ import annotations
 
