@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sized
+from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
@@ -58,7 +59,15 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
             )
         observe_before_backward(learned, loss.detach() / accelerator.gradient_accumulation_steps)
 
-    return attach_to_backward(accelerator, learned, num_steps, observe)
+    is_attached = isinstance(accelerator.backward, Attachment)
+    attachment = attach_to_backward(accelerator, learned, num_steps, observe)
+    if learned.shard_step and not is_attached:
+
+        def consolidate(*args: Any) -> None:
+            learned.consolidate_state_dict()  # since the first process alone writes the optimizer's state
+
+        attachment.also_removes(accelerator.register_save_state_pre_hook(consolidate).remove)
+    return attachment
 
 
 def count_steps(accelerator: Accelerator, dataloader: Sized, epochs: int = 1) -> int:

@@ -25,6 +25,7 @@ class Attachment:
         self._observe = observe
         self._backward = owner.backward
         self._attached = True
+        self._others: list[Callable[[], None]] = []
         owner.backward = self
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -36,9 +37,15 @@ class Attachment:
         if hears:
             look_after_backward(self.optimizer)
 
+    def also_removes(self, undo: Callable[[], None]) -> None:
+        """Have :meth:`remove` call ``undo``."""
+        self._others.append(undo)
+
     def remove(self) -> None:
         """Undo the attachment; the horizon stays."""
         self._attached = False  # for a wrapper around us, which would go on calling us
+        while self._others:
+            self._others.pop()()
         if vars(self._owner).get("backward") is self:
             del self._owner.backward
 

@@ -235,6 +235,12 @@ class _RunCallback(transformers.TrainerCallback):
         if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
             learned.clear_observed_loss()  # of a step that the GradScaler skipped
 
+    def on_step_end(self, args: Any, state: Any, control: transformers.TrainerControl, **kwargs: Any) -> None:
+        _consolidate_before_saving(control, kwargs["optimizer"])
+
+    def on_epoch_end(self, args: Any, state: Any, control: transformers.TrainerControl, **kwargs: Any) -> None:
+        _consolidate_before_saving(control, kwargs["optimizer"])
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or kwargs["optimizer"] is None:
             return  # of an evaluation, or the summary of a run
@@ -246,6 +252,13 @@ class _RunCallback(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (learned := unwrap_optimizer(kwargs["optimizer"])) is not None:
             _tapped.discard(learned)
+
+
+def _consolidate_before_saving(control: transformers.TrainerControl, optimizer: Any) -> None:
+    """The first process alone writes the optimizer's state, so what is shared out has to come to it before."""
+    learned = unwrap_optimizer(optimizer)
+    if control.should_save and learned is not None and learned.shard_step:
+        learned.consolidate_state_dict()
 
 
 # -- a trainer class that takes names ----------------------------------------------------------------------------------
@@ -291,7 +304,8 @@ class LearnedOptimizerMixin(_TrainerBase):
         if not any(isinstance(callback, _RunCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(_RunCallback)
             callbacks: list[Any] = self.callback_handler.callbacks
-            callbacks.insert(0, callbacks.pop())  # before those that report the logs it adds to
+            # After the one that decides when to save, before those that report the logs it adds to.
+            callbacks.insert(1, callbacks.pop())
 
     def _take_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with ``optimizers`` in a form that the trainer class knows."""

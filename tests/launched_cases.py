@@ -71,7 +71,7 @@ def hf_trainer(wrapper: str, name: str, folder: str, stock: bool = False, state_
     weights = os.path.join(folder, f"theta{torch.distributed.get_rank()}.safetensors")
     if is_absent(get_optimizer_info(name).cls):
         theta_for(name).save(weights, overwrite=True)
-        options["optim_args"] = f"weights={weights}"
+        options["optim_args"] = ",".join(filter(None, (f"weights={weights}", options.get("optim_args"))))
     defaults: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": 4,
@@ -159,6 +159,7 @@ def accelerate_case(
     resume: bool = False,
     state_dict_type: str = "FULL_STATE_DICT",
     attached: bool = True,
+    shard_step: bool = False,
 ) -> dict[str, Any]:
     """A hand-written loop of one epoch; with ``resume``, its second half once more from ``save_state``."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -189,10 +190,10 @@ def accelerate_case(
             loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), batch_size=4 // world)
             if wrapper.startswith("fsdp1"):  # Accelerate wants it in this order
                 model = accelerator.prepare(model)
-                optimizer = accelerator.prepare(make(name, model.named_parameters()))
+                optimizer = accelerator.prepare(make(name, model.named_parameters(), shard_step=shard_step))
                 loader = accelerator.prepare(loader)
             else:
-                optimizer = make(name, model.named_parameters())
+                optimizer = make(name, model.named_parameters(), shard_step=shard_step)
                 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
             learned = unwrap_optimizer(optimizer)
             steps = count_steps(accelerator, loader)
@@ -237,6 +238,7 @@ def lightning_case(
     accumulation: int = 1,
     resume: bool = False,
     distributed_checkpoint: bool = True,
+    shard_step: bool = False,
 ) -> dict[str, Any]:
     """One epoch; with ``resume``, its second half once more from a checkpoint."""
     from lightning.pytorch import LightningModule, Trainer
@@ -271,7 +273,7 @@ def lightning_case(
 
         def configure_optimizers(self):
             options = {"weights": theta_for(name)} if is_absent(get_optimizer_info(name).cls) else {}
-            return configure_optimizers(self, name, scheduler="cosine", **options)
+            return configure_optimizers(self, name, scheduler="cosine", shard_step=shard_step, **options)
 
         def train_dataloader(self):
             data = TensorDataset(*map(torch.cat, zip(*batches(), strict=True)))

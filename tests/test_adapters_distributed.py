@@ -133,3 +133,26 @@ def test_lightning(workers, alone, tmp_path, strategy, accumulation):
 def test_lightning_resumes(workers, tmp_path, strategy, distributed):
     case = {"strategy": strategy, "name": "velo", "folder": str(tmp_path), "distributed_checkpoint": distributed}
     check_resumed(workers.run(2, lightning_case, resume=True, timeout=LIMIT, **case))
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_hf_trainer_saves_what_ranks_share(workers, alone, tmp_path, stock):
+    options = {"optim_args": "shard_step=true"}
+    case = {"wrapper": "ddp", "name": "velo", "folder": str(tmp_path), "stock": stock, **options}
+    ranks = workers.run(2, hf_case, resume=True, timeout=LIMIT, **case)
+    check(ranks, alone(hf_case, wrapper="ddp", name="velo", per_device_train_batch_size=4))
+    check_resumed(ranks)
+
+
+def test_accelerate_saves_what_ranks_share(workers, alone, tmp_path):
+    case = {"wrapper": "ddp", "name": "velo", "folder": str(tmp_path), "shard_step": True}
+    ranks = workers.run(2, accelerate_case, resume=True, timeout=LIMIT, **case)
+    check(ranks, alone(accelerate_case, wrapper="ddp", name="velo"))
+    check_resumed(ranks)
+
+
+def test_lightning_saves_what_ranks_share(workers, alone, tmp_path):
+    case = {"strategy": "ddp", "name": "velo", "folder": str(tmp_path), "shard_step": True}
+    ranks = workers.run(2, lightning_case, resume=True, timeout=LIMIT, **case)
+    check(ranks, alone(lightning_case, strategy="ddp", name="velo"))
+    check_resumed(ranks)
