@@ -126,8 +126,9 @@ def test_small_fc_costs_what_its_definition_says(shapes, ranks):
         # Three momenta and a second moment; vectors have three more of those in place of rows and columns.
         state += 4 * (4 * here + 3 * rows_and_columns(kind.shape) if len(kind.shape) > 1 else 7 * here)
     assert costs.state_bytes == state
-    # Sums of squares along rows and columns, one over all, and who has gradients; then 28 features a tensor.
-    want = [4 * (lines + 1 + len(kinds)), 4 * 28 * len(kinds)]
+    # In float64: sums of squares along rows and columns, one over all, who has gradients and can use kernels; then 28
+    # features a tensor.
+    want = [8 * (lines + 1 + 2 * len(kinds)), 8 * 28 * len(kinds)]
     assert costs.collectives == tuple(Collective("allreduce_", size) for size in want)
 
 

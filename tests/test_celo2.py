@@ -126,13 +126,19 @@ def test_a_matrix_in_a_marked_group_is_stepped_by_adamw(cls):
     assert torch.equal(matrix.flatten(), flat) and set(optimizer.state[matrix]) == {"momentum_0", "rms"}
 
 
-def test_state_of_the_other_rule_is_refused():
+def test_a_loaded_group_steps_by_the_rule_of_its_state():
+    """As all options of groups come from the checkpoint, in torch."""
     p = nn.Parameter(torch.zeros(5, 3))
     optimizer = CELO2([p], weights=THETA)
     train(optimizer, p, gradients(5, 3, dtype=torch.float32))
     marked = CELO2([{"params": [p], "rule": "adamw"}], weights=THETA)
+    marked.load_state_dict(optimizer.state_dict())
+    assert marked.param_groups[0]["rule"] == "learned"
+    assert marked.state[p].keys() == optimizer.state[p].keys()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["rule"] = "adamw"
     with pytest.raises(ValueError, match="state_dict does not fit CELO2"):
-        marked.load_state_dict(optimizer.state_dict())
+        marked.load_state_dict(state)
 
 
 @pytest.mark.parametrize(("cls", "theta"), [(CELO2Base, THETA), (SmallFCLOpt, None)])

@@ -5,6 +5,8 @@ Whoever loads is compared with a run on one device that was not interrupted, in 
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from sharded_cases import load_case, save_case
 
@@ -17,9 +19,12 @@ MANY = ["small_fc_lopt", "velo"]
 EXACT = 1e-12  # of the largest element of a tensor: the order of sums
 
 
+RANKS = list(itertools.product((1, 2, 3, 4), repeat=2))
+
 FSDP2 = [
-    *((name, "dcp", 2, 3) for name in NAMES),
-    *((name, "dcp", *ranks) for name in MANY for ranks in ((1, 2), (2, 2), (3, 2), (2, 1), (4, 3), (3, 4))),
+    *((name, "dcp", 2, 3) for name in NAMES if name not in MANY),
+    *((name, "dcp", *ranks) for name in MANY for ranks in RANKS),
+    *((name, "async", 2, 3) for name in MANY),
     # A full state dict does not know how many ranks wrote it.
     *((name, how, *ranks) for name in MANY for how in ("full", "broadcast") for ranks in ((2, 3), (2, 1))),
 ]
@@ -47,8 +52,10 @@ def test_ranks_may_save_for_themselves(workers, tmp_path, wrapper):
 
 
 FSDP1 = [
-    *((name, "dcp", 2, 3) for name in NAMES),
-    *((name, how, *ranks) for name in MANY for how in ("fsdp1", "dcp") for ranks in ((2, 2), (3, 2), (2, 1))),
+    *((name, "dcp", 2, 3) for name in NAMES if name not in MANY),
+    # Not on four ranks, on which torch 2.14 cannot load this model, with its own AdamW neither.
+    *((name, "dcp", *ranks) for name in MANY for ranks in RANKS if max(ranks) < 4),
+    *((name, "fsdp1", *ranks) for name in MANY for ranks in ((2, 2), (3, 2), (2, 1))),
 ]
 
 
