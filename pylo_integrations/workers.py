@@ -81,7 +81,7 @@ class Workers:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def run(self, world: int, function: Callable[..., T], *, timeout: float = 60, **kwargs: Any) -> list[T]:
+    def run(self, world: int, function: Callable[..., T], *, timeout: float = 120, **kwargs: Any) -> list[T]:
         """Call ``function(rank, world, **kwargs)`` on ``world`` processes at once; what each returned.
 
         Raises:
