@@ -496,7 +496,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, cases: Sequence[tuple[str, str, int]]) -> int:
     report, failed = bench.Report(MEASURED), False
-    workers = Workers(max(args.ranks))
+    workers = Workers()
     try:
         for shapes, strategy, ranks in cases:
             try:

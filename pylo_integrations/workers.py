@@ -1,7 +1,8 @@
-"""A few processes that stay alive and run functions together, as ranks of gloo groups of any size up to theirs.
+"""A few processes that stay alive and run functions together, as ranks of a gloo group.
 
-Starting a process costs seconds, joining another process group milliseconds; so whoever needs several groups in turn
-shares the processes. Nothing waits longer than its timeout: whoever hangs or dies is reported, and all are replaced.
+Starting a process costs seconds, so whoever needs groups in turn shares the processes. Each size of group has processes
+of its own: torch keeps device meshes, and with them their process groups, in caches that outlive a group. Nothing waits
+longer than its timeout: whoever hangs or dies is reported, and the group is replaced.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MOST = 4
-"""How many processes there are, unless said otherwise."""
 
-
-def _serve(rank: int, connection: Any) -> None:
+def _serve(rank: int, world: int, rendezvous: str, connection: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -31,20 +29,13 @@ def _serve(rank: int, connection: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    joined: str | None = None
-    while True:
-        task = connection.recv()
-        if task is None:
-            return
-        function, kwargs, world, rendezvous, timeout = task
+    while (task := connection.recv()) is not None:
+        function, kwargs, timeout = task
         # As torchrun sets them; nobody connects to that address.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         try:
-            if joined != rendezvous:
-                if joined is not None:
-                    dist.destroy_process_group()
-                joined = rendezvous
+            if not dist.is_initialized():
                 dist.init_process_group(
                     "gloo",
                     init_method=f"file://{rendezvous}",
@@ -58,28 +49,23 @@ def _serve(rank: int, connection: Any) -> None:
 
 
 class Workers:
-    """Processes of one thread each to run functions on, started when first needed.
+    """Processes of one thread each to run functions on, started when first needed."""
 
-    Args:
-        most: How many; the largest group that they can form.
-    """
-
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
-        self._processes: list[Any] = []
-        self._connections: list[Any] = []
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pylo-")
-        self._joined: tuple[int, str] = (0, "")
+        self._groups: dict[int, list[tuple[Any, Any]]] = {}  # by size: processes, and our ends of pipes to them
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> list[tuple[Any, Any]]:
         context = multiprocessing.get_context("spawn")
-        for rank in range(self._most):
+        rendezvous = str(Path(self._folder.name) / f"rendezvous{time.monotonic_ns()}")
+        group = []
+        for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world, rendezvous, theirs), daemon=True)
             process.start()
             theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
+            group.append((process, ours))
+        return group
 
     def run(self, world: int, function: Callable[..., T], *, timeout: float = 120, **kwargs: Any) -> list[T]:
         """Call ``function(rank, world, **kwargs)`` on ``world`` processes at once; what each returned.
@@ -87,16 +73,15 @@ class Workers:
         Raises:
             RuntimeError: One of them raised, died or took longer than ``timeout`` seconds.
         """
-        if not self._processes:
-            self._start()
-        if self._joined[0] != world:
-            self._joined = (world, str(Path(self._folder.name) / f"rendezvous{time.monotonic_ns()}"))
+        if world not in self._groups:
+            self._groups[world] = self._start(world)
+        connections = [connection for _, connection in self._groups[world]]
         deadline = time.monotonic() + timeout
         results: list[T] = []
         trouble: list[str] = []
-        for connection in self._connections[:world]:
-            connection.send((function, kwargs, world, self._joined[1], timeout))
-        for rank, connection in enumerate(self._connections[:world]):
+        for connection in connections:
+            connection.send((function, kwargs, timeout))
+        for rank, connection in enumerate(connections):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic()) if not trouble else 5.0):
                     raise EOFError
@@ -108,13 +93,16 @@ class Workers:
             else:
                 trouble.append(f"rank {rank} of {world}: {value}")
         if trouble:
-            self.close()
+            self._end(world)
             raise RuntimeError("\n".join(trouble))
         return results
 
-    def close(self) -> None:
-        """End the processes; the next :meth:`run` starts new ones."""
-        for process in self._processes:
+    def _end(self, world: int) -> None:
+        for process, _ in self._groups.pop(world):
             process.kill()
             process.join()
-        self._processes, self._connections, self._joined = [], [], (0, "")
+
+    def close(self) -> None:
+        """End the processes; the next :meth:`run` starts new ones."""
+        for world in list(self._groups):
+            self._end(world)

@@ -208,7 +208,7 @@ def test_the_page_is_what_the_command_prints(capsys):
 
 @pytest.mark.dist
 def test_a_measurement_in_print_and_in_a_file(workers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_distributed, "Workers", lambda most: workers)
+    monkeypatch.setattr(bench_distributed, "Workers", lambda: workers)
     monkeypatch.setattr(workers, "close", lambda: None)
     path = tmp_path / "out.json"
     options = ["--shapes", "tiny", "--strategies", "ddp,hsdp", "--ranks", "1,2,4", "--repeats", "2"]
@@ -294,11 +294,11 @@ def sleep(rank, world):
 def test_workers_that_fail_or_hang_are_reported_and_replaced(function, message):
     from pylo_integrations.workers import Workers
 
-    workers = Workers(2)
+    workers = Workers()
     try:
         workers.run(2, start_some)  # they have started
         with pytest.raises(RuntimeError, match=f"(?s){message}"):
             workers.run(2, function, timeout=1 if function is sleep else 60)
-        assert not workers._processes
+        assert not workers._groups
     finally:
         workers.close()
