@@ -40,6 +40,32 @@ def pass_for_accelerators() -> None:
     PartialState._shared_state["device"] = torch.device("cpu")  # FSDP1 knows no cpu:0
 
 
+@contextmanager
+def counted_steps() -> Iterator[list[int]]:
+    """The iteration that every learned optimizer reaches with each step, but for torch's probes of its state."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    reached: list[int] = []
+
+    def note(optimizer: Any, *args: Any) -> None:
+        learned = unwrap_optimizer(optimizer)
+        if learned is not None and learned.iteration:
+            reached.append(learned.iteration)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield reached
+    finally:
+        handle.remove()
+
+
+def moved(trained: dict[str, Tensor], start: nn.Module) -> float:
+    """How far training took any parameter from where ``start`` has it."""
+    return max(
+        (trained[name].double() - p.detach().double()).abs().max().item() for name, p in start.named_parameters()
+    )
+
+
 def end_of(optimizer: Any, trained: dict[str, Tensor]) -> str:
     """A digest of everything that a run ends with on every rank."""
     return digest([*trained.values(), *(value for _, value in sorted(optimizer._progress.memory.items()))])
@@ -112,6 +138,7 @@ def hf_case(
 ) -> dict[str, Any]:
     """Train; with ``resume``, once more from the checkpoint in the middle."""
     import transformers
+    from test_adapter_hf import gpt2
 
     from pylo_integrations import hf
 
@@ -120,7 +147,7 @@ def hf_case(
     results = []
     try:
         for checkpoint in [None, f"{folder}/checkpoint-2"][: 2 if resume else 1]:
-            with fresh_accelerate():
+            with fresh_accelerate(), counted_steps() as reached:
                 trainer = hf_trainer(wrapper, name, folder, stock, state_dict_type, **saving, **options)
                 trainer.train(resume_from_checkpoint=checkpoint)
             optimizer = unwrap_optimizer(trainer.optimizer)
@@ -129,6 +156,8 @@ def hf_case(
                 {
                     "params": {key: tensor.numpy() for key, tensor in trained.items()},
                     "digest": end_of(optimizer, trained),
+                    "reached": reached,
+                    "moved": moved(trained, gpt2()),
                     "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
                     "steps": (optimizer.iteration, optimizer.num_steps),
                     "kinds": sorted({type(p).__name__ for group in optimizer.param_groups for p in group["params"]}),
@@ -172,7 +201,7 @@ def accelerate_case(
     options: dict[str, Any] = {"cpu": True, "gradient_accumulation_steps": accumulation}
     results = []
     for half in (False, True)[: 2 if resume else 1]:
-        with fresh_accelerate():
+        with fresh_accelerate(), counted_steps() as reached:
             if wrapper != "ddp":
                 pass_for_accelerators()
                 options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
@@ -220,10 +249,25 @@ def accelerate_case(
                 {
                     "params": {key: tensor.numpy() for key, tensor in trained.items()},
                     "digest": end_of(learned, trained),
+                    "reached": reached,
+                    "moved": moved(trained, net()),
                     "steps": (learned.iteration, steps),
                 }
             )
     return {"runs": results}
+
+
+@contextmanager
+def full_states_stay_where_they_are() -> Iterator[None]:
+    """FSDP1 offloads whole states to the CPU. If they are there, torch merges all into one, of its own Adam too."""
+    from torch.distributed.fsdp import api
+
+    original = api.FullOptimStateDictConfig
+    api.FullOptimStateDictConfig = lambda **options: original(**{**options, "offload_to_cpu": False})
+    try:
+        yield
+    finally:
+        api.FullOptimStateDictConfig = original
 
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
@@ -240,7 +284,7 @@ def lightning_case(
     distributed_checkpoint: bool = True,
     shard_step: bool = False,
 ) -> dict[str, Any]:
-    """One epoch; with ``resume``, its second half once more from a checkpoint."""
+    """Two epochs; with ``resume``, the second once more from a checkpoint, since Lightning cannot skip batches."""
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -286,7 +330,8 @@ def lightning_case(
             return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
     results = []
-    for checkpoint in (None, f"{folder}/half.ckpt")[: 2 if resume else 1]:
+    half = len(batches()) // accumulation
+    for checkpoint in (None, f"{folder}/step={half}.ckpt")[: 2 if resume else 1]:
         strategies: dict[str, Any] = {
             "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
             "fsdp2": lambda: ModelParallelStrategy(
@@ -300,7 +345,7 @@ def lightning_case(
                 state_dict_type="sharded" if distributed_checkpoint else "full",
             ),
         }
-        saver = ModelCheckpoint(folder, "half", every_n_train_steps=len(batches()) // accumulation // 2, save_top_k=1)
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
         check = _AcceleratorConnector._check_strategy_and_fallback
         if strategy == "fsdp1":  # refuses a CPU
             _AcceleratorConnector._check_strategy_and_fallback = lambda self: None
@@ -309,7 +354,7 @@ def lightning_case(
                 accelerator="cpu",
                 devices=world,
                 strategy=strategies[strategy](),
-                max_epochs=1,
+                max_epochs=2,
                 accumulate_grad_batches=accumulation,
                 callbacks=[LearnedOptimizerCallback(), *([saver] if resume and checkpoint is None else [])],
                 enable_checkpointing=resume and checkpoint is None,
@@ -320,13 +365,16 @@ def lightning_case(
         finally:
             _AcceleratorConnector._check_strategy_and_fallback = check
         module = Module()
-        trainer.fit(module, ckpt_path=checkpoint)
+        with counted_steps() as reached, full_states_stay_where_they_are():
+            trainer.fit(module, ckpt_path=checkpoint)
         learned = unwrap_optimizer(trainer.optimizers[0])
-        trained = full_tensors(trainer.strategy.model)
+        trained = {name.removeprefix("net."): p for name, p in full_tensors(trainer.strategy.model).items()}
         results.append(
             {
-                "params": {key.removeprefix("net."): tensor.numpy() for key, tensor in trained.items()},
+                "params": {key: tensor.numpy() for key, tensor in trained.items()},
                 "digest": end_of(learned, trained),
+                "reached": reached,
+                "moved": moved(trained, net()),
                 "steps": (learned.iteration, learned.num_steps),
             }
         )

@@ -36,7 +36,7 @@ def check(ranks, want, in_float32: bool = False) -> dict:
     """What ranks agree on is what one process did."""
     got = ranks[0]["runs"][0]
     assert len({rank["runs"][0]["digest"] for rank in ranks}) == 1, "ranks differ"
-    assert got["steps"] == want["steps"]
+    assert got["steps"] == want["steps"] and got["moved"] > 1e-4
     assert got["params"].keys() == want["params"].keys()
     for name, value in got["params"].items():
         # Biases begin at 0, and rules that step in proportion to a parameter hardly move them.
@@ -49,6 +49,9 @@ def check(ranks, want, in_float32: bool = False) -> dict:
 def check_resumed(ranks) -> None:
     for rank in ranks:
         whole, resumed = rank["runs"]
+        total, _ = whole["steps"]
+        assert whole["reached"] == [*range(1, total + 1)] and whole["moved"] > 1e-4
+        assert resumed["reached"] == [*range(total // 2 + 1, total + 1)], "it did not go on in the middle"
         assert resumed["digest"] == whole["digest"], "the resumed run went another way"
         assert resumed["steps"] == whole["steps"]
 

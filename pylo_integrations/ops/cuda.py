@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.ops import loader
-from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError
+from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError, open_library
 from pylo_integrations.ops.records import STEP
 
 FILE = loader.FILE.replace("cpu", "cuda")
@@ -106,17 +106,7 @@ class CudaLibrary:
         self._cpu = cpu
         self.device = device
         self._precision = PRECISIONS[precision]
-        try:
-            self._dll = ctypes.CDLL(str(path))
-            self._dll.pylo_cuda_abi_version.restype = ctypes.c_uint32
-            version = self._dll.pylo_cuda_abi_version()
-        except (OSError, AttributeError) as error:
-            raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
-        if version != ABI_VERSION:
-            raise NativeError(
-                f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}: "
-                "install the package again"
-            )
+        self._dll = open_library(path, "pylo_cuda_abi_version")
         self._dll.pylo_cuda_last_error.restype = ctypes.c_char_p
         self._stages = {stage: getattr(self._dll, f"pylo_cuda_{stage}") for stage in self.STAGES}
 

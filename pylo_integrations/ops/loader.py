@@ -118,6 +118,26 @@ class NativeLibrary(Protocol):
         """
 
 
+def open_library(path: Path, version_function: str) -> ctypes.CDLL:
+    """A shared library that has this package's interface version, as the function of that name tells.
+
+    Raises:
+        NativeError: It cannot be loaded or has another version; the message says which.
+    """
+    try:
+        dll = ctypes.CDLL(str(path))
+        tell = getattr(dll, version_function)
+    except (OSError, AttributeError) as error:
+        raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
+    tell.restype = ctypes.c_uint32
+    if (version := tell()) != ABI_VERSION:
+        raise NativeError(
+            f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}: "
+            "install the package again"
+        )
+    return dll
+
+
 class Library:
     """The loaded library for CPUs, a :class:`NativeLibrary`.
 
@@ -133,17 +153,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._dll = ctypes.CDLL(str(path))
-            self._dll.pylo_abi_version.restype = ctypes.c_uint32
-            version = self._dll.pylo_abi_version()
-        except (OSError, AttributeError) as error:
-            raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
-        if version != ABI_VERSION:
-            raise NativeError(
-                f"the native library {path} has interface version {version}, this package needs {ABI_VERSION}: "
-                "install the package again"
-            )
+        self._dll = open_library(path, "pylo_abi_version")
         self._dll.pylo_last_error.restype = ctypes.c_char_p
         self._dll.pylo_feature_name.restype = ctypes.c_char_p
         self._dll.pylo_network_floats.restype = ctypes.c_int64
