@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import torch
 
 from pylo_integrations.catalog import get_optimizer_info
-from pylo_integrations.metatrain.episodes import Objective, Reparametrisation
+from pylo_integrations.metatrain.episodes import Objective, Reparametrisation, Schedule
 from pylo_integrations.metatrain.tasks import Family, find_family
 from pylo_integrations.weights.theta import architecture_of
 
@@ -117,6 +117,7 @@ class Config:
         compile: Whether the rule's local functions go through ``torch.compile``.
         objective: What is lowered.
         reparametrisation: None to use parameters as they are.
+        schedules: Of the learning rate; every episode draws one, and scores are means over all.
         base_width: Width at which muP's multipliers are 1; None for no multipliers.
         evaluation: How theta is scored.
         checkpoint_seconds: Wall time between checkpoints.
@@ -136,6 +137,7 @@ class Config:
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
     reparametrisation: Reparametrisation | None = None
+    schedules: tuple[Schedule, ...] = ("constant",)
     base_width: int | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_seconds: float = 60.0
@@ -306,6 +308,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use 'cpu'")
     if not config.train:
         raise ConfigError("train needs at least one family")
+    if not config.schedules:
+        raise ConfigError("schedules needs at least one, such as 'constant'")
     if not config.stages:
         raise ConfigError("stages needs at least one stage")
     constructs = not config.start.weights

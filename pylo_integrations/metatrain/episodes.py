@@ -7,6 +7,7 @@ theta. Gradients come from ``torch.func``; the rule's whole-model decisions, whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,17 @@ from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
 
 SplitName = Literal["train", "validation"]
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""How the learning rate falls over an episode: not at all, or to zero as a line or half a cosine does."""
+
+
+def lr_factor(schedule: Schedule, fraction: float) -> float:
+    """Of the learning rate, when ``fraction`` of an episode's steps are taken."""
+    if schedule == "constant":
+        return 1.0
+    return 1 - fraction if schedule == "linear" else (1 + math.cos(math.pi * fraction)) / 2
+
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,7 @@ class Episode:
         seeds: Of initialisation and batches.
         copies: Members that share a seed.
         reparametrisation: None to use the parameters as they are.
+        schedule: Of the learning rate.
         device: Where.
         dtype: Of parameters, states and theta.
         iteration: Steps taken.
@@ -194,6 +207,7 @@ class Episode:
     seeds: Sequence[int]
     copies: int = 1
     reparametrisation: Reparametrisation | None = None
+    schedule: Schedule = "constant"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     iteration: int = 0
@@ -341,12 +355,13 @@ class Episode:
             for rule, block, ready, ctx in zip(rules, blocks, prepared, contexts, strict=True)
         ]
         params: dict[str, Tensor] = {}
+        factor = lr_factor(self.schedule, self.iteration / self.horizon)
         for i, (slot, block) in enumerate(zip(self._slots, blocks, strict=True)):
             rule = slot.rule
             step = rule.propose(block, prepared[i], described[i], controls[i], contexts[i])
             if rule.finishes:
                 step = rule.finish(step, slot.layout, contexts[i])
-            keep, scale = keep_and_scale(slot.group, rule.lr_mult)
+            keep, scale = keep_and_scale(slot.group, rule.lr_mult * factor)
             new = (block.param * keep - step * scale).squeeze(1)
             params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))
         now.params = {name: value.reshape(now.params[name].shape) for name, value in params.items()}

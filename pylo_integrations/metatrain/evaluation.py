@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -38,7 +39,7 @@ def evaluate(learner: Learner, arrays: Arrays, family: Family, config: Config) -
         config: For everything else.
     """
     plan, objectives, validations = config.evaluation, [], []
-    for index in range(plan.tasks):
+    for index, schedule in itertools.product(range(plan.tasks), config.schedules):
         key = (config.seed, "evaluation", family.name, index)
         episode = Episode(
             learner,
@@ -46,6 +47,7 @@ def evaluate(learner: Learner, arrays: Arrays, family: Family, config: Config) -
             config.objective,
             plan.horizon,
             [seed_of(*key, seed) for seed in range(plan.seeds)],
+            schedule=schedule,
             device=torch.device(config.device),
         )
         with torch.no_grad():

@@ -316,6 +316,7 @@ class MetaTrainer:
             [seed_of("member", *key, number, pair) for pair in range(stage.pairs)],
             self._estimator.copies,
             config.reparametrisation,
+            config.schedules[int(torch.randint(len(config.schedules), (), generator=generator))],
             self._device,
         )
         return _VectorEpisode(episode, self._space)
