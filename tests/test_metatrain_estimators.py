@@ -9,7 +9,7 @@ from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametri
 from pylo_integrations.metatrain.estimators import PES, Estimate, Group, TruncatedBackprop, mean_gradient
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.spaces import FullSpace, LinearSpace
+from pylo_integrations.metatrain.spaces import FullSpace, SmallFCLinear
 from pylo_integrations.metatrain.tasks import FAMILIES
 
 HORIZON, TRUNCATION = 12, 3
@@ -90,9 +90,9 @@ def test_families_count_alike_whatever_their_groups():
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("space", [LinearSpace(hidden=5), None], ids=["linear", "full"])
+@pytest.mark.parametrize("space", [SmallFCLinear(hidden=5), None], ids=["linear", "full"])
 def test_backpropagation_agrees_with_finite_differences(space, split):
-    origin = LinearSpace(hidden=5)
+    origin = SmallFCLinear(hidden=5)
     space = space or FullSpace(origin.theta(origin.start))
     learner = Learner.learned("small_fc_lopt", origin.arrays(origin.start), {"exp_mult": 1.0, "step_mult": 0.01})
     task = FAMILIES["teacher"](width=4, inputs=3, depth=1, batch=8, activation="tanh").sample(generator_of("task"))
@@ -131,7 +131,7 @@ def test_backpropagation_agrees_with_finite_differences(space, split):
 
 @pytest.mark.parametrize("wide", [False, True], ids=["as trained", "as kept"])
 def test_the_linear_space_is_what_it_says(wide):
-    space = LinearSpace(hidden=8, step=0.005)
+    space = SmallFCLinear(hidden=8, step=0.005)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 28, 50, generator=generator)
     vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)

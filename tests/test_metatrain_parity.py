@@ -12,7 +12,7 @@ from thetas import theta_for
 from pylo_integrations import Theta, create_optimizer, get_optimizer_info, mup_param_groups
 from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametrisation
 from pylo_integrations.metatrain.learners import Learner
-from pylo_integrations.metatrain.spaces import LinearSpace
+from pylo_integrations.metatrain.spaces import SmallFCLinear
 from pylo_integrations.metatrain.tasks import FAMILIES
 
 SEEDS = [11, 12]
@@ -36,7 +36,7 @@ def observed(task):
 def thetas(optimizer):
     """Three theta that differ in every array."""
     if optimizer in ("small_fc_lopt", "mulo"):
-        space = LinearSpace(hidden=8)
+        space = SmallFCLinear(hidden=8)
         noise = torch.randn(3, len(space.start), generator=torch.Generator().manual_seed(1))
         kept = [space.theta(space.start + 0.05 * row) for row in noise]
         arrays = {name: torch.stack([theta[name] for theta in kept]) for name in kept[0]}

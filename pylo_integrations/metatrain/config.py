@@ -16,6 +16,7 @@ import torch
 
 from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.metatrain.episodes import Objective, Reparametrisation, Schedule
+from pylo_integrations.metatrain.spaces import LINEAR_SPACES
 from pylo_integrations.metatrain.tasks import Family, find_family
 from pylo_integrations.weights.theta import architecture_of
 
@@ -28,21 +29,28 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Start:
-    """Where theta starts.
+    """Where theta starts: either weights, or a theta that is constructed, see :mod:`pylo_integrations.metatrain.spaces`.
 
     Attributes:
-        weights: A ``weights`` argument, such as a path or ``builtin:<name>``; "" to construct a theta for small_fc.
-        hidden: Width of the constructed network.
-        step: Root mean square of its first step.
-        exp_mult: Its rule's constant.
-        step_mult: Its rule's constant.
+        weights: A ``weights`` argument, such as a path or ``builtin:<name>``; "" to construct a theta.
+        hidden: Width of the constructed MLP; this and the others by default as the space has it.
+        lstm: Width of the constructed LSTM, of optimizers that have one.
+        step: Root mean square of the first step; of ``celo``, relative to that of the parameter.
+        exp_mult: The rule's constant.
+        step_mult: The rule's constant.
     """
 
     weights: str = ""
-    hidden: int = 32
-    step: float = 5e-3
-    exp_mult: float = 1.0
-    step_mult: float = 1e-2
+    hidden: int | None = None
+    lstm: int | None = None
+    step: float | None = None
+    exp_mult: float | None = None
+    step_mult: float | None = None
+
+    def construction(self) -> dict[str, float]:
+        """What is given of a theta to construct."""
+        given = {name: getattr(self, name) for name in ("hidden", "lstm", "step", "exp_mult", "step_mult")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -313,16 +321,21 @@ def _check(config: Config) -> None:
     if not config.stages:
         raise ConfigError("stages needs at least one stage")
     constructs = not config.start.weights
-    if constructs and architecture_of(config.optimizer) != "small_fc":
+    architecture = architecture_of(config.optimizer)
+    if constructs and architecture not in LINEAR_SPACES:
         raise ConfigError(
-            f"start.weights is needed for {config.optimizer}: only a theta of small_fc can be constructed; give a path "
-            "or builtin:<name> to begin from"
+            f"start.weights is needed for {config.optimizer}: only a theta of {' or '.join(LINEAR_SPACES)} can be "
+            "constructed; give a path or builtin:<name> to begin from"
         )
+    if constructs:
+        try:
+            LINEAR_SPACES[architecture](**config.start.construction())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"start: {error}") from None
     positive = {"threads": config.threads, "checkpoint_seconds": config.checkpoint_seconds}
     positive |= {
         f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")
     }
-    positive |= {f"start.{name}": getattr(config.start, name) for name in ("step", "exp_mult", "step_mult")}
     positive |= {f"objective.{name}": getattr(config.objective, name) for name in ("floor", "ceiling")}
     if config.base_width is not None:
         positive["base_width"] = config.base_width
@@ -344,8 +357,6 @@ def _check(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
-    if constructs and config.start.hidden < 3:
-        raise ConfigError(f"start.hidden={config.start.hidden} must be at least 3")
     _check_disjoint(list(config.families()))
 
 

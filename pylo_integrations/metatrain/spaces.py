@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.rules.features import TIME_SCALES, channel_counts
+from pylo_integrations.rules.control import HORIZON_MARKS, LR_MULT, SCHEDULE_FEATURES, lstm_shapes
+from pylo_integrations.rules.features import MATRIX_FEATURES, TIME_SCALES, channel_counts
 from pylo_integrations.rules.small_fc import SmallFC
 
 DECAY_SCALE = 0.1
@@ -62,7 +63,55 @@ class FullSpace(Space):
         }
 
 
+SIGNED = (
+    "grad",
+    "clipped_grad",
+    "param",
+    "momentum",
+    "momentum_over_rms",
+    "factored_grad",
+    "grad_over_rms",
+    "factored_momentum",
+)
+"""Features that change sign with the gradient or the parameter: a direction made of them cannot drift."""
+
+
+def _signed_channels(features: Sequence[str]) -> tuple[list[int], Tensor]:
+    """Channels of :data:`SIGNED` features, and the direction that is the first ``momentum_over_rms`` alone."""
+    counts = channel_counts(features)
+    first = {name: sum(counts[:index]) for index, name in enumerate(features)}
+    channels = [
+        channel
+        for name, count in zip(features, counts, strict=True)
+        if name in SIGNED
+        for channel in range(first[name], first[name] + count)
+    ]
+    return channels, torch.tensor([float(channel == first["momentum_over_rms"]) for channel in channels])
+
+
 class LinearSpace(Space):
+    """A theta that is constructed, of which few numbers are free: a direction linear in features, times a schedule.
+
+    Args:
+        step: Root mean square of the first step, about.
+        exp_mult: The rule's constant.
+        step_mult: The rule's constant.
+
+    Attributes:
+        hyper: The rule's constants.
+
+    Raises:
+        ValueError: One is not positive.
+    """
+
+    def __init__(self, step: float, exp_mult: float, step_mult: float) -> None:
+        self.hyper = {"exp_mult": exp_mult, "step_mult": step_mult}
+        for name, value in {"step": step, **self.hyper}.items():
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+
+
+class SmallFCLinear(LinearSpace):
     """For small_fc: a direction linear in features that have a sign, times a schedule, and the decays.
 
     The direction is a weighted sum of the 14 features that change sign with the gradient or the parameter, so that it
@@ -82,7 +131,6 @@ class LinearSpace(Space):
         seed: Of the unconnected units.
     """
 
-    signed = ("grad", "param", "momentum", "momentum_over_rms", "factored_grad", "factored_momentum")
     free_times = 7
     per_time = -0.327
     """Weight of a time feature for steps that fall as ``t ** -0.5``: each rises by 1.76 over half a decade."""
@@ -92,21 +140,13 @@ class LinearSpace(Space):
     def __init__(
         self, *, hidden: int = 32, step: float = 5e-3, exp_mult: float = 1.0, step_mult: float = 1e-2, seed: int = 0
     ) -> None:
+        super().__init__(step, exp_mult, step_mult)
         if hidden < 3:
             raise ValueError(f"hidden={hidden} must be at least 3")
         self._hidden, self._exp_mult, self._seed = hidden, exp_mult, seed
-        counts = channel_counts(SmallFC.features)
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        self._channels = [
-            channel
-            for name, count, end in zip(SmallFC.features, counts, ends, strict=True)
-            if name in self.signed
-            for channel in range(end - count, end)
-        ]
+        self._channels, direction = _signed_channels(SmallFC.features)
         self._times = torch.tensor([0.0 if scale < 30 else self.per_time for scale in TIME_SCALES])
         self._decays = {name: len(initial) for name, initial in SmallFC.initial_decays.items()}
-        direction = torch.zeros(len(self._channels))
-        direction[self._channels.index(sum(counts[: SmallFC.features.index("momentum_over_rms")]))] = 1
         first = float((self._times * torch.tanh(-torch.ones(len(TIME_SCALES)))).sum())
         self.start = torch.cat(
             [
@@ -155,3 +195,116 @@ class LinearSpace(Space):
             "nn/~/b1": pad(arrays["nn/~/b1"], (0, hidden - 3)),
             "nn/~/w2": pad(arrays["nn/~/w2"], (0, 0, 0, hidden - 3)),
         }
+
+
+class CeloLinear(LinearSpace):
+    """For Celo: a direction linear in the signed features, times a schedule linear in how the run goes, no memory.
+
+    The LSTM's first 18 units hold one feature of the run each, squashed and forgotten at once; the logarithm of the step
+    is a sum of them. Since the horizon's features are steps at the marks, it can be any curve of that many bends. It
+    starts as a line to zero. The MLP's direction is the difference of two ReLU units. All other units are random and not
+    connected to the outputs, ready for :class:`FullSpace` to go on from here.
+
+    The vector holds the weights of the direction, of the features of the run, and the logarithm of the step.
+
+    Args:
+        hidden: Width of the MLP, at least 2.
+        lstm: Width of the LSTM, at least 18.
+        step: Root mean square of the first step in that of the parameter, about.
+        exp_mult: The rule's constant.
+        step_mult: The rule's constant.
+        seed: Of the unconnected units.
+    """
+
+    open = 5.0
+    """Bias of a gate that lets all pass, or nothing if negative; small enough for half precision."""
+    last = 0.03
+    """Fraction of the first step that the schedule starts out to end with."""
+
+    def __init__(
+        self,
+        *,
+        hidden: int = 4,
+        lstm: int = 32,
+        step: float = 1e-2,
+        exp_mult: float = 1.0,
+        step_mult: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(step, exp_mult, step_mult)
+        if hidden < 2 or lstm < SCHEDULE_FEATURES:
+            raise ValueError(f"hidden={hidden} must be at least 2, and lstm={lstm} at least {SCHEDULE_FEATURES}")
+        self._channels, direction = _signed_channels(MATRIX_FEATURES)
+        self._fixed = self._unconnected(hidden, lstm, seed)
+        weights, log_ratio = self._line()
+        losses = torch.zeros(SCHEDULE_FEATURES - len(HORIZON_MARKS))
+        log_step = torch.tensor([math.log(step / step_mult / LR_MULT) + log_ratio])
+        self.start = torch.cat([direction, weights, losses, log_step])
+
+    def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Theta of the widths asked for."""
+        batch = vectors.shape[:-1]
+        sizes = [len(self._channels), SCHEDULE_FEATURES, 1]
+        direction, schedule, log_step = vectors.split_with_sizes(sizes, dim=-1)
+        arrays = {name: array.to(vectors).expand(*batch, *array.shape) for name, array in self._fixed.items()}
+        counts = channel_counts(MATRIX_FEATURES)
+        index = torch.tensor(self._channels, device=vectors.device)
+        up = vectors.new_zeros(*batch, sum(counts)).index_copy(-1, index, direction)
+        for i, piece in enumerate(up.split_with_sizes(counts, dim=-1)):
+            name = f"ff_mod_stack/~/w0__{i}"
+            signs = torch.stack([piece, -piece], dim=-1).unsqueeze(-3)
+            arrays[name] = torch.cat([signs, arrays[name][..., 2:]], dim=-1)
+        rest = arrays["rnn_params/step_size/w"][..., SCHEDULE_FEATURES:, :]
+        arrays["rnn_params/step_size/w"] = torch.cat([schedule.unsqueeze(-1), rest], dim=-2)
+        return arrays | {"rnn_params/step_size/b": log_step}
+
+    def _unconnected(self, hidden: int, lstm: int, seed: int) -> dict[str, Tensor]:
+        """All of theta but what the vector sets."""
+        generator = generator_of("unconnected", seed)
+        shapes = lstm_shapes("celo", {"lstm_init_state/hidden": torch.empty(1, lstm)}, SCHEDULE_FEATURES)
+        arrays = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        units = slice(0, SCHEDULE_FEATURES)
+        inputs, gates = arrays["rnn_params/linear_2/w"], arrays["rnn_params/rnn/linear/w"]
+        inputs.copy_(torch.randn(inputs.shape, generator=generator) / SCHEDULE_FEATURES**0.5)
+        gates.copy_(torch.randn(gates.shape, generator=generator) / (2 * lstm) ** 0.5)
+        inputs[:, units] = torch.eye(SCHEDULE_FEATURES)
+        blocks, biases = gates.view(2 * lstm, 4, lstm), arrays["rnn_params/rnn/linear/b"].view(4, lstm)
+        blocks[:, :, units] = 0
+        blocks[units, 1, units] = torch.eye(SCHEDULE_FEATURES)
+        # The gates in their order: write, candidate, forget (to which the rule adds 1), read.
+        biases[:, units] = torch.tensor([self.open, 0, -self.open - 1, self.open]).unsqueeze(1)
+        arrays["rnn_params/rnn_to_controls/w"], arrays["rnn_params/rnn_to_controls/b"] = (
+            torch.zeros(lstm, 1),
+            torch.zeros(1),
+        )
+        stack = {f"w0__{i}": (count, hidden) for i, count in enumerate(channel_counts(MATRIX_FEATURES))}
+        stack |= {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, 3), "b2": (3,)}
+        for name, shape in stack.items():
+            array = torch.zeros(1, *shape)
+            if name.startswith("w0"):
+                array.copy_(torch.randn(array.shape, generator=generator) / sum(channel_counts(MATRIX_FEATURES)) ** 0.5)
+            elif name == "w1":
+                array.copy_(torch.randn(array.shape, generator=generator) / hidden**0.5)
+                array[:, :2], array[:, :, :2] = 0, 0
+                array[0, :2, :2] = torch.eye(2)
+            elif name == "w2":
+                array[0, :2, 0] = torch.tensor([1.0, -1.0])
+            arrays[f"ff_mod_stack/~/{name}"] = array
+        return arrays
+
+    def _line(self) -> tuple[Tensor, float]:
+        """Weights of the horizon's units for a step that falls as a line, and what to add for it to begin at 1."""
+        fraction = torch.linspace(0, 1, 101, dtype=torch.float64)
+        horizon = torch.tanh(10 * (fraction.unsqueeze(1) - torch.tensor(HORIZON_MARKS, dtype=torch.float64)))
+        gate = torch.sigmoid(torch.tensor(self.open, dtype=torch.float64))
+        units = gate * torch.tanh(gate * torch.tanh(horizon))
+        inputs = torch.cat([units, torch.ones_like(units[:, :1])], dim=1)
+        wanted = torch.log(self.last + (1 - self.last) * (1 - fraction)).unsqueeze(1)
+        # The ridge keeps the weights of neighbouring marks from cancelling each other.
+        ridge = 0.1 * torch.eye(inputs.shape[1], dtype=torch.float64)
+        solution = torch.linalg.solve(inputs.mT @ inputs + ridge, inputs.mT @ wanted).squeeze(1).float()
+        return solution[:-1], float(solution[-1])
+
+
+LINEAR_SPACES: Mapping[str, Callable[..., LinearSpace]] = {"small_fc": SmallFCLinear, "celo": CeloLinear}
+"""By architecture: those whose theta can be constructed."""

@@ -33,7 +33,7 @@ from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.outer import Outer, cosine
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
-from pylo_integrations.metatrain.spaces import FullSpace, LinearSpace, Space
+from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
 from pylo_integrations.metatrain.tasks import Family
 from pylo_integrations.ops.compiled import CompiledLocal
 from pylo_integrations.rules.base import as_written
@@ -252,7 +252,7 @@ class MetaTrainer:
         start = self.config.start
         if not start.weights:
             space = self._linear_space()
-            return {"exp_mult": start.exp_mult, "step_mult": start.step_mult}, space.theta(space.start)
+            return space.hyper, space.theta(space.start)
         theta = load_theta(start.weights, self.config.optimizer)
         if theta.architecture != architecture_of(self.config.optimizer):
             raise ValueError(
@@ -261,14 +261,8 @@ class MetaTrainer:
         return dict(theta.hyper), dict(theta.arrays)
 
     def _linear_space(self) -> LinearSpace:
-        start = self.config.start
-        return LinearSpace(
-            hidden=start.hidden,
-            step=start.step,
-            exp_mult=start.exp_mult,
-            step_mult=start.step_mult,
-            seed=self.config.seed,
-        )
+        space = LINEAR_SPACES[architecture_of(self.config.optimizer)]
+        return space(**self.config.start.construction(), seed=self.config.seed)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ SHORTEST_HALF_LIFE = 10
 HORIZON_MARKS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 """Fractions of the run around which the horizon features change."""
 
+LR_MULT = 0.1
+"""Of the Celo family's schedule, where its head's output is 0."""
+
 SCHEDULE_FEATURES = len(HORIZON_MARKS) + LOSS_AVERAGES - 1
 
 
@@ -193,4 +196,4 @@ def global_lstm_step_(loss: Tensor, ctx: StepContext) -> Tensor:
 
 def global_lr_mult(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """The Celo family's learned factor on the step of every parameter, ``(1,)``, positive."""
-    return 0.1 * linear(hidden, weights, "step_size").exp().squeeze(1)
+    return LR_MULT * linear(hidden, weights, "step_size").exp().squeeze(1)
