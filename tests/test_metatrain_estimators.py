@@ -9,8 +9,15 @@ from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametri
 from pylo_integrations.metatrain.estimators import PES, Estimate, Group, TruncatedBackprop, mean_gradient
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.spaces import FullSpace, SmallFCLinear
+from pylo_integrations.metatrain.spaces import CeloLinear, FullSpace, SmallFCLinear
 from pylo_integrations.metatrain.tasks import FAMILIES
+from pylo_integrations.rules.base import StepContext
+from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.control import horizon_features
+from pylo_integrations.rules.features import time_features
+from pylo_integrations.rules.networks import steps
+from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.layout import TensorLayout
 
 HORIZON, TRUNCATION = 12, 3
 
@@ -138,9 +145,6 @@ def test_the_linear_space_is_what_it_says(wide):
     kept = space.theta(vector) if wide else space.arrays(vector)
     assert kept["nn/~/w1"].shape == ((8, 8) if wide else (3, 3))
     rule = Learner.learned("small_fc_lopt", kept, {"exp_mult": 1.0, "step_mult": 0.01}).rule
-    from pylo_integrations.rules.features import time_features
-    from pylo_integrations.rules.networks import steps
-
     signed = [0, 1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 25, 26, 27]
     for time in (0, 30, 5000):
         times = time_features(time, torch.float32, torch.device("cpu"))
@@ -153,3 +157,45 @@ def test_the_linear_space_is_what_it_says(wide):
     first = space.start[14:21] @ torch.full((7,), -0.76159) - 0.327 * 4 * -0.76159 + space.start[21]
     assert 0.01 * float(first.exp()) == pytest.approx(0.005, rel=1e-3)
     assert max(array.abs().max() for array in space.theta(space.start).values()) < 16, "fit for half precision"
+
+
+def celo_controls(space, vector, losses):
+    """What Celo decides at every step of a run with these losses, and the rule; for one tensor of scale 1."""
+    rule = CeloRule.from_arrays(space.theta(vector), **space.hyper)
+    constants, memory = rule.constants(torch.device("cpu"), torch.float32), {}
+    group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
+    bucket = Bucket(TensorLayout.whole((1,), (0,)), [torch.ones(1)], [{}], group, torch.float32)
+    for iteration, loss in enumerate(losses):
+        ctx = StepContext(iteration, len(losses), torch.tensor(loss), memory=memory, constants=constants)
+        (control,) = rule.control([bucket], [{"param_squares": torch.ones(1)}], ctx)
+        yield rule, control, memory
+
+
+def test_the_linear_space_of_celo_is_what_it_says():
+    space = CeloLinear(hidden=6, lstm=20, step=0.02)
+    generator = torch.Generator().manual_seed(0)
+    vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)
+    features = torch.randn(1, 30, 50, generator=generator)
+    signed = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 27, 28, 29]
+    gate, losses, seen = torch.sigmoid(torch.tensor(5.0)), [1.0, 2.0, 0.5, 0.7, 0.6], []
+    for iteration, (_, control, memory) in enumerate(celo_controls(space, vector, losses)):
+        weights, biases = ([control[f"{kind}{i}"] for i in range(3)] for kind in "wb")
+        got = control["lr_mult"] * steps(features, weights, biases, exp_mult=1.0).flatten()
+        run = torch.cat([horizon_features(iteration, len(losses), got), memory["loss_features"]])
+        unit = gate * torch.tanh(gate * torch.tanh(run))
+        want = 0.1 * torch.exp(vector[16:34] @ unit + vector[34]) * (vector[:16] @ features[0, signed])
+        # The gate that forgets is not quite shut: it lets sigmoid(-5) = 0.7 % of the step before through.
+        torch.testing.assert_close(got, want, rtol=0.03, atol=1e-6)
+        seen.append(float(memory["loss_features"].abs().max()))
+    assert max(seen) > 0.1, "the course of the loss is in it"
+    assert max(array.abs().max() for array in space.theta(space.start).values()) < 16, "fit for half precision"
+
+
+def test_a_constructed_celo_begins_with_a_line_to_zero():
+    space = CeloLinear(step=0.02)
+    sizes = [
+        float(control["lr_mult"]) * rule.step_mult
+        for rule, control, _ in celo_controls(space, space.start, [1.0] * 100)
+    ]
+    line = 0.02 * (1 - torch.arange(100) / 100)
+    assert torch.tensor(sizes).sub(line).abs().max() < 0.002

@@ -8,14 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from thetas import theta_for
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR
 
 from pylo_integrations import Theta, create_optimizer, get_optimizer_info, mup_param_groups
 from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametrisation
 from pylo_integrations.metatrain.learners import Learner
-from pylo_integrations.metatrain.spaces import SmallFCLinear
+from pylo_integrations.metatrain.spaces import CeloLinear, SmallFCLinear
 from pylo_integrations.metatrain.tasks import FAMILIES
 
 SEEDS = [11, 12]
+SCHEDULERS = {
+    "constant": lambda optimizer, steps: ConstantLR(optimizer, 1.0),
+    "linear": lambda optimizer, steps: LinearLR(optimizer, 1.0, 0.0, steps),
+    "cosine": CosineAnnealingLR,
+}
 
 
 def observed(task):
@@ -35,12 +41,12 @@ def observed(task):
 
 def thetas(optimizer):
     """Three theta that differ in every array."""
-    if optimizer in ("small_fc_lopt", "mulo"):
-        space = SmallFCLinear(hidden=8)
+    if optimizer in ("small_fc_lopt", "mulo", "celo"):
+        space = CeloLinear(lstm=20) if optimizer == "celo" else SmallFCLinear(hidden=8)
         noise = torch.randn(3, len(space.start), generator=torch.Generator().manual_seed(1))
         kept = [space.theta(space.start + 0.05 * row) for row in noise]
         arrays = {name: torch.stack([theta[name] for theta in kept]) for name in kept[0]}
-        hyper = {"exp_mult": 1.0, "step_mult": 0.01}
+        hyper = space.hyper
     else:
         theta = theta_for(optimizer)
         generator = torch.Generator().manual_seed(2)
@@ -53,12 +59,12 @@ def thetas(optimizer):
     return [Theta(architecture, {name: a[i] for name, a in arrays.items()}, hyper) for i in range(3)]
 
 
-def train_twice(family, optimizer, steps, dtype=torch.float64, base_width=None):
+def train_twice(family, optimizer, steps, dtype=torch.float64, base_width=None, schedule="constant"):
     """Parameters of members after ``steps`` steps, by the meta-trainer and by the optimizer."""
     mine = thetas(optimizer)
     task, models, batches = observed(family.sample(torch.Generator().manual_seed(3), base_width))
     learner = Learner.learned(optimizer, mine[0].arrays, mine[0].hyper)
-    episode = Episode(learner, task, Objective(), 2 * steps, SEEDS, copies=3, dtype=dtype)
+    episode = Episode(learner, task, Objective(), 2 * steps, SEEDS, copies=3, dtype=dtype, schedule=schedule)
     # Copies are outermost: theta i steps members 2 i and 2 i + 1.
     arrays = {n: torch.stack([t.arrays[n] for t in mine for _ in SEEDS]) for n in mine[0].arrays}
     losses = episode.unroll(arrays, steps)
@@ -69,11 +75,13 @@ def train_twice(family, optimizer, steps, dtype=torch.float64, base_width=None):
             model = copy.deepcopy(initial[seed]).to(dtype)
             groups = model if base_width is None else mup_param_groups(model, task.base())
             oracle = create_optimizer(groups, optimizer, weights=theta, backend="reference", num_steps=2 * steps)
+            scheduler = SCHEDULERS[schedule](oracle, 2 * steps)
             for batch in drawn:
                 oracle.zero_grad()
                 loss = task.loss(model, tuple(x[seed].to(dtype) if x.is_floating_point() else x[seed] for x in batch))
                 loss.backward()
                 oracle.step(loss=loss)
+                scheduler.step()
             member = index * len(SEEDS) + seed
             for name, param in model.named_parameters():
                 pairs.append((episode.params[name][member], param.detach()))
@@ -105,6 +113,12 @@ def test_every_rule_can_be_unrolled(optimizer):
     # Two layers of equal shape share a stack; the loss and the horizon reach the rules that want them.
     family = FAMILIES["teacher"](width=8, activation="tanh", depth=3, batch=8)
     assert largest_difference(train_twice(family, optimizer, 25)) < 1e-5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_are_those_of_torch(schedule):
+    pairs = train_twice(FAMILIES["teacher"](width=8, batch=8), "small_fc_lopt", 12, schedule=schedule)
+    assert largest_difference(pairs) < 1e-8
 
 
 def test_width_multipliers_are_those_of_the_optimizer():

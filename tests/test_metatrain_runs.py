@@ -224,7 +224,15 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
     [
         ({"optimiser": "x"}, r"unknown entry optimiser; did you mean optimizer"),
         ({"optimizer": "adamw"}, r"optimizer: unknown learned optimizer 'adamw'"),
-        ({"optimizer": "celo"}, r"start.weights is needed for celo"),
+        (
+            {"optimizer": "velo"},
+            r"start.weights is needed for velo: only a theta of small_fc or celo can be constructed",
+        ),
+        ({"start": {"hidden": 2}}, r"start: hidden=2 must be at least 3"),
+        ({"start": {"lstm": 20}}, r"start: .*lstm"),
+        ({"start": {"step": 0.0}}, r"start: step=0.0 must be positive"),
+        ({"schedules": ["steep"]}, r"schedules\[0\]='steep' is unknown"),
+        ({"schedules": []}, r"schedules needs at least one"),
         ({"train": []}, r"train needs at least one family"),
         ({"train": {"kind": "teacher"}}, r"train must be a list"),
         ({"train": [{"kind": "teachers"}]}, r"train\[0\]: task family 'teachers' is unknown; choose one of"),

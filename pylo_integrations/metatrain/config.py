@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Start:
-    """Where theta starts: either weights, or a theta that is constructed, see :mod:`pylo_integrations.metatrain.spaces`.
+    """Where theta starts: weights, or a theta constructed by :mod:`pylo_integrations.metatrain.spaces`.
 
     Attributes:
         weights: A ``weights`` argument, such as a path or ``builtin:<name>``; "" to construct a theta.

@@ -38,7 +38,6 @@ def lr_factor(schedule: Schedule, fraction: float) -> float:
     return 1 - fraction if schedule == "linear" else (1 + math.cos(math.pi * fraction)) / 2
 
 
-
 @dataclass(frozen=True)
 class Objective:
     """What meta-training lowers: the mean over steps of ``log(floor + loss / first loss)``.

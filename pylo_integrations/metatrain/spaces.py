@@ -200,10 +200,10 @@ class SmallFCLinear(LinearSpace):
 class CeloLinear(LinearSpace):
     """For Celo: a direction linear in the signed features, times a schedule linear in how the run goes, no memory.
 
-    The LSTM's first 18 units hold one feature of the run each, squashed and forgotten at once; the logarithm of the step
-    is a sum of them. Since the horizon's features are steps at the marks, it can be any curve of that many bends. It
-    starts as a line to zero. The MLP's direction is the difference of two ReLU units. All other units are random and not
-    connected to the outputs, ready for :class:`FullSpace` to go on from here.
+    The LSTM's first 18 units hold one feature of the run each, squashed and forgotten at once; the logarithm of the
+    step is a sum of them. Since the horizon's features are steps at the marks, it can be any curve of that many bends.
+    It starts as a line to zero. The MLP's direction is the difference of two ReLU units. All other units are random and
+    not connected to the outputs, ready for :class:`FullSpace` to go on from here.
 
     The vector holds the weights of the direction, of the features of the run, and the logarithm of the step.
 
