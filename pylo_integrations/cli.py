@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -402,22 +403,40 @@ def _metatrain(args: argparse.Namespace) -> int:
     path = _metatrain_configs().get(args.config, Path(args.config))
     output = args.output or Path("runs", "metatrain", path.stem)
     overrides = {name: getattr(args, name) for name in ("seed", "device", "threads")}
-    try:
-        config = metatrain.load_config(path, **{name: value for name, value in overrides.items() if value is not None})
-        trainer = metatrain.MetaTrainer(config, output, resume=args.resume)
-    except metatrain.ResumeError as error:
-        args.parser.error(f"{error} (--resume, --output)")
-    except (ValueError, OSError) as error:
-        args.parser.error(" ".join(str(error).split()))
-    try:
-        trainer.run(args.iterations)
-    except metatrain.DataError as error:
-        args.parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with: pylo metatrain {args.config} --output {output} --resume", file=sys.stderr)
-        return 130
-    print(f"theta and logs are in {output}")
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    with _launched_ranks() as leads:
+        try:
+            config = metatrain.load_config(path, **overrides)
+            trainer = metatrain.MetaTrainer(config, output, resume=args.resume)
+        except metatrain.ResumeError as error:
+            args.parser.error(f"{error} (--resume, --output)")
+        except (ValueError, OSError) as error:
+            args.parser.error(" ".join(str(error).split()))
+        try:
+            trainer.run(args.iterations)
+        except metatrain.DataError as error:
+            args.parser.error(str(error))
+        except KeyboardInterrupt:
+            print(f"interrupted; go on with: pylo metatrain {args.config} --output {output} --resume", file=sys.stderr)
+            return 130
+    if leads:
+        print(f"theta and logs are in {output}")
     return 0
+
+
+@contextmanager
+def _launched_ranks() -> Iterator[bool]:
+    """Join the ranks that torchrun launched, if it did; tells whether this process leads."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield True
+        return
+    dist.init_process_group("gloo")  # what is exchanged is small, and on the CPU
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 # -- plot ----------------------------------------------------------------------------------------------------------

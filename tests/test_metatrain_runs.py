@@ -71,6 +71,37 @@ def test_the_same_config_gives_the_same_theta_bit_for_bit(whole, tmp_path):
     assert run(tmp_path / "more", seed=1)[1].sha256 != again.sha256
 
 
+def run_on_rank(rank, world, folder, iterations=None):
+    """One of several ranks; returns the digest of the best theta."""
+    return MetaTrainer(tiny(), folder, resume=True, quiet=True).run(iterations).sha256
+
+
+@pytest.mark.dist
+def test_the_number_of_processes_changes_no_bit(workers, whole, tmp_path):
+    """Not even in the middle: three ranks begin, two go on, one ends."""
+    three = workers.run(3, run_on_rank, folder=tmp_path, iterations=4)
+    two = workers.run(2, run_on_rank, folder=tmp_path, iterations=4)
+    assert len(set(three)) == len(set(two)) == 1 and not (tmp_path / "report.json").exists()
+    assert run_on_rank(0, 1, tmp_path) == whole[1].sha256
+    assert Theta.load(tmp_path / "last.safetensors") == Theta.load(whole[0] / "last.safetensors")
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, whole[0]))
+    assert ours["families"] == theirs["families"]
+    assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(whole[0])]
+
+
+@pytest.mark.dist
+def test_torchrun_launches_the_command(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pylo_integrations.cli", "metatrain", "tiny.yaml", "--output", "run"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("theta and logs are in run") == 1, "one rank prints"
+    assert Theta.load(tmp_path / "run" / "theta.safetensors").training["processes"] == 2
+
+
 def test_a_run_moves_theta_and_lowers_the_objective(whole):
     start = Theta.load(whole[0] / "last.safetensors")
     assert start.sha256 != MetaTrainer(tiny(), whole[0] / "unused", quiet=True).theta(best=True).sha256

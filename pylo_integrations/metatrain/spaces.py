@@ -277,7 +277,9 @@ class CeloLinear(LinearSpace):
             torch.zeros(lstm, 1),
             torch.zeros(1),
         )
-        stack = {f"w0__{i}": (count, hidden) for i, count in enumerate(channel_counts(MATRIX_FEATURES))}
+        stack: dict[str, tuple[int, ...]] = {
+            f"w0__{i}": (count, hidden) for i, count in enumerate(channel_counts(MATRIX_FEATURES))
+        }
         stack |= {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, 3), "b2": (3,)}
         for name, shape in stack.items():
             array = torch.zeros(1, *shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import math
@@ -10,9 +9,8 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -31,7 +29,9 @@ from pylo_integrations.metatrain.episodes import Episode
 from pylo_integrations.metatrain.estimators import PES, Estimate, Estimator, Group, TruncatedBackprop, mean_gradient
 from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
 from pylo_integrations.metatrain.learners import Learner
+from pylo_integrations.metatrain.logs import RunLog, write_whole
 from pylo_integrations.metatrain.outer import Outer, cosine
+from pylo_integrations.metatrain.ranks import Ranks, device_of_rank
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
 from pylo_integrations.metatrain.tasks import Family
@@ -81,7 +81,7 @@ class _Progress:
         stage: Index of the stage.
         done: Iterations done in the stage.
         iteration: Iterations done in all.
-        cpu_seconds: Spent by this process and those that it resumed.
+        cpu_seconds: Spent by all ranks, and those of the runs that this one resumed.
         training_seconds: The part of them that unrolled training episodes.
         inner_steps: Optimizer steps in training episodes, over all members.
         window: Objectives by family since the last row of the log.
@@ -106,7 +106,8 @@ class MetaTrainer:
     """Meta-trains the theta of a config.
 
     The same config gives the same theta, bit for bit, on the same machine and versions, whether or not it was
-    interrupted. All that a run writes is in one folder:
+    interrupted, and on however many ranks: those of the default process group divide the episodes among them, and all
+    call this alike. All that a run writes is in one folder:
 
     ============================  ==================================================================================
     ``checkpoint.safetensors``    everything to go on from, replaced as a whole now and then
@@ -129,8 +130,9 @@ class MetaTrainer:
     """
 
     def __init__(self, config: Config, output: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False):
-        self.config, self.output, self._quiet = config, Path(output), quiet
-        self._device = torch.device(config.device)
+        self.config, self.output, self._ranks = config, Path(output), Ranks.current()
+        self._quiet = quiet or not self._ranks.leads
+        self._device = device_of_rank(config.device)
         self._progress = _Progress()
         self._began = time.process_time()
         checkpoint = self.output / CHECKPOINT
@@ -141,7 +143,7 @@ class MetaTrainer:
             config.optimizer, self._template, self._hyper, CompiledLocal() if config.compile else as_written
         )
         self._best = dict(self._template)
-        self._tensorboard: Any = None
+        self._log: RunLog | None = None
         if checkpoint.exists():
             self._restore(checkpoint)
         else:
@@ -161,15 +163,16 @@ class MetaTrainer:
             self._run(iterations)
         finally:
             torch.set_num_threads(threads)
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            if self._log is not None:
+                self._log.close()
         return self.theta(best=True)
 
     def _run(self, iterations: int | None) -> None:
         progress, total = self._progress, sum(stage.iterations for stage in self.config.stages)
         self._check_data()
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._open_logs()
+        if self._ranks.leads:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._log = RunLog(self.output / METRICS, self._columns(), progress.iteration, bool(progress.curve))
         last = total if iterations is None else min(total, progress.iteration + iterations)
         saved = time.monotonic()
         with tqdm(initial=progress.iteration, total=total, unit="it", disable=True if self._quiet else None) as bar:
@@ -184,27 +187,31 @@ class MetaTrainer:
                     self._evaluate(bar)
                 elif progress.iteration % LOG_EVERY == 0:
                     self._write_row({})
-                if time.monotonic() - saved > self.config.checkpoint_seconds:
+                if self._ranks.leaders(time.monotonic() - saved > self.config.checkpoint_seconds):
                     self._save()
                     saved = time.monotonic()
                 bar.update()
         self._save()
-        self.theta(best=False).save(self.output / LAST, overwrite=True)
+        if self._ranks.leads:
+            self.theta(best=False).save(self.output / LAST, overwrite=True)
         if progress.iteration == total:
             self._report()
 
     def _iterate(self, bar: Any) -> None:
         progress, stage = self._progress, self._stage
         began, estimates = time.process_time(), dict[str, list[Estimate]]()
-        for name, groups in self._groups.items():
-            estimates[name] = [self._estimator.estimate(self._outer.vector, group) for group in groups]
+        for (name, _), estimate in self._ranks.all_of(
+            list(self._groups), lambda key: self._estimator.estimate(self._outer.vector, self._groups[key])
+        ).items():
+            estimates.setdefault(name, []).append(estimate)
         gradient = mean_gradient(estimates)
         rate = cosine(stage.lr, stage.lr_end, progress.done / stage.iterations)
         self._outer.step_(gradient, rate, stage.average)
         progress.done += 1
         progress.iteration += 1
         progress.inner_steps += sum(estimate.steps for mine in estimates.values() for estimate in mine)
-        progress.training_seconds += time.process_time() - began
+        progress.training_seconds += self._ranks.sum(time.process_time() - began)
+        self._account()
         for name, mine in estimates.items():
             progress.window.setdefault(name, []).append(fmean(estimate.objective for estimate in mine))
         bar.set_postfix({name: f"{fmean(values):.3f}" for name, values in progress.window.items()}, refresh=False)
@@ -236,7 +243,8 @@ class MetaTrainer:
                 "iteration": progress.best_iteration if best else progress.iteration,
                 "iterations": progress.iteration,
                 "inner_steps": progress.inner_steps,
-                "cpu_seconds": round(self._cpu_seconds(), 1),
+                "cpu_seconds": round(progress.cpu_seconds, 1),
+                "processes": self._ranks.size,
                 "curve": [
                     {name: value if value is None else round(value, 4) for name, value in point.items()}
                     for point in progress.curve[:: max(1, len(progress.curve) // 50)]
@@ -284,8 +292,9 @@ class MetaTrainer:
         )
         self._estimator = _make_estimator(stage)
         self._groups = {
-            family.name: [self._make_group(family, index) for index in range(stage.groups)]
+            (family.name, index): self._make_group(family, index)
             for family in self.config.train
+            for index in range(stage.groups)
         }
 
     def _make_group(self, family: Family, index: int) -> Group:
@@ -334,7 +343,8 @@ class MetaTrainer:
         if score is None or score < progress.best_score:
             progress.best_score, progress.best_iteration = math.inf if score is None else score, progress.iteration
             self._best = current
-            self.theta(best=True).save(self.output / THETA, overwrite=True)
+            if self._ranks.leads:
+                self.theta(best=True).save(self.output / THETA, overwrite=True)
         self._write_row(objectives | ({} if score is None else {"selection_loss": score}))
         if not self._quiet:
             told = " ".join(f"{name.replace('_loss_', ':')}={value:.3f}" for name, value in objectives.items())
@@ -349,34 +359,30 @@ class MetaTrainer:
 
     def _score(self, arrays: Mapping[str, Tensor]) -> dict[str, Score]:
         """By set and family; only the sets that theta is not trained on."""
-        return {
-            f"{part}_loss_{family.name}": evaluate(self._learner, arrays, family, self.config)
-            for part, family in self.config.families()
-            if part != "train"
-        }
+        families = {f"{part}_loss_{family.name}": family for part, family in self.config.families() if part != "train"}
+        scores = self._ranks.all_of(
+            list(families), lambda name: evaluate(self._learner, arrays, families[name], self.config)
+        )
+        self._account()
+        return scores
 
     def _report(self) -> None:
         """Compare where theta started, the best theta and AdamW, on every family."""
-        if (self.output / REPORT).exists():
+        if self._ranks.leaders((self.output / REPORT).exists()):
             return
-        _, start = self._start()
-        rows = []
-        for part, family in self.config.families():
-            first, best = (evaluate(self._learner, arrays, family, self.config) for arrays in (start, self._best))
-            row: dict[str, Any] = {"set": part, "family": family.name}
-            row |= {"start": vars(first), "theta": vars(best)}
-            if self.config.evaluation.adamw:
-                lr, score = best_adamw(family, self.config, self.config.evaluation.adamw)
-                row["adamw"] = {**vars(score), "lr": lr}
-            rows.append(row)
+        families = {family.name: (part, family) for part, family in self.config.families()}
+        rows = self._ranks.all_of(list(families), lambda name: self._compare(*families[name]))
+        self._account()
+        if not self._ranks.leads:
+            return
         report = {
             "iteration": self._progress.best_iteration,
             "horizon": self.config.evaluation.horizon,
             "steps_per_cpu_second": round(self.steps_per_cpu_second()),
-            "cpu_seconds": round(self._cpu_seconds(), 1),
-            "families": rows,
+            "cpu_seconds": round(self._progress.cpu_seconds, 1),
+            "families": list(rows.values()),
         }
-        _write_whole(self.output / REPORT, lambda path: path.write_text(json.dumps(report, indent=2), encoding="utf-8"))
+        write_whole(self.output / REPORT, lambda path: path.write_text(json.dumps(report, indent=2), encoding="utf-8"))
         try:
             plot.plot(self.output / METRICS, self.output / PLOT)
         except plot.PlotError as error:
@@ -385,6 +391,16 @@ class MetaTrainer:
         if not self._quiet:
             print(describe_report(report))
 
+    def _compare(self, part: str, family: Family) -> dict[str, Any]:
+        """One family's row of the report."""
+        _, start = self._start()
+        first, best = (evaluate(self._learner, arrays, family, self.config) for arrays in (start, self._best))
+        row: dict[str, Any] = {"set": part, "family": family.name, "start": vars(first), "theta": vars(best)}
+        if self.config.evaluation.adamw:
+            lr, score = best_adamw(family, self.config, self.config.evaluation.adamw)
+            row["adamw"] = {**vars(score), "lr": lr}
+        return row
+
     # -- logs ------------------------------------------------------------------------------------------------------
 
     def _columns(self) -> list[str]:
@@ -392,82 +408,59 @@ class MetaTrainer:
         columns += [f"loss_{family.name}" for family in self.config.train] + ["selection_loss"]
         return columns + [f"{part}_loss_{family.name}" for part, family in self.config.families() if part != "train"]
 
-    def _open_logs(self) -> None:
-        """Drop rows that were written after the checkpoint which this run goes on from."""
-        path, rows = self.output / METRICS, list[dict[str, str]]()
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                read = list(csv.DictReader(file))
-            # A kill may have cut the last row short.
-            whole = [row for row in read if None not in row.values() and row["step"].isdigit()]
-            rows = [row for row in whole if int(row["step"]) <= self._progress.iteration and self._progress.curve]
-
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns(), extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
-
-        _write_whole(path, write)
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            return
-        self._tensorboard = SummaryWriter(str(self.output / "tensorboard"), purge_step=self._progress.iteration + 1)
-
     def _write_row(self, values: Mapping[str, float]) -> None:
         progress = self._progress
         row: dict[str, float] = {
             "step": progress.iteration,
-            "cpu_seconds": round(self._cpu_seconds(), 1),
+            "cpu_seconds": round(progress.cpu_seconds, 1),
             "steps_per_cpu_second": round(self.steps_per_cpu_second(), 1),
         }
         row |= {f"loss_{name}": fmean(window) for name, window in progress.window.items()}
-        row |= values
         progress.window = {}
-        with (self.output / METRICS).open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns()).writerow(row)
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, progress.iteration)
+        if self._log is not None:
+            self._log.write(row | dict(values))
 
-    def _cpu_seconds(self) -> float:
-        return self._progress.cpu_seconds + time.process_time() - self._began
+    def _account(self) -> None:
+        """Add up what all ranks have spent since the last time."""
+        now = time.process_time()
+        self._progress.cpu_seconds += self._ranks.sum(now - self._began)
+        self._began = now
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """Write everything that the rest of the run depends on."""
-        progress = self._progress
-        progress.cpu_seconds, self._began = self._cpu_seconds(), time.process_time()
+        self._account()
+        groups, states = self._group_states()
+        if not self._ranks.leads:
+            return
         tensors = {f"outer/{name}": value for name, value in self._outer.tensors().items()}
         tensors |= {f"template/{name}": value for name, value in self._template.items()}
-        tensors |= {f"best/{name}": value for name, value in self._best.items()}
-        groups: dict[str, list[dict[str, int]]] = {}
-        for name, mine in self._groups.items():
-            groups[name] = []
-            for index, group in enumerate(mine):
-                entry = {"begun": group.begun, "perturbed": group.perturbed}
-                prefix = f"group/{name}/{index}"
-                if isinstance(group.episode, _VectorEpisode):
-                    entry["iteration"] = group.episode.iteration
-                    inner = group.episode.inner.tensors()
-                    tensors |= {f"{prefix}/episode/{key}": value for key, value in inner.items()}
-                if group.drift is not None:
-                    tensors[f"{prefix}/drift"] = group.drift
-                groups[name].append(entry)
+        tensors |= {f"best/{name}": value for name, value in self._best.items()} | states
         record = {
             "config": self.config.record(),
-            "progress": vars(progress),
+            "progress": vars(self._progress),
             "taken": self._outer.taken,
             "groups": groups,
         }
-        contents = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
-        }
+        contents = _on_cpu(tensors)
         metadata = {"metatrain": json.dumps(record)}
-        _write_whole(self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata))
+        write_whole(self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata))
+
+    def _group_states(self) -> tuple[dict[str, dict[str, int]], dict[str, Tensor]]:
+        """Counters by group and tensors by name, of the groups of all ranks."""
+        counters: dict[str, dict[str, int]] = {}
+        tensors: dict[str, Tensor] = {}
+        for key in self._ranks.mine(list(self._groups)):
+            group, prefix = self._groups[key], _prefix(key)
+            counters[prefix] = {"begun": group.begun, "perturbed": group.perturbed}
+            if isinstance(group.episode, _VectorEpisode):
+                counters[prefix]["iteration"] = group.episode.iteration
+                inner = group.episode.inner.tensors()
+                tensors |= {f"{prefix}episode/{name}": value for name, value in inner.items()}
+            if group.drift is not None:
+                tensors[f"{prefix}drift"] = group.drift
+        return self._ranks.everyones(counters), self._ranks.everyones(_on_cpu(tensors))
 
     def _restore(self, checkpoint: Path) -> None:
         with safetensors.safe_open(str(checkpoint), "pt") as file:
@@ -488,16 +481,16 @@ class MetaTrainer:
         self._best = _below(tensors, "best/")
         self._make_stage()
         self._outer = Outer.restored(_below(tensors, "outer/"), record["taken"])
-        for name, entries in record["groups"].items():
-            for index, (group, entry) in enumerate(zip(self._groups[name], entries, strict=True)):
-                mine = _below(tensors, f"group/{name}/{index}/")
-                group.begun, group.perturbed = entry["begun"], entry["perturbed"]
-                group.drift = mine.get("drift")
-                if "iteration" in entry:
-                    episode = group.begin(group.begun - 1)
-                    assert isinstance(episode, _VectorEpisode)
-                    episode.inner.restore(_below(mine, "episode/"), entry["iteration"])
-                    group.episode = episode
+        for key in self._ranks.mine(list(self._groups)):
+            group, entry = self._groups[key], record["groups"][_prefix(key)]
+            state = _below(tensors, _prefix(key))
+            group.begun, group.perturbed = entry["begun"], entry["perturbed"]
+            group.drift = state.get("drift")
+            if "iteration" in entry:
+                episode = group.begin(group.begun - 1)
+                assert isinstance(episode, _VectorEpisode)
+                episode.inner.restore(_below(state, "episode/"), entry["iteration"])
+                group.episode = episode
 
 
 def describe_report(report: Mapping[str, Any]) -> str:
@@ -532,20 +525,13 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, and move it there when it is whole and on disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _prefix(key: tuple[str, int]) -> str:
+    """Of the names of a group's tensors."""
+    return f"group/{key[0]}/{key[1]}/"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
 @functools.cache
