@@ -117,7 +117,7 @@ class Config:
         train: Families that theta is trained on.
         selection: Families by whose score the theta to keep is chosen.
         held_out: Families that only report.
-        stages: In order; each begins with the average of the one before.
+        stages: In order; each begins at the best theta so far, or where the one before ended if there is no selection.
         start: Where theta starts.
         seed: Of everything random.
         device: A torch device.

@@ -279,9 +279,9 @@ class MetaTrainer:
         return self.config.stages[self._progress.stage]
 
     def _enter_stage(self) -> None:
-        """Begin the current stage where the one before ended."""
+        """Begin the current stage at the best theta so far; where none is chosen, where the stage before ended."""
         if self._progress.iteration:
-            self._template = self._current()
+            self._template = dict(self._best) if self.config.selection else self._current()
         self._make_stage()
         self._outer = Outer.at(self._space.start)
 
