@@ -1,0 +1,244 @@
+"""Runs of optimizers on held-out tasks, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import pylo_integrations
+from pylo_integrations.evaluation.contenders import SCHEDULES, Setting
+from pylo_integrations.evaluation.tasks import SUITE, Examples, accuracy_of, find_task, loss_of
+from pylo_integrations.optimizer import LearnedOptimizer
+
+WINDOW = 0.05
+"""Part of a run over whose steps the training loss is averaged."""
+
+POINTS = 100
+"""At how many steps of a run the averaged training loss is kept."""
+
+MEASUREMENTS = 5
+"""How often, beside the start, losses are measured on fixed samples."""
+
+Record: TypeAlias = "Mapping[str, Any]"
+"""A run as :func:`train` returns it."""
+
+
+class RunsError(ValueError):
+    """The file of runs cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training from the start.
+
+    Attributes:
+        task: Name of a held-out task.
+        setting: Who trains.
+        steps: Optimizer steps.
+        seed: Of the initial weights and the batches.
+    """
+
+    task: str
+    setting: Setting
+    steps: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells runs apart in a file."""
+        return self.task, self.setting.name, self.steps, self.seed
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train, on one thread and in float32, and tell how it went.
+
+    Returns:
+        A JSON-serialisable record: the run's attributes and
+
+        * ``curve``: pairs of a step and the training loss there, averaged over the batches of the last 5 % of all
+          steps; losses are taken before the update;
+        * ``train``, ``train_best``: the last and the least of these averages;
+        * ``measured``: of a few steps, from 0 to the last, the losses on fixed training and validation examples and the
+          validation accuracy (None for regression), with the network in evaluation mode;
+        * ``train_sample``, ``validation``, ``accuracy``: the last of them;
+        * ``diverged``: whether a loss was not finite, which ends the run, or the last average is above the first loss;
+        * ``step_seconds``, ``optimizer_seconds``: wall time per step, in all and in the optimizer;
+          ``step_cpu_seconds``: CPU time of the thread.
+    """
+    with _one_thread():
+        return _train(run)
+
+
+def _train(run: Run) -> dict[str, Any]:
+    task, setting, steps = find_task(run.task), run.setting, run.steps
+    (examples, _), samples = task.data(), task.samples()
+    model = task.model(run.seed, setting.base_width)
+    optimizers = setting.optimizers(model, task, steps)
+    factor = SCHEDULES[setting.schedule]
+    schedulers = [LambdaLR(optimizer, lambda step: factor(min(1.0, step / steps))) for optimizer in optimizers]
+    measured_at = {round(index * steps / MEASUREMENTS) for index in range(MEASUREMENTS + 1)}
+    measured = [[0, *_measure(model, samples)]]
+    losses: list[float] = []
+    wall = cpu = inside = 0.0
+    for step, index in enumerate(task.batches(run.seed, steps), start=1):
+        inputs, targets = examples.rows(index)
+        began, began_cpu = time.perf_counter(), time.thread_time()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = loss_of(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            break
+        before_step = time.perf_counter()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            if isinstance(optimizer, LearnedOptimizer):
+                optimizer.step(loss=loss.detach())
+            else:
+                optimizer.step()
+            scheduler.step()
+        ended = time.perf_counter()
+        wall, inside, cpu = wall + ended - began, inside + ended - before_step, cpu + time.thread_time() - began_cpu
+        if step in measured_at:
+            measured.append([step, *_measure(model, samples)])
+    curve = _average(losses, steps)
+    final = curve[-1][1] if curve and len(losses) == steps else math.inf
+    last = measured[-1][1:] if len(losses) == steps else [None, None, None]
+    is_finite = all(value is not None and math.isfinite(value) for value in (losses[-1], final, *last[:2]))
+    taken = max(1, len(losses))
+    return {
+        "suite": SUITE,
+        "task": run.task,
+        "name": setting.name,
+        "setting": asdict(setting),
+        "steps": steps,
+        "seed": run.seed,
+        "diverged": not is_finite or final > losses[0],
+        "train": _number(final),
+        "train_best": _number(min((value for _, value in curve), default=math.inf)),
+        **{name: _number(value) for name, value in zip(("train_sample", "validation", "accuracy"), last, strict=True)},
+        "curve": [[at, _number(value)] for at, value in curve],
+        "measured": [[_number(value) for value in row] for row in measured],
+        "step_seconds": _number(wall / taken),
+        "optimizer_seconds": _number(inside / taken),
+        "step_cpu_seconds": _number(cpu / taken),
+        "package": pylo_integrations.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _measure(model: nn.Module, samples: Sequence[Examples]) -> list[float | None]:
+    """Losses on training and validation examples, and accuracy on the latter."""
+    model.eval()
+    with torch.no_grad():
+        outputs = [model(sample.inputs) for sample in samples]
+    model.train()
+    losses = [float(loss_of(output, sample.targets)) for output, sample in zip(outputs, samples, strict=True)]
+    return [*losses, accuracy_of(outputs[-1], samples[-1].targets)]
+
+
+def _average(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
+    """Means of the finite losses before and at some steps, from the first on that has enough of them."""
+    window = max(1, round(WINDOW * steps))
+    at = sorted({max(1, round(index * steps / POINTS)) for index in range(1, POINTS + 1)})
+    finite = losses if not losses or math.isfinite(losses[-1]) else losses[:-1]
+    return [(step, fmean(finite[step - window : step])) for step in at if window <= step <= len(finite)]
+
+
+def _number(value: float | None) -> float | int | None:
+    """With six digits; JSON has no infinity, so None stands for it too."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are the same on any machine of a kind, and processes do not wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """The records of ``runs`` as they end, made by ``jobs`` processes, or by this one if that is 1."""
+    if jobs == 1 or len(runs) < 2:
+        yield from map(train, runs)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(min(jobs, len(runs)), mp_context=get_context("spawn")) as pool:
+        try:
+            for future in as_completed([pool.submit(train, run) for run in runs]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class RunsFile:
+    """The records of an evaluation, one a line, in the order in which runs ended.
+
+    A record is written whole before the next begins, and a line that a kill cut short is dropped, so that whatever was
+    interrupted can go on.
+
+    Args:
+        path: The file; it need not exist yet.
+
+    Raises:
+        RunsError: It holds something else, or runs of another version of the suite.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        content = path.read_bytes() if path.exists() else b""
+        whole, _, rest = content.rpartition(b"\n")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                suite = record["suite"]
+            except (ValueError, KeyError, TypeError):
+                raise RunsError(f"line {number} of {path} is not a run of pylo evaluate") from None
+            if suite != SUITE:
+                raise RunsError(f"{path} holds runs of suite {suite}, and this is suite {SUITE}; give another --output")
+            self.records.append(record)
+        if rest:
+            os.truncate(path, len(content) - len(rest))
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of ``runs`` that the file lacks.
+
+        Raises:
+            RunsError: The file holds one of them with another theta.
+        """
+        known = {(r["task"], r["name"], r["steps"], r["seed"]): r["setting"]["sha256"] for r in self.records}
+        for run in (runs := list(runs)):
+            if known.get(run.key, run.setting.sha256) != run.setting.sha256:
+                raise RunsError(
+                    f"{self.path} holds runs of {run.setting.name} with another theta, sha256 {known[run.key][:12]}, "
+                    f"not {run.setting.sha256[:12]}; give another --output, or a copy of the file without them"
+                )
+        return [run for run in runs if run.key not in known]
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
