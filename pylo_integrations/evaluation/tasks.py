@@ -24,11 +24,12 @@ from pylo_integrations.metatrain.tasks import Readout, mlp
 SUITE = 1
 """Version of the suite: runs of different versions are not compared. Raise it with any change that changes a loss."""
 
-SAMPLE = 512
-"""Training examples on which the final training loss is measured."""
+SAMPLES = (16, 32)
+"""Losses are measured on so many batches' worth of training and of validation examples, if there are so many."""
 
-VALIDATION_SAMPLE = 1024
-"""Validation examples, if there are so many."""
+
+PRETRAINING_STEPS = 500
+"""Of the network that one task fine-tunes."""
 
 
 class Examples(NamedTuple):
@@ -91,8 +92,12 @@ class HeldOutTask:
     def samples(self) -> tuple[Examples, Examples]:
         """The training and validation examples that losses are measured on."""
         return tuple(  # type: ignore[return-value]
-            examples.rows(torch.randperm(len(examples.targets), generator=generator_of("sample", self.name))[:count])
-            for examples, count in zip(self.data(), (SAMPLE, VALIDATION_SAMPLE), strict=True)
+            examples.rows(
+                torch.randperm(len(examples.targets), generator=generator_of("sample", self.name))[
+                    : batches * self.batch
+                ]
+            )
+            for examples, batches in zip(self.data(), SAMPLES, strict=True)
         )
 
 
@@ -338,7 +343,7 @@ def _pretrained() -> Mapping[str, Tensor]:
         torch.manual_seed(seed_of("held out", "pretraining"))
         model = _plain_conv(5)(_FINETUNED_WIDTH, 1.0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        for _ in range(500):
+        for _ in range(PRETRAINING_STEPS):
             index = torch.randint(len(labels), (64,))
             optimizer.zero_grad()
             loss_of(model(inputs[index]), labels[index]).backward()  # type: ignore[no-untyped-call]
