@@ -228,7 +228,7 @@ def plot_bands(panels: Sequence[tuple[str, Mapping[str, Band]]], output: Path, m
     rows = math.ceil(len(panels) / columns)
     figure = _figure(figsize=(4.2 * columns, 3 * rows + 0.6))
     names = list(dict.fromkeys(name for _, bands in panels for name in bands))
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, bands) in zip(grid, panels, strict=False):
         for name, band in bands.items():
             colour = f"C{names.index(name)}"
@@ -236,7 +236,7 @@ def plot_bands(panels: Sequence[tuple[str, Mapping[str, Band]]], output: Path, m
             axes.fill_between(band.steps, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
         _scale(axes, [value for band in bands.values() for value in band.middle])
         axes.set_title(title, fontsize=10)
-    for axes in list(grid):  # those that are left
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("step", fontsize=10)
     figure.supylabel(meaning, fontsize=10)

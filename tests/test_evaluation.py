@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +68,17 @@ def test_every_setting_runs_on_every_task_and_seed(whole):
     assert {record["seed"] for record in records} == {0, 1} and {record["task"] for record in records} == set(TOY)
     assert {MULO, "small_fc_lopt@linear", "adamw lr=0.003@cosine"} < {record["name"] for record in records}
     for record in records:
-        # A window of one step: averages are the losses themselves.
-        assert [at for at, _ in record["curve"]] == [1, 2, 3, 4, 5] == [row[0] for row in record["measured"][1:]]
-        assert record["train"] == record["curve"][-1][1] and record["validation"] == record["measured"][-1][2]
-        assert record["train_best"] == min(value for _, value in record["curve"])
+        assert (
+            [row[0] for row in record["train_curve"]]
+            == [0, 1, 2, 3, 4, 5]
+            == [r[0] for r in record["validation_curve"]]
+        )
+        assert (
+            record["train"] == record["train_curve"][-1][1]
+            and record["validation"] == record["validation_curve"][-1][1]
+        )
+        assert record["train_best"] == min(loss for _, loss in record["train_curve"])
+        assert record["batches_best"] <= record["batches"]
         assert (record["accuracy"] is None) == (record["task"] == "friedman")
 
 
@@ -78,7 +87,7 @@ def test_all_optimizers_start_alike_and_see_the_same_batches(whole):
         for seed in (0, 1):
             mine = [r for r in sorted_records(whole[0]) if (r["task"], r["seed"]) == (task, seed)]
             # muP divides the outputs, so mulo's network begins elsewhere.
-            assert len({r["curve"][0][1] for r in mine if r["name"] != MULO}) == 1
+            assert len({r["train_curve"][0][1] for r in mine if r["name"] != MULO}) == 1
             assert len({r["train"] for r in mine}) == len(mine), "they should differ in the end"
 
 
@@ -117,7 +126,7 @@ def test_only_the_best_settings_run_on_seeds_that_do_not_tune(tmp_path, monkeypa
 
 def test_divergence_is_told_and_is_no_nan(tmp_path):
     record = train(Run("friedman", Setting("sgd", "constant", 1e6), 40, 0))
-    assert record["diverged"] and record["train"] is None is record["validation"] and len(record["curve"]) < 40
+    assert record["diverged"] and record["train"] is None is record["validation"] and len(record["train_curve"]) < 20
     json.dumps(record, allow_nan=False)
     record = train(Run("friedman", Setting("adamw", "constant", 3.0), 40, 0))
     assert record["diverged"] and record["train"] > 2, "targets have variance 1"
@@ -172,15 +181,21 @@ def load_bootstrap():
     return load_theta("builtin:small_fc_bootstrap", "small_fc_lopt")
 
 
+def test_the_docs_describe_every_task():
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| (?!.*horizons)", page, re.MULTILINE) == list(TASKS)
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
 def record(task, name, seed, train, validation=1.0, reached=()):
-    """A run of 100 steps whose curve is 9 but for ``reached`` and the end."""
-    curve = [[step, dict(reached).get(step, 9.0)] for step in range(10, 100, 10)] + [[100, train]]
+    """A run of 100 steps whose training loss is 9 but for ``reached`` and the end."""
+    curve = [[step, dict(reached).get(step, 9.0)] for step in range(0, 100, 10)] + [[100, train]]
     optimizer = name.split()[0]
-    setting = {"optimizer": optimizer if optimizer in BASELINES else "small_fc_lopt", "sha256": ""}
-    numbers = {"train": train, "train_best": train, "train_sample": train, "validation": validation, "accuracy": None}
+    lr = float(name.partition("=")[2]) if "=" in name else None
+    setting = {"optimizer": optimizer if optimizer in BASELINES else "small_fc_lopt", "lr": lr}
+    numbers = {"train": train, "train_best": train, "batches": train, "batches_best": train, "validation": validation}
     times = dict.fromkeys(TIMES, 0.001)
     return {
         "suite": tasks.SUITE,
@@ -189,7 +204,8 @@ def record(task, name, seed, train, validation=1.0, reached=()):
         "setting": setting,
         "steps": 100,
         "seed": seed,
-        "curve": curve,
+        "train_curve": curve,
+        "accuracy": None,
         "diverged": train is None,
         **numbers,
         **times,
@@ -232,16 +248,18 @@ def test_tuning_and_counting_go_by_the_rules():
     assert found["c"].reach == {0: 100, 1: math.inf, 2: 100} and found["c"].diverged == 1
     counts = results.counts("new")
     # On c the medians are 0.22 against 0.21, since a run without an end counts as infinite.
-    assert (counts.tasks, counts.reaches, counts.train, counts.validation, counts.diverged) == (3, 2, 2, 2, 1)
-    assert results.at_the_edge() == ["a", "b"]
+    assert (counts.tasks, counts.reaches, counts.diverged) == (3, 2, 1)
+    assert (counts.tuned_train, counts.tuned_validation) == (1, 2)
+    assert (counts.global_train, counts.global_validation) == (2, 2)
+    assert results.at_the_edge() == ["adamw on a", "adamw on b"]
     assert Results(SYNTHETIC, 100, learned=[]).titles == ["adamw tuned", "adamw global"]
 
 
 def test_the_report_holds_the_results():
     text = describe(Results(SYNTHETIC, 100))
-    assert "| new | 2 of 3 | 2 of 3 | 2 of 3 | 1 |" in text
+    assert "| new | 2 of 3 | 1 of 3 | 2 of 3 | 2 of 3 | 2 of 3 | 1 of 3 |" in text
     assert "| a | 0.11 | 0.21 | **0.05** |" in text and "| c | 0.21 | **0.21** | 0.22 |" in text
-    assert "global setting: `adamw lr=0.001`" in text and "At an end of AdamW's grid: a, b." in text
+    assert "global setting: `adamw lr=0.001`" in text and "Best at an end of its grid: adamw on a, adamw on b." in text
     assert "0.15 [0.11, 0.15]" in text and "(1 of 3 diverged)" in text
     assert "not reached (1 of 3 seeds)" in text and "| 100 (2 of 3 seeds) |" in text
 

@@ -41,13 +41,13 @@ def describe(results: Results) -> str:
     seeds = {len(result.runs) for task in results.tasks for t in results.titles if (result := results.result(task, t))}
     notes = [f"AdamW's global setting: `{results.global_setting}`." if results.global_setting else ""]
     if edge := results.at_the_edge():
-        notes.append(f"At an end of AdamW's grid: {', '.join(edge)}.")
+        notes.append(f"Best at an end of its grid: {', '.join(edge)}.")
     if len(seeds) > 1:
         notes.append(f"Incomplete: settings have between {min(seeds)} and {max(seeds)} seeds.")
     return "\n\n".join(
         [
             f"## {results.steps} steps",
-            _table(["optimizer", *_COUNTS], _count_rows(results)),
+            _table(["optimizer", *(head for head, *_ in _COUNTS)], _count_rows(results)),
             " ".join(filter(None, notes)),
             f"### Final training loss, {results.steps} steps",
             _table(["task", *results.titles], _rows(results, "train")),
@@ -59,17 +59,22 @@ def describe(results: Results) -> str:
     )
 
 
-_COUNTS = ("reaches tuned AdamW", "train below global AdamW", "validation below global AdamW", "diverged on")
+_COUNTS = (
+    ("reaches tuned AdamW", "reaches", tuned("adamw")),
+    ("ends below tuned AdamW", "tuned_train", tuned("adamw")),
+    ("validation below tuned AdamW", "tuned_validation", tuned("adamw")),
+    ("ends below global AdamW", "global_train", GLOBAL),
+    ("validation below global AdamW", "global_validation", GLOBAL),
+    ("diverged", "diverged", ""),
+)
+"""Columns: their heads, attributes of :class:`Counts`, and whom they compare with."""
 
 
 def _count_rows(results: Results) -> Iterable[list[str]]:
     for title in results.titles:
         counts = results.counts(title)
-        against_global = [
-            "" if title == GLOBAL else f"{won} of {counts.tasks}" for won in (counts.train, counts.validation)
-        ]
-        reaches = "" if title == tuned("adamw") else f"{counts.reaches} of {counts.tasks}"
-        yield [title, reaches, *against_global, str(counts.diverged)]
+        cells = ("" if title == rival else f"{getattr(counts, name)} of {counts.tasks}" for _, name, rival in _COUNTS)
+        yield [title, *cells]
 
 
 def _rows(results: Results, name: str) -> Iterable[list[str]]:
@@ -82,8 +87,8 @@ def _rows(results: Results, name: str) -> Iterable[list[str]]:
             if result is None:
                 cells.append("")
                 continue
-            value = median(result.values(name))
-            wins = rival is not None and title != tuned("adamw") and value <= median(rival.values(name))
+            value = result.median(name)
+            wins = rival is not None and title != tuned("adamw") and value <= rival.median(name)
             cells.append(f"**{_loss(value)}**" if wins else _loss(value))
         yield cells
 
@@ -93,7 +98,8 @@ _DETAILS = (
     "setting",
     "train",
     "best train",
-    "train sample",
+    "batches",
+    "best batches",
     "validation",
     "accuracy",
     "steps to tuned AdamW",
@@ -110,9 +116,9 @@ def _details(results: Results, task: str) -> str:
 
 def _detail_row(result: Result) -> list[str]:
     diverged = f" ({result.diverged} of {len(result.runs)} diverged)" if result.diverged else ""
-    losses = [_spread(result, name) for name in ("train", "train_best", "train_sample", "validation")]
+    losses = [_spread(result, name) for name in ("train", "train_best", "batches", "batches_best", "validation")]
     accuracies = [run["accuracy"] for run in result.runs.values() if run["accuracy"] is not None]
-    times = [f"{1e3 * median(result.values(name)):.2f}" for name in ("step_seconds", "optimizer_seconds")]
+    times = [f"{1e3 * result.median(name):.2f}" for name in ("step_seconds", "optimizer_seconds")]
     return [
         result.title,
         f"`{result.setting}`{diverged}",
@@ -160,7 +166,9 @@ def draw(results: Results, output: Path) -> None:
 
 
 def _band(result: Result) -> Band:
-    curves = [{at: number_of({"value": value}, "value") for at, value in run["curve"]} for run in result.runs.values()]
+    curves = [
+        {at: number_of({"value": value}, "value") for at, value in run["train_curve"]} for run in result.runs.values()
+    ]
     common = sorted(set.intersection(*map(set, curves)))
     values = [[curve[step] for curve in curves] for step in common]
     return Band(common, [median(v) for v in values], [min(v) for v in values], [max(v) for v in values])

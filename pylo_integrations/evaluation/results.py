@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median
 
 from pylo_integrations.evaluation.contenders import BASELINES
@@ -42,6 +42,10 @@ class Result:
         """A number of all runs; infinite where a run has none."""
         return [number_of(run, name) for run in self.runs.values()]
 
+    def median(self, name: str) -> float:
+        """The median of a number over the runs."""
+        return median(self.values(name))
+
     @property
     def steps(self) -> float:
         """Median steps until tuned AdamW's final training loss is reached."""
@@ -60,15 +64,19 @@ class Counts:
     Attributes:
         tasks: How many there are.
         reaches: On how many tuned AdamW's final training loss is reached in no more steps than it takes.
-        train: On how many the final training loss is below that of AdamW's global setting.
-        validation: The same for the final validation loss.
+        tuned_train: On how many the final training loss is below tuned AdamW's.
+        tuned_validation: The same for the validation loss.
+        global_train: On how many the final training loss is below that of AdamW's global setting.
+        global_validation: The same for the validation loss.
         diverged: On how many a run diverged.
     """
 
     tasks: int
     reaches: int
-    train: int
-    validation: int
+    tuned_train: int
+    tuned_validation: int
+    global_train: int
+    global_validation: int
     diverged: int
 
 
@@ -97,30 +105,28 @@ def ranks_of(values: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-@dataclass
 class Results:
     """The runs of one horizon.
 
     Args:
         records: Runs; those of other horizons are left out.
         steps: The horizon.
-        learned: Learned optimizers to look at; by default all.
+        learned: Names of the learned optimizers to look at; by default all.
+
+    Attributes:
+        steps: The horizon.
+        tasks: Those that were run.
+        titles: Who is compared, see :attr:`Result.title`.
+        best: For every task, the best setting of every baseline.
+        global_setting: AdamW's, for all tasks; None if no setting was run on all of them.
     """
 
-    records: Iterable[Record]
-    steps: int
-    learned: Sequence[str] | None = None
-    tasks: list[str] = field(default_factory=list, init=False)
-    titles: list[str] = field(default_factory=list, init=False)
-    best: dict[str, dict[str, str]] = field(default_factory=dict, init=False)
-    """For every task, the best setting of every baseline."""
-    global_setting: str | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, records: Iterable[Record], steps: int, learned: Sequence[str] | None = None) -> None:
+        self.steps = steps
         self._runs: dict[str, dict[str, dict[int, Record]]] = {}  # by task, setting and seed
         self._optimizer: dict[str, str] = {}
-        for record in self.records:
-            if record["steps"] == self.steps:
+        for record in records:
+            if record["steps"] == steps:
                 self._runs.setdefault(record["task"], {}).setdefault(record["name"], {})[record["seed"]] = record
                 self._optimizer[record["name"]] = record["setting"]["optimizer"]
         self.tasks = list(self._runs)
@@ -130,21 +136,18 @@ class Results:
             for task, of_task in medians.items()
         }
         self.global_setting = self._global([of_task["adamw"] for of_task in medians.values()])
-        present = {base for of_task in self.best.values() for base in of_task}
-        chosen = [name for name, optimizer in self._optimizer.items() if optimizer not in BASELINES]
-        if self.learned is not None:
-            chosen = [name for name in self.learned if name in chosen]
-        baselines = [
-            title for base in BASELINES if base in present for title in [tuned(base), GLOBAL][: 1 + (base == "adamw")]
-        ]
-        self.titles = baselines + chosen
+        self.titles = [tuned(base) for base in BASELINES if any(base in best for best in self.best.values())]
+        if self.global_setting:
+            self.titles.insert(1, GLOBAL)
+        others = [name for name, optimizer in self._optimizer.items() if optimizer not in BASELINES]
+        self.titles += others if learned is None else [name for name in learned if name in others]
 
     def _grid(self, task: str, baseline: str) -> dict[str, dict[int, Record]]:
         return {name: runs for name, runs in self._runs[task].items() if self._optimizer[name] == baseline}
 
     @staticmethod
     def _global(medians: Sequence[Mapping[str, float]]) -> str | None:
-        """The setting of least mean rank over the tasks; None if no setting was run on all of them."""
+        """The setting of least mean rank over the tasks."""
         common = set.intersection(*(set(found) for found in medians)) if medians else set()
         ranks = [ranks_of({name: found[name] for name in found if name in common}) for found in medians]
         return min(sorted(common), key=lambda name: fmean(found[name] for found in ranks), default=None)
@@ -171,37 +174,33 @@ class Results:
 
     def counts(self, title: str) -> Counts:
         """How a title fares on all tasks."""
-        found = [(result, self.result(task, GLOBAL)) for task in self.tasks if (result := self.result(task, title))]
+        found = [result for task in self.tasks if (result := self.result(task, title))]
 
-        def wins(name: str) -> int:
-            return sum(bool(rival) and _median(mine, name) < _median(rival, name) for mine, rival in found if rival)
+        def wins(rival: str, name: str) -> int:
+            pairs = [(mine, other) for mine in found if (other := self.result(mine.task, rival))]
+            return sum(mine.median(name) < other.median(name) for mine, other in pairs)
 
         return Counts(
             tasks=len(found),
-            reaches=sum(result.steps <= self.steps for result, _ in found),
-            train=wins("train"),
-            validation=wins("validation"),
-            diverged=sum(result.diverged > 0 for result, _ in found),
+            reaches=sum(result.steps <= self.steps for result in found),
+            tuned_train=wins(tuned("adamw"), "train"),
+            tuned_validation=wins(tuned("adamw"), "validation"),
+            global_train=wins(GLOBAL, "train"),
+            global_validation=wins(GLOBAL, "validation"),
+            diverged=sum(result.diverged > 0 for result in found),
         )
 
     def at_the_edge(self) -> list[str]:
-        """Tasks whose best AdamW has the lowest or highest learning rate of the grid, which may be too narrow there."""
-        edges = {f"{rate:g}" for rate in (min(BASELINES["adamw"].lrs), max(BASELINES["adamw"].lrs))}
+        """Baselines, and where their best learning rate ends their grid, which may be too narrow there."""
         return [
-            task
-            for task in self.tasks
-            if any(f" lr={edge}" == _rate(self.best[task].get("adamw", "")) for edge in edges)
+            f"{base} on {task}" for task in self.tasks for base in self.best[task] if self._is_at_the_edge(task, base)
         ]
 
-
-def _rate(setting: str) -> str:
-    return setting.partition("@")[0].removeprefix("adamw")
-
-
-def _median(result: Result, name: str) -> float:
-    return median(result.values(name))
+    def _is_at_the_edge(self, task: str, baseline: str) -> bool:
+        rates = {name: next(iter(runs.values()))["setting"]["lr"] for name, runs in self._grid(task, baseline).items()}
+        return rates[self.best[task][baseline]] in (min(rates.values()), max(rates.values()))
 
 
 def steps_until(run: Record, target: float) -> float:
-    """Steps until the averaged training loss is at most ``target``; infinite if it never is."""
-    return next((at for at, value in run["curve"] if value is not None and value <= target), math.inf)
+    """Steps until the training loss is at most ``target``; infinite if it never is."""
+    return next((at for at, value in run["train_curve"] if value is not None and value <= target), math.inf)

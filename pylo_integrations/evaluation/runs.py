@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -25,13 +25,13 @@ from pylo_integrations.evaluation.tasks import SUITE, Examples, accuracy_of, fin
 from pylo_integrations.optimizer import LearnedOptimizer
 
 WINDOW = 0.05
-"""Part of a run over whose steps the training loss is averaged."""
+"""Part of a run over whose steps the losses of batches are averaged."""
 
-POINTS = 100
-"""At how many steps of a run the averaged training loss is kept."""
+POINTS = 20
+"""How often, beside the start, the loss is measured on the same training examples."""
 
-MEASUREMENTS = 5
-"""How often, beside the start, losses are measured on fixed samples."""
+VALIDATIONS = 5
+"""How often, beside the start, loss and accuracy are measured on validation examples."""
 
 Record: TypeAlias = "Mapping[str, Any]"
 """A run as :func:`train` returns it."""
@@ -69,13 +69,16 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         A JSON-serialisable record: the run's attributes and
 
-        * ``curve``: pairs of a step and the training loss there, averaged over the batches of the last 5 % of all
-          steps; losses are taken before the update;
-        * ``train``, ``train_best``: the last and the least of these averages;
-        * ``measured``: of a few steps, from 0 to the last, the losses on fixed training and validation examples and the
-          validation accuracy (None for regression), with the network in evaluation mode;
-        * ``train_sample``, ``validation``, ``accuracy``: the last of them;
-        * ``diverged``: whether a loss was not finite, which ends the run, or the last average is above the first loss;
+        * ``train_curve``: pairs of a step and the loss on fixed training examples, with the network in evaluation
+          mode: at the start, every twentieth of the run, and at the end;
+        * ``validation_curve``: a step, the loss and the accuracy (None for regression) on fixed validation examples: at
+          the start, every fifth of the run, and at the end;
+        * ``train``, ``validation``, ``accuracy``: the last of them;
+        * ``train_best``: the least loss in ``train_curve``;
+        * ``batches``, ``batches_best``: the mean loss, before the update, of the last batches, 5 % of all, and the
+          least such mean of so many batches in a row;
+        * ``diverged``: whether a loss was not finite, which ends the run, or ``train`` is not below what it was at the
+          start;
         * ``step_seconds``, ``optimizer_seconds``: wall time per step, in all and in the optimizer;
           ``step_cpu_seconds``: CPU time of the thread.
     """
@@ -85,13 +88,13 @@ def train(run: Run) -> dict[str, Any]:
 
 def _train(run: Run) -> dict[str, Any]:
     task, setting, steps = find_task(run.task), run.setting, run.steps
-    (examples, _), samples = task.data(), task.samples()
+    (examples, _), (training, validation) = task.data(), task.samples()
     model = task.model(run.seed, setting.base_width)
     optimizers = setting.optimizers(model, task, steps)
     factor = SCHEDULES[setting.schedule]
     schedulers = [LambdaLR(optimizer, lambda step: factor(min(1.0, step / steps))) for optimizer in optimizers]
-    measured_at = {round(index * steps / MEASUREMENTS) for index in range(MEASUREMENTS + 1)}
-    measured = [[0, *_measure(model, samples)]]
+    train_curve = [(0, *_measure(model, training))]
+    validation_curve = [(0, *_measure(model, validation))]
     losses: list[float] = []
     wall = cpu = inside = 0.0
     for step, index in enumerate(task.batches(run.seed, steps), start=1):
@@ -113,13 +116,14 @@ def _train(run: Run) -> dict[str, Any]:
             scheduler.step()
         ended = time.perf_counter()
         wall, inside, cpu = wall + ended - began, inside + ended - before_step, cpu + time.thread_time() - began_cpu
-        if step in measured_at:
-            measured.append([step, *_measure(model, samples)])
-    curve = _average(losses, steps)
-    final = curve[-1][1] if curve and len(losses) == steps else math.inf
-    last = measured[-1][1:] if len(losses) == steps else [None, None, None]
-    is_finite = all(value is not None and math.isfinite(value) for value in (losses[-1], final, *last[:2]))
-    taken = max(1, len(losses))
+        if step in _spread(steps, POINTS):
+            train_curve.append((step, *_measure(model, training)))
+        if step in _spread(steps, VALIDATIONS):
+            validation_curve.append((step, *_measure(model, validation)))
+    is_whole = len(losses) == steps and math.isfinite(losses[-1])
+    averages = _averages(losses, max(1, round(WINDOW * steps)))
+    final, first = train_curve[-1][1] if is_whole else math.inf, train_curve[0][1]
+    _, validation_loss, accuracy = validation_curve[-1] if is_whole else (steps, math.inf, None)
     return {
         "suite": SUITE,
         "task": run.task,
@@ -127,36 +131,42 @@ def _train(run: Run) -> dict[str, Any]:
         "setting": asdict(setting),
         "steps": steps,
         "seed": run.seed,
-        "diverged": not is_finite or final > losses[0],
+        "diverged": not (final < first and math.isfinite(validation_loss)),
         "train": _number(final),
-        "train_best": _number(min((value for _, value in curve), default=math.inf)),
-        **{name: _number(value) for name, value in zip(("train_sample", "validation", "accuracy"), last, strict=True)},
-        "curve": [[at, _number(value)] for at, value in curve],
-        "measured": [[_number(value) for value in row] for row in measured],
-        "step_seconds": _number(wall / taken),
-        "optimizer_seconds": _number(inside / taken),
-        "step_cpu_seconds": _number(cpu / taken),
+        "train_best": _number(min(loss for _, loss, _ in train_curve)),
+        "batches": _number(averages[-1] if is_whole else math.inf),
+        "batches_best": _number(min(averages, default=math.inf)),
+        "validation": _number(validation_loss),
+        "accuracy": _number(accuracy),
+        "train_curve": [[step, _number(loss)] for step, loss, _ in train_curve],
+        "validation_curve": [[step, _number(loss), _number(right)] for step, loss, right in validation_curve],
+        "step_seconds": _number(wall / len(losses)),
+        "optimizer_seconds": _number(inside / len(losses)),
+        "step_cpu_seconds": _number(cpu / len(losses)),
         "package": pylo_integrations.__version__,
         "torch": torch.__version__,
     }
 
 
-def _measure(model: nn.Module, samples: Sequence[Examples]) -> list[float | None]:
-    """Losses on training and validation examples, and accuracy on the latter."""
+def _spread(steps: int, points: int) -> set[int]:
+    """So many steps, evenly, to the last."""
+    return {round(index * steps / points) for index in range(1, points + 1)}
+
+
+def _measure(model: nn.Module, examples: Examples) -> tuple[float, float | None]:
+    """Loss and accuracy in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        outputs = [model(sample.inputs) for sample in samples]
+        outputs = model(examples.inputs)
     model.train()
-    losses = [float(loss_of(output, sample.targets)) for output, sample in zip(outputs, samples, strict=True)]
-    return [*losses, accuracy_of(outputs[-1], samples[-1].targets)]
+    return float(loss_of(outputs, examples.targets)), accuracy_of(outputs, examples.targets)
 
 
-def _average(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
-    """Means of the finite losses before and at some steps, from the first on that has enough of them."""
-    window = max(1, round(WINDOW * steps))
-    at = sorted({max(1, round(index * steps / POINTS)) for index in range(1, POINTS + 1)})
-    finite = losses if not losses or math.isfinite(losses[-1]) else losses[:-1]
-    return [(step, fmean(finite[step - window : step])) for step in at if window <= step <= len(finite)]
+def _averages(losses: Sequence[float], window: int) -> list[float]:
+    """Means of every ``window`` losses in a row, all finite but perhaps the last."""
+    sums = [0.0, *itertools.accumulate(losses)]
+    means = [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
+    return [mean for mean in means if math.isfinite(mean)]
 
 
 def _number(value: float | None) -> float | int | None:
