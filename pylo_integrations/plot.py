@@ -241,7 +241,9 @@ def plot_bands(panels: Sequence[tuple[str, Mapping[str, Band]]], output: Path, m
     figure.supxlabel("step", fontsize=10)
     figure.supylabel(meaning, fontsize=10)
     lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
-    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=min(6, len(names)), fontsize=9)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside upper center", ncols=max(1, min(6, len(names))), fontsize=9
+    )
     _save(figure, output)
 
 

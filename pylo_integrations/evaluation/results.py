@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 from pylo_integrations.evaluation.contenders import BASELINES
 from pylo_integrations.evaluation.runs import Record
+from pylo_integrations.evaluation.tasks import TASKS
 
 GLOBAL = "adamw global"
 """AdamW at the one setting for all tasks."""
@@ -129,7 +130,8 @@ class Results:
             if record["steps"] == steps:
                 self._runs.setdefault(record["task"], {}).setdefault(record["name"], {})[record["seed"]] = record
                 self._optimizer[record["name"]] = record["setting"]["optimizer"]
-        self.tasks = list(self._runs)
+        order = list(TASKS)
+        self.tasks = sorted(self._runs, key=lambda task: (order.index(task) if task in TASKS else len(order), task))
         medians = {task: {base: medians_of_grid(self._grid(task, base)) for base in BASELINES} for task in self.tasks}
         self.best = {
             task: {base: min(found, key=lambda name: found[name]) for base, found in of_task.items() if found}
@@ -139,7 +141,7 @@ class Results:
         self.titles = [tuned(base) for base in BASELINES if any(base in best for best in self.best.values())]
         if self.global_setting:
             self.titles.insert(1, GLOBAL)
-        others = [name for name, optimizer in self._optimizer.items() if optimizer not in BASELINES]
+        others = sorted(name for name, optimizer in self._optimizer.items() if optimizer not in BASELINES)
         self.titles += others if learned is None else [name for name in learned if name in others]
 
     def _grid(self, task: str, baseline: str) -> dict[str, dict[int, Record]]:

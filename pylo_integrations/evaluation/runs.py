@@ -93,6 +93,7 @@ def _train(run: Run) -> dict[str, Any]:
     optimizers = setting.optimizers(model, task, steps)
     factor = SCHEDULES[setting.schedule]
     schedulers = [LambdaLR(optimizer, lambda step: factor(min(1.0, step / steps))) for optimizer in optimizers]
+    train_points, validation_points = _evenly(steps, POINTS), _evenly(steps, VALIDATIONS)
     train_curve = [(0, *_measure(model, training))]
     validation_curve = [(0, *_measure(model, validation))]
     losses: list[float] = []
@@ -116,9 +117,9 @@ def _train(run: Run) -> dict[str, Any]:
             scheduler.step()
         ended = time.perf_counter()
         wall, inside, cpu = wall + ended - began, inside + ended - before_step, cpu + time.thread_time() - began_cpu
-        if step in _spread(steps, POINTS):
+        if step in train_points:
             train_curve.append((step, *_measure(model, training)))
-        if step in _spread(steps, VALIDATIONS):
+        if step in validation_points:
             validation_curve.append((step, *_measure(model, validation)))
     is_whole = len(losses) == steps and math.isfinite(losses[-1])
     averages = _averages(losses, max(1, round(WINDOW * steps)))
@@ -133,7 +134,7 @@ def _train(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "diverged": not (final < first and math.isfinite(validation_loss)),
         "train": _number(final),
-        "train_best": _number(min(loss for _, loss, _ in train_curve)),
+        "train_best": _number(min((loss for _, loss, _ in train_curve if math.isfinite(loss)), default=math.inf)),
         "batches": _number(averages[-1] if is_whole else math.inf),
         "batches_best": _number(min(averages, default=math.inf)),
         "validation": _number(validation_loss),
@@ -148,8 +149,8 @@ def _train(run: Run) -> dict[str, Any]:
     }
 
 
-def _spread(steps: int, points: int) -> set[int]:
-    """So many steps, evenly, to the last."""
+def _evenly(steps: int, points: int) -> set[int]:
+    """So many steps, at equal distances, to the last."""
     return {round(index * steps / points) for index in range(1, points + 1)}
 
 
