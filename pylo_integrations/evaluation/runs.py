@@ -66,21 +66,23 @@ class Run:
 def train(run: Run) -> dict[str, Any]:
     """Train, on one thread and in float32, and tell how it went.
 
-    Returns:
-        A JSON-serialisable record: the run's attributes and
+    The record has the attributes of the run, and
 
-        * ``train_curve``: pairs of a step and the loss on fixed training examples, with the network in evaluation
-          mode: at the start, every twentieth of the run, and at the end;
-        * ``validation_curve``: a step, the loss and the accuracy (None for regression) on fixed validation examples: at
-          the start, every fifth of the run, and at the end;
-        * ``train``, ``validation``, ``accuracy``: the last of them;
-        * ``train_best``: the least loss in ``train_curve``;
-        * ``batches``, ``batches_best``: the mean loss, before the update, of the last batches, 5 % of all, and the
-          least such mean of so many batches in a row;
-        * ``diverged``: whether a loss was not finite, which ends the run, or ``train`` is not below what it was at the
-          start;
-        * ``step_seconds``, ``optimizer_seconds``: wall time per step, in all and in the optimizer;
-          ``step_cpu_seconds``: CPU time of the thread.
+    * ``train_curve``: pairs of a step and the loss on fixed training examples, with the network in evaluation mode: at
+      the start, every twentieth of the run, and at the end;
+    * ``validation_curve``: a step, the loss and the accuracy (None for regression) on fixed validation examples: at the
+      start, every fifth of the run, and at the end;
+    * ``train``, ``validation``, ``accuracy``: the last of them;
+    * ``train_best``: the least loss in ``train_curve``;
+    * ``batches``, ``batches_best``: the mean loss, before the update, of the last batches, 5 % of all, and the least
+      such mean of so many batches in a row;
+    * ``diverged``: whether a loss was not finite, which ends the run, or ``train`` is not below what it was at the
+      start;
+    * ``step_seconds``, ``optimizer_seconds``: wall time per step, in all and in the optimizer; ``step_cpu_seconds``:
+      CPU time of the thread.
+
+    Returns:
+        The record, JSON-serialisable; None stands for numbers that are not finite.
     """
     with _one_thread():
         return _train(run)
