@@ -180,7 +180,7 @@ def _muon(model: nn.Module, lr: float) -> list[Optimizer]:
 BASELINES: dict[str, Baseline] = {
     "adamw": Baseline(_adamw, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ("constant", "cosine")),
     "sgd": Baseline(_sgd, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), ("cosine",)),
-    "muon": Baseline(_muon, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), ("cosine",)),
+    "muon": Baseline(_muon, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ("cosine",)),
 }
 """What learned optimizers are compared with. Muon is in torch from 2.9 on."""
 

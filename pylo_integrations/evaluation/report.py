@@ -39,7 +39,9 @@ def write_report(records: Sequence[Record], folder: Path, learned: Sequence[str]
 def describe(results: Results) -> str:
     """The results of a horizon in Markdown: counts, losses task by task, and everything."""
     seeds = {len(result.runs) for task in results.tasks for t in results.titles if (result := results.result(task, t))}
-    notes = [f"AdamW's global setting: `{results.global_setting}`." if results.global_setting else ""]
+    notes = ["Incomplete: no setting of AdamW was run on all tasks."]
+    if results.global_setting:
+        notes = [f"AdamW's global setting: `{results.global_setting}`."]
     if edge := results.at_the_edge():
         notes.append(f"Best at an end of its grid: {', '.join(edge)}.")
     if len(seeds) > 1:
@@ -48,7 +50,7 @@ def describe(results: Results) -> str:
         [
             f"## {results.steps} steps",
             _table(["optimizer", *(head for head, *_ in _COUNTS)], _count_rows(results)),
-            " ".join(filter(None, notes)),
+            " ".join(notes),
             f"### Final training loss, {results.steps} steps",
             _table(["task", *results.titles], _rows(results, "train")),
             f"### Final validation loss, {results.steps} steps",
