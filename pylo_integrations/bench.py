@@ -439,7 +439,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=counts,
         help=f"comma-separated CPU thread counts (default: {torch.get_num_threads()}), each in its own process",
     )
-    parser.add_argument("--repeats", type=_positive, help="rounds (default: 5)")
+    parser.add_argument("--repeats", type=positive, help="rounds (default: 5)")
     parser.add_argument("--dtype", choices=DTYPES, help="of parameters and gradients (default: float32)")
     parser.add_argument("--device", type=_device, help="cpu or cuda[:index] (default: cpu)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also write everything measured to FILE")
@@ -520,7 +520,8 @@ def names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[
     return parse
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Parse a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
@@ -528,7 +529,7 @@ def _positive(text: str) -> int:
 
 def counts(text: str) -> list[int]:
     """Parse comma-separated positive integers."""
-    return list(dict.fromkeys(_positive(count) for count in text.split(",")))
+    return list(dict.fromkeys(positive(count) for count in text.split(",")))
 
 
 def _device(text: str) -> str:

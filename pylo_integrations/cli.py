@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -88,6 +89,28 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="in place of the config's")
     command.add_argument("--threads", type=int, help="in place of the config's")
     command.set_defaults(run=_metatrain, parser=command)
+
+    command = commands.add_parser("evaluate", help="learned optimizers against tuned ones on held-out tasks")
+    command.add_argument(
+        "--optimizers",
+        metavar="NAME[:WEIGHTS][@SCHEDULE],...",
+        help="learned optimizers; WEIGHTS as for weights=, SCHEDULE constant, cosine or linear "
+        "(default: those whose weights are in the package)",
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("runs", "evaluation"), help="folder (default: %(default)s)"
+    )
+    command.add_argument("--tasks", help="comma-separated names of held-out tasks (default: all)")
+    command.add_argument("--steps", type=bench.counts, default=[1000], help="comma-separated horizons (default: 1000)")
+    command.add_argument("--seeds", type=bench.positive, default=3, help="how many (default: %(default)s)")
+    command.add_argument(
+        "--tuning-seeds", type=bench.positive, help="seeds of the whole grid of the baselines (default: all)"
+    )
+    command.add_argument("--jobs", type=bench.positive, help="processes of one thread each (default: one a core)")
+    command.add_argument(
+        "--report", action="store_true", help="run nothing; only write the report of what has been run"
+    )
+    command.set_defaults(run=_evaluate, parser=command)
 
     command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
     command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
@@ -437,6 +460,44 @@ def _launched_ranks() -> Iterator[bool]:
         yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+# -- evaluate ------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from pylo_integrations import evaluation  # imports metatrain, see there
+
+    names = args.optimizers.split(",") if args.optimizers else None
+    try:
+        if args.report:
+            records = evaluation.RunsFile(args.output / evaluation.RUNS).records
+            if not records:
+                args.parser.error(f"there are no runs in {args.output}; leave --report out, or give --output")
+        else:
+            records = evaluation.evaluate(
+                evaluation.parse_contenders(_with_builtin_weights() if names is None else names),
+                args.output,
+                tasks=args.tasks.split(",") if args.tasks else tuple(evaluation.TASKS),
+                steps=args.steps,
+                seeds=args.seeds,
+                tuning_seeds=args.tuning_seeds,
+                jobs=args.jobs or os.cpu_count() or 1,
+            )
+        files = evaluation.write_report(records, args.output, names)
+    except (ValueError, OSError, evaluation.DataError) as error:
+        args.parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print("written to", *files)
+    return 0
+
+
+def _with_builtin_weights() -> list[str]:
+    """Optimizers whose default weights are in the package."""
+    defaults = {name: getattr(get_optimizer_info(name).cls, "default_weights", None) for name in list_optimizers()}
+    return [name for name, weights in defaults.items() if str(weights).startswith("builtin:")]
 
 
 # -- plot ----------------------------------------------------------------------------------------------------------

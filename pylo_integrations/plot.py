@@ -30,6 +30,7 @@ Series: TypeAlias = dict[int, float]
 _TELEMETRY = re.compile(r"optim/[^/]+/(?:param/(?P<param>.+)|(?P<group>group\d+))/(?P<number>[^/]+)")
 _MEANING = {"lr_mult": "learned multiplier of lr", "update_ratio": "update norm / parameter norm"}
 _MOST_NAMES = 60  # of parameters, that fit beside a heat map
+_PANELS_ABREAST = 4
 
 
 class PlotError(ValueError):
@@ -202,6 +203,50 @@ def plot_curves(panels: Sequence[tuple[str, str, Mapping[str, Series]]], output:
     _save(figure, output)
 
 
+@dataclass(frozen=True)
+class Band:
+    """A curve with a band around it: ``middle``, between ``low`` and ``high``, at ``steps``."""
+
+    steps: Sequence[int]
+    middle: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def plot_bands(panels: Sequence[tuple[str, Mapping[str, Band]]], output: Path, meaning: str) -> None:
+    """Draw curves with bands, a panel for each title, into the picture ``output``.
+
+    Args:
+        panels: Of each its title, and its curves by name; a name has the same colour everywhere.
+        output: Its suffix tells the format.
+        meaning: Of the vertical axes.
+
+    Raises:
+        PlotError: matplotlib is not installed or does not know the format.
+    """
+    columns = min(_PANELS_ABREAST, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(figsize=(4.2 * columns, 3 * rows + 0.6))
+    names = list(dict.fromkeys(name for _, bands in panels for name in bands))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, bands) in zip(grid, panels, strict=False):
+        for name, band in bands.items():
+            colour = f"C{names.index(name)}"
+            axes.plot(band.steps, band.middle, label=name, color=colour)
+            axes.fill_between(band.steps, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+        _scale(axes, [value for band in bands.values() for value in band.middle])
+        axes.set_title(title, fontsize=10)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel(meaning, fontsize=10)
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.lines}
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside upper center", ncols=max(1, min(6, len(names))), fontsize=9
+    )
+    _save(figure, output)
+
+
 def _figure(**options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure  # not pyplot, which needs to know about displays
@@ -230,15 +275,20 @@ def _draw_lines(axes: Axes, series: Mapping[str, Series], title: str, marker: st
     for name, line in series.items():
         steps = sorted(line)
         axes.plot(steps, [line[step] for step in steps], label=name, marker=marker)
-    values = [value for line in series.values() for value in line.values() if math.isfinite(value)]
-    if values and min(values) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 10 * min(values) else "")
+    _scale(axes, [value for line in series.values() for value in line.values()])
     axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3, which="both")
     if series:
         axes.legend(fontsize=8)
+
+
+def _scale(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic axis if all finite values are positive, and a grid."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if max(finite) < 10 * min(finite) else "")
+    axes.grid(alpha=0.3, which="both")
 
 
 def _draw_heat_map(axes: Axes, rows: Mapping[str, Series], title: str) -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"hf", "lightning", "accelerate", "timm"},
     {"bench", "plot", "workers"},
     {"strategies", "metatrain"},
-    {"dry_run"},
+    {"dry_run", "evaluation"},
     {"bench_distributed"},
     {"cli"},
 ]
