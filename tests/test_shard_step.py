@@ -37,7 +37,7 @@ MEASURED = ["small_fc_lopt", "velo", "celo2_base"]
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_ddp_model_steps_as_a_plain(workers, name, world):
+def test_a_ddp_model_steps_as_a_plain_one(workers, name, world):
     ranks = workers.run(world, wrapper_case, wrapper="ddp", name=name, options=EXACT, shard_step=True)
     assert ranks[0]["moved"] > 1e-6
     assert max(rank["error"] for rank in ranks) <= 1e-11  # as in test_sharded_steps
