@@ -327,7 +327,9 @@ def test_an_observed_loss_serves_one_step_only(toy_loss):
 
 
 @pytest.mark.parametrize(
-    ("loss", "error"), [(torch.ones(2), ValueError), ("0.5", TypeError), (object(), TypeError)], ids=str
+    ("loss", "error"),
+    [(torch.ones(2), ValueError), ("0.5", TypeError), pytest.param(object(), TypeError, id="object")],
+    ids=str,
 )
 def test_bad_losses_are_refused(loss, error, toy_loss):
     params = [parameter(3, 2)]
