@@ -1,8 +1,9 @@
 """A few processes that stay alive and run functions together, as ranks of a gloo group.
 
-Starting a process costs seconds, so whoever needs groups in turn shares the processes. Each size of group has processes
-of its own: torch keeps device meshes, and with them their process groups, in caches that outlive a group. Nothing waits
-longer than its timeout: whoever hangs or dies is reported, and the group is replaced.
+Starting a process costs seconds, so whoever needs groups in turn shares the processes, and on Linux they are forked
+from one that has imported torch. Each size of group has processes of its own: torch keeps device meshes, and with them
+their process groups, in caches that outlive a group. Nothing waits longer than its timeout: whoever hangs or dies is
+reported, and the group is replaced.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_IMPORTED = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"]
+"""What ranks would import one by one, in seconds each. Nothing in it starts threads, so what has it may be forked."""
 
 
 def _serve(rank: int, world: int, rendezvous: str, connection: Any) -> None:
@@ -56,7 +60,9 @@ class Workers:
         self._groups: dict[int, list[tuple[Any, Any]]] = {}  # by size: processes, and our ends of pipes to them
 
     def _start(self, world: int) -> list[tuple[Any, Any]]:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            context.set_forkserver_preload(_IMPORTED)
         rendezvous = str(Path(self._folder.name) / f"rendezvous{time.monotonic_ns()}")
         group = []
         for rank in range(world):

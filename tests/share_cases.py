@@ -13,13 +13,11 @@ from sharded_cases import (
     compare,
     digest,
     full,
-    is_native,
     loss_of,
     make,
     net,
     random,
     some_gradients,
-    take_steps,
     train_shards,
     train_wrapped,
     wrapped_run,
@@ -37,26 +35,6 @@ def local(tensor: Tensor) -> Tensor:
 
 def state_bytes(optimizer) -> int:
     return sum(local(value).nbytes for state in optimizer.state.values() for value in state.values())
-
-
-def share_case(rank: int, world: int, name: str, dtype, steps: int = 3, options=None) -> dict[str, Any]:
-    """Trained replicas that share their steps, twice; and what they cost."""
-    runs = []
-    for _ in range(2):
-        trained, counted, optimizer = take_steps(
-            whole, name, dtype, steps, {**(options or {}), "shard_step": True}, lambda step: 1.0 + step + rank
-        )
-        states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
-        same = [value for state in states for value in state.values() if not hasattr(value, "placements")]
-        memory = [value for _, value in sorted(optimizer._progress.memory.items())]
-        runs.append((trained, counted, digest([*trained, *same, *memory])))
-    assert runs[0][2] == runs[1][2], "not repeatable"
-    return {
-        "params": [t.numpy() for t in runs[0][0]],
-        "collectives": runs[0][1],
-        "digest": runs[0][2],
-        "native": is_native(optimizer),
-    }
 
 
 def cost_case(rank: int, world: int, name: str, shard_step: bool) -> dict[str, int]:

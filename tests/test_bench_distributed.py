@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_sharded_steps import promised
+from sharded_cases import promised
 
 from pylo_integrations import bench, bench_distributed, cli, list_optimizers
 from pylo_integrations.bench import SHAPES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from native_library import CSRC
@@ -25,9 +26,20 @@ def count_sass():
     return module
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_kernels_compile_without_spills_within_their_budget(count_sass, arch, tmp_path):
-    cubin, kernels = count_sass.compile_kernels(arch, tmp_path)
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.fixture(scope="module")
+def compiled(count_sass, tmp_path_factory):
+    """What is compiled for every architecture: a minute each, so two at a time."""
+    folder = tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(2) as pool:
+        yield {arch: pool.submit(count_sass.compile_kernels, arch, folder) for arch in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile_without_spills_within_their_budget(count_sass, compiled, arch):
+    cubin, kernels = compiled[arch].result()
     by_name = {kernel.name: kernel for kernel in kernels.values()}
     fast = ["tensor_core_kernel<1>", "exact_kernel<4, 2, 1>", "exact_kernel<32, 2, 1>", "describe_kernel<1>"]
     assert {*fast, "collect_kernel", "merge_kernel", "prepare_kernel"} <= set(by_name)

@@ -27,13 +27,13 @@ TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc
 ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
 
 
-def run_script(script, *options, launcher=(), code=0):
+def run_script(script, *options, launcher=()):
     """Runs a recipe as its users do; returns what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, str(RECIPES / script), *map(str, options)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert run.returncode == code, f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-    return run.stdout if code == 0 else run.stderr
+    assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    return run.stdout
 
 
 @pytest.fixture
@@ -50,6 +50,23 @@ def module(monkeypatch):
         return loaded
 
     return load
+
+
+@pytest.fixture
+def run_vit(module, monkeypatch, capsys):
+    """Runs vit/train.py in this process, where the frameworks are imported once; returns what it printed."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as run_script does, with which results are compared
+        try:
+            module("vit/train.py").main()
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
 
 
 def assert_same(left, right):
@@ -157,11 +174,11 @@ def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
 
 
 @pytest.mark.timeout(240)
-def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
+def test_vit_logs_telemetry_that_can_be_drawn(vit_run, run_vit, stripes, tmp_path):
     from pylo_integrations.plot import plot, read_runs
 
     options = ("--baseline", "null", "--telemetry", "per_parameter", "--trainer.log_every_n_steps", 10)
-    run_script("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, *options)
+    run_vit(*SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, *options)
     [run] = read_runs(tmp_path)
     ratios = run.telemetry("update_ratio", of="param")
     trained = checkpoint(tmp_path / "small_fc_lopt")["state_dict"]
@@ -176,11 +193,11 @@ def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, stripes, tmp_path):
+def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, run_vit, stripes, tmp_path):
     folder, _ = vit_run
     [middle] = (folder / "small_fc_lopt" / "checkpoints").glob("*step=20.ckpt")
     options = (*SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, "--baseline", "null", "--ckpt_path", middle)
-    said = run_script("vit/train.py", *options)
+    said = run_vit(*options)
     whole, resumed = checkpoint(folder / "small_fc_lopt"), checkpoint(tmp_path / "small_fc_lopt")
     assert resumed["global_step"] == whole["global_step"] == STEPS
     assert_same(resumed["state_dict"], whole["state_dict"])
@@ -193,9 +210,9 @@ def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, str
 
 
 @pytest.mark.timeout(240)
-def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, stripes):
+def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, run_vit, stripes):
     folder, said = vit_run
-    again = run_script("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", folder, "--ckpt_path", "last")
+    again = run_vit(*SMALL_VIT, "--data-dir", stripes, "--output", folder, "--ckpt_path", "last")
     assert (folder / "comparison.md").read_text() in again
     assert [line for line in again.splitlines() if line.startswith("| ")] == [
         line for line in said.splitlines() if line.startswith("| ")
@@ -203,11 +220,14 @@ def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, stripes):
 
 
 @pytest.mark.timeout(120)
-def test_vit_misuse_is_refused_with_a_remedy(stripes, tmp_path):
-    said = run_script("vit/train.py", "--optimizer", "small_fc_lop", "--output", tmp_path, code=2)
-    assert "--optimizer" in said and "did you mean 'small_fc_lopt'" in said
-    said = run_script("vit/train.py", "--data-dir", tmp_path, "--output", tmp_path, code=1)
-    assert f"--data-dir {tmp_path}" in said and "train-images-idx3-ubyte" in said
+def test_vit_misuse_is_refused_with_a_remedy(run_vit, stripes, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        run_vit("--optimizer", "small_fc_lop", "--output", tmp_path)
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and "--optimizer" in said and "did you mean 'small_fc_lopt'" in said
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte") as refusal:
+        run_vit("--data-dir", tmp_path, "--output", tmp_path)
+    assert f"--data-dir {tmp_path}" in str(refusal.value)
 
 
 def test_images_fall_back_to_digits_and_say_so(module, monkeypatch, tmp_path):

@@ -1,11 +1,14 @@
-"""Do replicas that share their steps take those of one device, at a fraction of the work and state each?"""
+"""Do replicas that share their steps take those of one device, at a fraction of the work and state each?
+
+The steps themselves, of every optimizer, are tests/test_sharded_steps.py's.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from native_library import library_or_skip
-from sharded_cases import load_case, make, save_case, take_steps, wrapper_case
+from layout_cases import LAYOUTS, STEPS, Run
+from sharded_cases import load_case, make, promised, save_case, wrapper_case
 from share_cases import (
     absent_case,
     clip_case,
@@ -19,11 +22,10 @@ from share_cases import (
     pickle_case,
     policy_case,
     scaler_case,
-    share_case,
     telemetry_case,
     views_case,
 )
-from test_sharded_steps import EXACT, KERNELS, MANY, NAMES, ORTHOGONALISED, assert_same, promised
+from test_sharded_steps import EXACT, MODELS
 
 from pylo_integrations import get_optimizer_info, list_optimizers
 
@@ -33,52 +35,14 @@ GATHER = "_allgather_base_"
 MEASURED = ["small_fc_lopt", "velo", "celo2_base"]
 
 
-def unshared(name, dtype, world, steps, options):
-    trained, _, _ = take_steps(lambda t: t, name, dtype, steps, options, lambda step: 1.0 + step + (world - 1) / 2)
-    return [t.numpy() for t in trained]
-
-
-CASES = [
-    *((name, 2, torch.float64) for name in NAMES),
-    *((name, world, torch.float64) for name in MANY for world in (1, 3, 4)),
-]
-
-
-@pytest.mark.parametrize(("name", "world", "dtype"), CASES, ids=str)
-def test_shared_steps_are_those_of_one_device(workers, name, world, dtype):
-    steps = 3
-    ranks = workers.run(world, share_case, name=name, dtype=dtype, steps=steps, options=EXACT)
-    assert len({rank["digest"] for rank in ranks}) == 1
-    assert_same(ranks[0]["params"], unshared(name, dtype, world, steps, EXACT), dtype)
-    # Two rounds, two exchanges where owners finish whole tensors, and one message with all new parameters.
-    for counted in ranks[0]["collectives"][1:]:
-        assert counted == promised(name, world, sharded=True) + [GATHER] * (world > 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "world"),
-    [*((name, 2) for name in KERNELS), *((name, world) for name in ("velo", "celo2") for world in (3, 4))],
-    ids=str,
-)
-def test_native_kernels_step_shares(workers, name, world):
-    library_or_skip()
-    options = {**EXACT, "backend": "native"}
-    steps = 10 if world == 2 else 3
-    ranks = workers.run(world, share_case, name=name, dtype=torch.float32, steps=steps, options=options)
-    assert all(rank["native"] for rank in ranks)
-    assert len({rank["digest"] for rank in ranks}) == 1
-    want = unshared(name, torch.float32, world, steps, options)
-    assert_same(ranks[0]["params"], want, torch.float32, ORTHOGONALISED.get(name, 1.0))
-    for counted in ranks[0]["collectives"][1:]:
-        assert counted == [*promised(name, world, sharded=True), GATHER]
-
-
-@pytest.mark.parametrize(("name", "world"), [*((name, 2) for name in NAMES), *((name, 3) for name in MANY)], ids=str)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_ddp_model_steps_as_a_plain_one(workers, name, world):
     ranks = workers.run(world, wrapper_case, wrapper="ddp", name=name, options=EXACT, shard_step=True)
     assert ranks[0]["moved"] > 1e-6
     assert max(rank["error"] for rank in ranks) <= 1e-11  # as in test_sharded_steps
     assert len({rank["digest"] for rank in ranks}) == 1
+    # Two rounds, two exchanges where owners finish whole tensors, and one message with all new parameters.
     for counted in ranks[0]["collectives"][1:]:
         assert counted == [*promised(name, world, sharded=True), GATHER]
 
@@ -248,9 +212,9 @@ def test_a_deep_copy_goes_on(workers):
 
 
 def test_alone_it_changes_nothing():
-    runs = [take_steps(lambda t: t, "small_fc_lopt", torch.float32, 3, {"shard_step": s}, float) for s in (True, False)]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
-    shared, plain = (optimizer for _, _, optimizer in runs)
+    runs = [Run(LAYOUTS[layout](1, torch.float32), "small_fc_lopt", "reference") for layout in ("shard_step", "local")]
+    assert runs[0].step_to(STEPS) == runs[1].step_to(STEPS)
+    shared, plain = (run.optimizer for run in runs)
     assert shared.shard_step and not plain.shard_step
     assert shared.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
 

@@ -6,6 +6,7 @@ weights makes every other path count too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from pylo_integrations.weights import bootstrap
 WIDTH, CONTROLS, NOISE = 6, 3, 0.02
 
 
+@functools.cache
 def theta_for(name: str) -> Theta:
     """Theta for a catalogue entry, the same at every call."""
     arrays = BUILDERS[get_optimizer_info(name).cls.architecture]()
