@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -312,38 +313,50 @@ class LearnedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | None) -> None:
-        progress = self._progress
         self._whole.clear()
-        self._check_gradients()
+        with torch.no_grad(), self._full_precision():
+            try:
+                taken = self._step_with(loss, self._engine.recall(self.param_groups, self.state))
+            finally:
+                self._engine.release_gradients()
+        if not taken:
+            self._warn_once(
+                "nonfinite",
+                f"step {self.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
+                "ones are only counted, in `nonfinite_steps`",
+            )
+
+    def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
+        """Check, and step if it was not a probe; False if the step was skipped."""
+        progress = self._progress
+        if not recalled:
+            self._check_gradients()
         if loss is None and self._is_state_probe():
             self.init_state()
-            return
+            return True
         self._check_needs(loss)
-        self.init_state()
+        if not recalled:
+            self.init_state()
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
             self._warn_once(
                 "horizon",
                 f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
                 "told that training ends there. Call set_num_steps() with the true length of the run",
             )
-        with torch.no_grad(), torch.autocast(self._device_type(), enabled=False):
-            try:
-                taken = self._engine.step(
-                    self.param_groups,
-                    self.state,
-                    progress,
-                    loss if self.rule.needs_loss else None,
-                    self.on_nonfinite,
-                    self.max_grad_norm,
-                )
-            finally:
-                self._engine.release_gradients()
-        if not taken:
-            self._warn_once(
-                "nonfinite",
-                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
-                "ones are only counted, in `nonfinite_steps`",
-            )
+        return self._engine.step(
+            self.param_groups,
+            self.state,
+            progress,
+            loss if self.rule.needs_loss else None,
+            self.on_nonfinite,
+            self.max_grad_norm,
+            recalled=recalled,
+        )
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        kind = self._device_type()
+        # Entering one costs as much as stepping dozens of small tensors.
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _device_type(self) -> str:
         kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
