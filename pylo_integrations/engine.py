@@ -34,6 +34,7 @@ from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages, select_local
 from pylo_integrations.progress import Progress
+from pylo_integrations.rounding import block_noise, round_stochastically
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
@@ -85,7 +86,6 @@ class _Plan:
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
     formats: list[Any] = field(default_factory=list)  # of all parameters: dtype, device and shape
-    places: list[list[int]] = field(default_factory=list)  # of every bucket's parameters, among those of all groups
 
     @property
     def device(self) -> torch.device:
@@ -187,12 +187,20 @@ class Engine:
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
         holdings: Who trains together, and what is here of every parameter.
+        stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
     """
 
-    def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int, holdings: Holdings) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        backend: Backend,
+        chunk_bytes: int,
+        holdings: Holdings,
+        stochastic_rounding: bool = False,
+    ) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
         self._rule = rule
@@ -200,6 +208,7 @@ class Engine:
         self._local = select_local(backend)
         self._chunk_bytes = chunk_bytes
         self._holdings = holdings
+        self._stochastic_rounding = stochastic_rounding
         self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
@@ -291,7 +300,7 @@ class Engine:
             return False
         for indices, native in plan.native.items():
             for i in indices:
-                plan.buckets[i].grads = [grads[place] for place in plan.places[i]]
+                plan.buckets[i].grads = [grads[number] for number in plan.buckets[i].numbers]
             mine = list(itertools.chain.from_iterable(plan.buckets[i].grads for i in indices))
             if not native.is_current() or not native.recognises(mine):
                 self.release_gradients()
@@ -345,6 +354,7 @@ class Engine:
             key = (key[0], self._agreed, *key[2:])
         # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
         absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
+        number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
@@ -359,6 +369,8 @@ class Engine:
             bucket.params.append(param)
             bucket.states.append(state[param])
             bucket.held.append(held)
+            bucket.numbers.append(number[id(param)])
+            bucket.rounds_stochastically = self._stochastic_rounding and param.dtype == torch.bfloat16
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
@@ -369,9 +381,7 @@ class Engine:
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
         able_here = [param not in unable_here for param in sharded]
         shares = self._collections(buckets)
-        number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
-        places = [[number[id(param)] for param in bucket.params] for bucket in buckets]
-        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares, places=places)
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares)
 
     def _collections(self, buckets: Sequence[Bucket]) -> list[Collection]:
         """Who brings every rank the shares that others have stepped, by device."""
@@ -468,7 +478,7 @@ class Engine:
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]
-            if rules[indices[0]].finishes:
+            if rules[indices[0]].finishes or buckets[indices[0]].rounds_stochastically:
                 steps_of = native.propose_([plan.blocks[i] for i in indices], decided, ctx)
                 for i, mine in zip(indices, steps_of, strict=True):
                     proposed[i] = mine
@@ -491,12 +501,20 @@ class Engine:
                 for block, step in zip(blocks, steps, strict=True):
                     if record is not None:
                         record.add(i, block, step * scale, contexts[i])
-                    block.store_param_(block.param * keep - step * scale)
+                    block.store_param_(self._rounded(block.param * keep - step * scale, block, context))
         for collection in plan.shares:
             collection.collect_()
         if self.telemetry is not None and record is not None:
             record.complete_(controls, self._ranks)
             self.telemetry.last = record
+
+    @staticmethod
+    def _rounded(values: Tensor, block: Block, context: StepContext) -> Tensor:
+        """New parameters as they can be stored, where that is not to be the nearest."""
+        if not block.bucket.rounds_stochastically:
+            return values
+        noise = block_noise(block, block.bucket.numbers[block.tensors], context.iteration)
+        return round_stochastically(values, noise)
 
     @staticmethod
     def _control(plan: _Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:

@@ -68,6 +68,8 @@ class LearnedOptimizer(Optimizer):
             bytes of state fall with the number of processes. Without effect on parameters that are sharded anyway
             (``DTensor``, FSDP), on scalars, and in a single process. For checkpoints see
             :meth:`consolidate_state_dict`.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
+            updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
 
     Raises:
@@ -104,6 +106,7 @@ class LearnedOptimizer(Optimizer):
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
         shard_step: bool = False,
+        stochastic_rounding: bool = False,
         theta: Theta | None = None,
     ) -> None:
         if on_nonfinite not in get_args(NonFinitePolicy):
@@ -120,13 +123,14 @@ class LearnedOptimizer(Optimizer):
         self.on_nonfinite: NonFinitePolicy = on_nonfinite
         self.chunk_bytes = chunk_bytes
         self.backend = backend
+        self.stochastic_rounding = stochastic_rounding
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
         self._holdings = Holdings(shard_step)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
-        self._engine = Engine(rule, backend, chunk_bytes, self._holdings)
+        self._engine = Engine(rule, backend, chunk_bytes, self._holdings, stochastic_rounding)
         self.set_num_steps(num_steps)
         defaults = {
             "lr": lr,
@@ -604,15 +608,15 @@ class LearnedOptimizer(Optimizer):
             self.set_num_steps(horizon)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
-        distributed = ("_holdings", "_born")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own + distributed}}
+        own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
+        ours = (*own, "_progress", "_warned", "_holdings", "_born")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
             self._whole = {}
-            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._holdings)
+            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._holdings, self.stochastic_rounding)
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

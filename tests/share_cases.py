@@ -59,6 +59,14 @@ def share_case(rank: int, world: int, name: str, dtype, steps: int = 3, options=
     }
 
 
+def rounding_case(rank: int, world: int) -> list[Any]:
+    """bfloat16 parameters of replicas that share their steps and round stochastically."""
+    trained, _, _ = take_steps(
+        whole, "small_fc_lopt", torch.bfloat16, 3, {"stochastic_rounding": True, "shard_step": True}, lambda step: 1.0
+    )
+    return [tensor.float().numpy() for tensor in trained]
+
+
 def cost_case(rank: int, world: int, name: str, shard_step: bool) -> dict[str, int]:
     """State bytes of a rank, and elements whose step it computes, for tensors as models have them."""
     shapes = [(64, 32), (64,), (32, 64), (32,), (100, 48), (16, 8, 3, 3), (10,), (1, 20, 16)]

@@ -18,6 +18,7 @@ from share_cases import (
     message_case,
     pickle_case,
     policy_case,
+    rounding_case,
     scaler_case,
     share_case,
     telemetry_case,
@@ -53,6 +54,16 @@ def test_shared_steps_are_those_of_one_device(workers, name, world, dtype):
     # Two rounds, two exchanges where owners finish whole tensors, and one message with all new parameters.
     for counted in ranks[0]["collectives"][1:]:
         assert counted == promised(name, world, sharded=True) + [GATHER] * (world > 1)
+
+
+def test_shares_are_rounded_stochastically_as_one_device_rounds(workers):
+    """But for elements whose sums, in another order, lie on the other side of the noise."""
+    first, second = workers.run(2, rounding_case)
+    options = {"stochastic_rounding": True}
+    alone, _, _ = take_steps(lambda t: t, "small_fc_lopt", torch.bfloat16, 3, options, lambda step: 1.0)
+    differing = [(mine != t.float().numpy()).sum() for mine, t in zip(first, alone, strict=True)]
+    assert sum(differing) < 0.02 * sum(t.numel() for t in alone)
+    assert all((mine == other).all() for mine, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(
