@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,6 +34,7 @@ from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages, select_local
 from pylo_integrations.progress import Progress
+from pylo_integrations.rounding import block_noise, round_stochastically
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
@@ -52,6 +54,9 @@ it is the loss). Whatever the choice, parameters and state stay finite.
 
 CACHE_NUMEL = 32_768
 """Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
+
+
+_gradient = operator.attrgetter("grad")
 
 
 @functools.cache
@@ -80,6 +85,7 @@ class _Plan:
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
+    formats: list[Any] = field(default_factory=list)  # of all parameters: dtype, device and shape
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +94,12 @@ class _Plan:
     @cached_property
     def natively(self) -> frozenset[int]:
         return frozenset(itertools.chain(*self.native))
+
+    @cached_property
+    def is_native(self) -> bool:
+        """Whether the kernels do all of it, on a CPU, without other ranks."""
+        everything = len(self.natively) == len(self.buckets) > 0
+        return everything and not self.sharded and all(bucket.device.type == "cpu" for bucket in self.buckets)
 
 
 class _Agreed(NamedTuple):
@@ -134,8 +146,10 @@ class _Facts:
 
     def read(self) -> _Verdict:
         """The one read of the device in a step."""
-        loss = self.squares.new_zeros(()) if self.loss is None else self.loss
-        squares, loss_value, *rest = torch.cat([torch.stack([self.squares, loss]), self.present, self.able]).tolist()
+        loss = [] if self.loss is None else [self.loss]
+        parts = [part.view(-1) for part in (self.squares, *loss, self.present, self.able) if part.numel()]
+        squares, *rest = torch.cat(parts).tolist()
+        loss_value = rest.pop(0) if loss else 0.0
         present, able = rest[: len(self.present)], rest[len(self.present) :]
         finite = math.isfinite(squares)
         return _Verdict(
@@ -173,12 +187,20 @@ class Engine:
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
         holdings: Who trains together, and what is here of every parameter.
+        stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
     """
 
-    def __init__(self, rule: Rule, backend: Backend, chunk_bytes: int, holdings: Holdings) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        backend: Backend,
+        chunk_bytes: int,
+        holdings: Holdings,
+        stochastic_rounding: bool = False,
+    ) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
         self._rule = rule
@@ -186,6 +208,7 @@ class Engine:
         self._local = select_local(backend)
         self._chunk_bytes = chunk_bytes
         self._holdings = holdings
+        self._stochastic_rounding = stochastic_rounding
         self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
@@ -200,22 +223,29 @@ class Engine:
         loss: Tensor | None,
         on_nonfinite: NonFinitePolicy,
         max_grad_norm: float | None,
+        *,
+        recalled: bool = False,
     ) -> bool:
         """Take one step, all ranks together; returns False if non-finite values made it change nothing.
 
-        A step reads the device once: the verdict on non-finite values.
+        ``recalled`` is what :meth:`recall` answered. A step reads the device once: the verdict on non-finite values.
 
         Raises:
             NonFiniteError: See :data:`NonFinitePolicy`.
             ShardingError: A parameter is distributed in an unsupported way.
         """
-        plan = self._planned(groups, state)
+        plan = self._plan if recalled else self._planned(groups, state)
         context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
         while plan.buckets or self._exchanges(plan, loss):
-            facts = self._measure(plan, context, loss)
-            collected = self._collect(plan, context, facts) if self._exchanges(plan, loss) else None
+            exchanges = self._exchanges(plan, loss)
+            # The kernels sum squared gradients as they collect, but for bad elements that are to be read as zero.
+            alone = plan.is_native and not exchanges and not context.zero_nonfinite
+            collected = self._collect(plan, context) if alone else None
+            facts = self._measure(plan, context, loss, collected is not None)
+            if exchanges:
+                collected = self._collect(plan, context, facts)
             verdict = facts.read()
             if verdict.agreed != self._agreed:
                 self._agreed = verdict.agreed
@@ -255,16 +285,52 @@ class Engine:
         """Whether ranks talk in this step. Replicas that see no loss stay equal without."""
         return self._ranks.size > 1 and bool(plan.candidates) and (bool(plan.sharded) or loss is not None)
 
+    def recall(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether a step needs no checks and no plan, because the kernels step what they stepped last, as it was then.
+
+        Tensors, their memory and the formats of their gradients are compared, in loops that are not Python's. If it
+        answers True, it has read the gradients for :meth:`step`.
+        """
+        plan = self._plan
+        if not plan.is_native:
+            return False
+        params = list(itertools.chain.from_iterable(group["params"] for group in groups))
+        grads = list(map(_gradient, params))
+        if self._key(groups, state, params, grads) != plan.key:
+            return False
+        for indices, native in plan.native.items():
+            for i in indices:
+                plan.buckets[i].grads = [grads[number] for number in plan.buckets[i].numbers]
+            mine = list(itertools.chain.from_iterable(plan.buckets[i].grads for i in indices))
+            if not native.is_current() or not native.recognises(mine):
+                self.release_gradients()
+                return False
+        return True
+
+    def _key(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+    ) -> tuple[Any, ...]:
+        """What a plan was made for, but for how tensors are in memory."""
+        options = [(id(group), group["axes"], group["rule"], len(group["params"])) for group in groups]
+        kinds = list(map(type, grads))
+        absent = kinds.count(type(None)) > 0
+        idle = [p.requires_grad for p, grad in zip(params, grads, strict=True) if grad is None] if absent else []
+        identities = [list(map(id, objects)) for objects in (params, state, state.values())]
+        return self._ranks.size, self._agreed, options, identities, kinds, idle
+
     def _planned(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> _Plan:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
-        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
-        tensors = (
-            (id(g), g["axes"], g["rule"], id(p), p.dtype, p.device, p.shape, p.grad is None, id(state.get(p)))
-            for g, p in candidates
-        )
-        key = (self._ranks.size, self._agreed, *tensors)
-        if key != self._plan.key or not all(native.is_current() for native in self._plan.native.values()):
-            self._plan = self._build(key, candidates, state)
+        params = [param for group in groups for param in group["params"]]
+        key = self._key(groups, state, params, list(map(_gradient, params)))
+        formats = [(param.dtype, param.device, param.shape) for param in params]
+        is_current = key == self._plan.key and formats == self._plan.formats
+        if not is_current or not all(native.is_current() for native in self._plan.native.values()):
+            self._plan = self._build(key, groups, state)
+            self._plan.formats = formats
         for bucket in self._plan.buckets:
             pairs = zip(bucket.params, bucket.held, strict=True)
             bucket.grads = [held.of(local_gradient(param)) for param, held in pairs]
@@ -273,9 +339,10 @@ class Engine:
     def _build(
         self,
         key: tuple[Any, ...],
-        candidates: list[tuple[Mapping[str, Any], Tensor]],
+        groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
+        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates
@@ -287,6 +354,7 @@ class Engine:
             key = (key[0], self._agreed, *key[2:])
         # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
         absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
+        number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
@@ -301,6 +369,8 @@ class Engine:
             bucket.params.append(param)
             bucket.states.append(state[param])
             bucket.held.append(held)
+            bucket.numbers.append(number[id(param)])
+            bucket.rounds_stochastically = self._stochastic_rounding and param.dtype == torch.bfloat16
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
@@ -325,10 +395,19 @@ class Engine:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
         return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
 
-    def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None) -> _Facts:
+    def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None, is_collected: bool) -> _Facts:
+        if is_collected:
+            squares = torch.stack([native.grad_squares for native in plan.native.values()]).sum()
+        else:
+            squares = self._grad_squares(plan, context, self._exchanges(plan, loss))
+        present = squares.new_tensor([param.grad is not None for param in plan.sharded])
+        able = squares.new_tensor(plan.able)
+        return _Facts(squares, None if loss is None else loss.to(squares, copy=True), present, able)
+
+    def _grad_squares(self, plan: _Plan, context: StepContext, exchanges: bool) -> Tensor:
+        """This rank's share of the sum of all squared gradients, 0-d."""
         dtype = max((bucket.dtype for bucket in plan.buckets), key=lambda dtype: dtype.itemsize, default=torch.float32)
         squares = torch.zeros((), dtype=dtype, device=plan.device)
-        exchanges = self._exchanges(plan, loss)
         alike: dict[tuple[Any, ...], list[Tensor]] = {}  # a call for each bucket would cost more than small tensors do
         for bucket, blocks in zip(plan.buckets, plan.blocks, strict=True):
             # In the round, tensors that several ranks hold must count once.
@@ -338,27 +417,22 @@ class Engine:
         for (wide, copies, *_), tensors in alike.items():
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
-        present = torch.tensor([param.grad is not None for param in plan.sharded])
-        able = torch.tensor(plan.able)
-        return _Facts(
-            squares, None if loss is None else loss.to(squares, copy=True), present.to(squares), able.to(squares)
-        )
+        return squares
 
-    def _constants_for(self, rule: Rule, bucket: Bucket) -> Mapping[str, Tensor]:
-        key = (rule, bucket.device, bucket.dtype)
+    def _constants_for(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        key = rule, device, dtype
         if key not in self._constants:
-            self._constants[key] = rule.constants(bucket.device, bucket.dtype)
+            self._constants[key] = rule.constants(device, dtype)
         return self._constants[key]
 
     def _contexts(self, plan: _Plan, context: StepContext) -> list[StepContext]:
         """The context with the constants of each bucket's rule."""
-        return [
-            replace(context, constants=self._constants_for(rule, bucket))
-            for rule, bucket in zip(plan.rules, plan.buckets, strict=True)
-        ]
+        keys = [(rule, bucket.device, bucket.dtype) for rule, bucket in zip(plan.rules, plan.buckets, strict=True)]
+        made = {key: replace(context, constants=self._constants_for(*key)) for key in dict.fromkeys(keys)}
+        return [made[key] for key in keys]
 
     def _collect(self, plan: _Plan, context: StepContext, facts: _Facts | None = None) -> list[Sums]:
-        contexts = self._contexts(plan, context)
+        contexts = [] if len(plan.natively) == len(plan.buckets) else self._contexts(plan, context)
         return self._round(
             plan,
             lambda i, block: plan.rules[i].collect(block, contexts[i]),
@@ -404,7 +478,7 @@ class Engine:
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]
-            if rules[indices[0]].finishes:
+            if rules[indices[0]].finishes or buckets[indices[0]].rounds_stochastically:
                 steps_of = native.propose_([plan.blocks[i] for i in indices], decided, ctx)
                 for i, mine in zip(indices, steps_of, strict=True):
                     proposed[i] = mine
@@ -427,12 +501,20 @@ class Engine:
                 for block, step in zip(blocks, steps, strict=True):
                     if record is not None:
                         record.add(i, block, step * scale, contexts[i])
-                    block.store_param_(block.param * keep - step * scale)
+                    block.store_param_(self._rounded(block.param * keep - step * scale, block, context))
         for collection in plan.shares:
             collection.collect_()
         if self.telemetry is not None and record is not None:
             record.complete_(controls, self._ranks)
             self.telemetry.last = record
+
+    @staticmethod
+    def _rounded(values: Tensor, block: Block, context: StepContext) -> Tensor:
+        """New parameters as they can be stored, where that is not to be the nearest."""
+        if not block.bucket.rounds_stochastically:
+            return values
+        noise = block_noise(block, block.bucket.numbers[block.tensors], context.iteration)
+        return round_stochastically(values, noise)
 
     @staticmethod
     def _control(plan: _Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from pylo_integrations.checkpoints import (
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
+from pylo_integrations.ops.step import register
 from pylo_integrations.options import check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
@@ -37,6 +39,22 @@ from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
+
+
+class _Twins(NamedTuple):
+    """Groups and states like an optimizer's own, but with other tensors in the place of some of its parameters.
+
+    Attributes:
+        key: Where those tensors are.
+        groups: The parameter groups.
+        states: By parameter.
+        params: Those that are others.
+    """
+
+    key: tuple[Any, ...]
+    groups: list[dict[str, Any]]
+    states: dict[Tensor, dict[str, Any]]
+    params: list[Tensor]
 
 
 class LearnedOptimizer(Optimizer):
@@ -67,12 +85,16 @@ class LearnedOptimizer(Optimizer):
             bytes of state fall with the number of processes. Without effect on parameters that are sharded anyway
             (``DTensor``, FSDP), on scalars, and in a single process. For checkpoints see
             :meth:`consolidate_state_dict`.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
+            updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
 
     Raises:
         ValueError: An argument is out of range.
         TypeError: A parameter is complex or not floating point.
     """
+
+    _twins: _Twins | None  # of the last compiled step
 
     rule_type: ClassVar[type[Rule]]
 
@@ -103,6 +125,7 @@ class LearnedOptimizer(Optimizer):
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
         shard_step: bool = False,
+        stochastic_rounding: bool = False,
         theta: Theta | None = None,
     ) -> None:
         if on_nonfinite not in get_args(NonFinitePolicy):
@@ -119,13 +142,14 @@ class LearnedOptimizer(Optimizer):
         self.on_nonfinite: NonFinitePolicy = on_nonfinite
         self.chunk_bytes = chunk_bytes
         self.backend = backend
+        self.stochastic_rounding = stochastic_rounding
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
         self._holdings = Holdings(shard_step)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
-        self._engine = Engine(rule, backend, chunk_bytes, self._holdings)
+        self._start_engines()
         self.set_num_steps(num_steps)
         defaults = {
             "lr": lr,
@@ -307,50 +331,58 @@ class LearnedOptimizer(Optimizer):
         known = loss if loss is not None else observed
         if known is None and self.rule.needs_loss:
             known = result
-        self._step(None if known is None else as_scalar_loss(known))
+        known = None if known is None else as_scalar_loss(known)
+        if torch.compiler.is_compiling() and self._can_be_traced():
+            self._step_traced(known)
+        else:
+            self._step(known)
         return result
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | None) -> None:
-        progress = self._progress
         self._whole.clear()
-        self._check_gradients()
-        if loss is None and self._is_state_probe():
-            self.init_state()
-            return
-        self._check_needs(loss)
-        self.init_state()
-        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
-            self._warn_once(
-                "horizon",
-                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
-                "told that training ends there. Call set_num_steps() with the true length of the run",
-            )
-        with torch.no_grad(), torch.autocast(self._device_type(), enabled=False):
+        with torch.no_grad(), self._full_precision():
             try:
-                taken = self._engine.step(
-                    self.param_groups,
-                    self.state,
-                    progress,
-                    loss if self.rule.needs_loss else None,
-                    self.on_nonfinite,
-                    self.max_grad_norm,
-                )
+                taken = self._step_with(loss, self._engine.recall(self.param_groups, self.state))
             finally:
                 self._engine.release_gradients()
         if not taken:
-            self._warn_once(
-                "nonfinite",
-                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
-                "ones are only counted, in `nonfinite_steps`",
-            )
+            self._warn_of_skip(self._progress)
+
+    def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
+        """Check, and step if it was not a probe; False if the step was skipped."""
+        progress = self._progress
+        if not recalled:
+            self._check_gradients(self.param_groups)
+        if loss is None and self._is_state_probe():
+            self.init_state()
+            return True
+        self._check_needs(loss)
+        if not recalled:
+            self.init_state()
+        self._warn_of_horizon(progress)
+        return self._engine.step(
+            self.param_groups,
+            self.state,
+            progress,
+            loss if self.rule.needs_loss else None,
+            self.on_nonfinite,
+            self.max_grad_norm,
+            recalled=recalled,
+        )
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        kind = self._device_type()
+        # Entering one costs as much as stepping dozens of small tensors.
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
     def _device_type(self) -> str:
         kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
         return kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
 
-    def _check_gradients(self) -> None:
-        for index, group in enumerate(self.param_groups):
+    @staticmethod
+    def _check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+        for index, group in enumerate(groups):
             for position, param in enumerate(group["params"]):
                 grad = param.grad
                 if grad is None:
@@ -391,10 +423,108 @@ class LearnedOptimizer(Optimizer):
         ranks = self._holdings.ranks
         return not (ranks.any(found) if any(map(self._holdings.divides, params)) and ranks.size > 1 else found)
 
+    def _warn_of_horizon(self, progress: Progress) -> None:
+        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
+            self._warn_once(
+                "horizon",
+                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
+                "told that training ends there. Call set_num_steps() with the true length of the run",
+            )
+
+    def _warn_of_skip(self, progress: Progress) -> None:
+        self._warn_once(
+            "nonfinite",
+            f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
+            "ones are only counted, in `nonfinite_steps`",
+        )
+
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    # -- stepping in compiled functions ----------------------------------------------------------------------------
+
+    def _can_be_traced(self) -> bool:
+        """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
+        stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        return self._holdings.ranks.size == 1 and all(param in self.state for param in stepped)
+
+    def _step_traced(self, loss: Tensor | None) -> None:
+        """Have the compiler see one operator, see :mod:`pylo_integrations.ops.step`."""
+        everything = [param for group in self.param_groups for param in group["params"]]
+        numbers = [i for i, param in enumerate(everything) if param.grad is not None]
+        params = [everything[i] for i in numbers]
+        state = [value for param in params for value in self.state[param].values()]
+        memory = self._progress.memory
+        run = [self._progress.clock, *[memory[name] for name in sorted(memory)]]
+        with torch.no_grad():
+            grads = [param.grad for param in params]
+            torch.ops.pylo_integrations.step(self._handle, numbers, params, grads, state, run, loss)
+
+    def step_tensors(
+        self,
+        numbers: Sequence[int],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Sequence[Tensor],
+        run: Sequence[Tensor],
+        loss: Tensor | None,
+    ) -> None:
+        """Take a step in tensors that stand for this optimizer's; what compiled functions call.
+
+        For the arguments see :class:`~pylo_integrations.ops.step.Stepper`. Raises as :meth:`step` does.
+        """
+        self._whole.clear()
+        self._check_needs(loss)
+        own = self._progress
+        memory = dict(zip(sorted(own.memory), run[1:], strict=True))
+        progress = Progress(int(run[0]), own.num_steps, memory=dict(memory))
+        _, groups, states, twins = self._twins_of(numbers, params, state)
+        self._warn_of_horizon(progress)
+        with torch.no_grad(), self._full_precision():
+            try:
+                for twin, grad in zip(twins, grads, strict=True):
+                    twin.grad = grad
+                recalled = self._traced_engine.recall(groups, states)
+                if not recalled:
+                    self._check_gradients(groups)
+                taken = self._traced_engine.step(
+                    groups,
+                    states,
+                    progress,
+                    loss if self.rule.needs_loss else None,
+                    self.on_nonfinite,
+                    self.max_grad_norm,
+                    recalled=recalled,
+                )
+            finally:
+                own.nonfinite_steps += progress.nonfinite_steps
+                self._traced_engine.release_gradients()
+                for twin in twins:
+                    twin.grad = None
+        if not taken:
+            self._warn_of_skip(progress)
+        run[0].fill_(progress.iteration)
+        for name, value in memory.items():
+            value.copy_(progress.memory[name])
+
+    def _twins_of(self, numbers: Sequence[int], params: Sequence[Tensor], state: Sequence[Tensor]) -> _Twins:
+        """These tensors in the place of ours; the same objects for the same memory, and with today's options."""
+        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*params, *state)])
+        if self._twins is None or self._twins.key != key:
+            everything: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
+            twins, values = [param.detach() for param in params], iter(state)
+            states: dict[Tensor, dict[str, Any]] = {}
+            for twin, number in zip(twins, numbers, strict=True):
+                states[twin] = {name: next(values) for name in self.state[everything[number]]}
+                everything[number] = twin
+            rest = iter(everything)
+            groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in self.param_groups]
+            self._twins = _Twins(key, groups, states, twins)
+        for twin_group, group in zip(self._twins.groups, self.param_groups, strict=True):
+            twin_group.update({name: value for name, value in group.items() if name != "params"})
+        return self._twins
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -428,6 +558,8 @@ class LearnedOptimizer(Optimizer):
                     self._check_flattening(index, position)
                     created[param] = self._fresh_state(param, group)
         self.state.update(created)
+        if not self._progress.memory:
+            self._progress.memory.update(self.rule.initial_memory())
 
     def _check_flattening(self, index: int, position: int) -> None:
         """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
@@ -591,15 +723,23 @@ class LearnedOptimizer(Optimizer):
             self.set_num_steps(horizon)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "_progress", "_warned")
-        distributed = ("_holdings", "_born")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own + distributed}}
+        own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
+        ours = (*own, "_progress", "_warned", "_holdings", "_born")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_engine" not in self.__dict__:  # load_state_dict() comes here too, and wrappers share our engine
             self._whole = {}
-            self._engine = Engine(self.rule, self.backend, self.chunk_bytes, self._holdings)
+            self._start_engines()
+
+    def _start_engines(self) -> None:
+        """Make what holds nothing but caches."""
+        fixed = self.rule, self.backend, self.chunk_bytes
+        self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding)
+        self._traced_engine = Engine(*fixed, Holdings(), self.stochastic_rounding)
+        self._twins = None
+        self._handle = register(self)
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

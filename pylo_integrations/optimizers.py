@@ -44,6 +44,7 @@ class ThetaOptimizer(LearnedOptimizer):
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
         shard_step: As for :class:`LearnedOptimizer`.
+        stochastic_rounding: As for :class:`LearnedOptimizer`.
 
     Raises:
         ValueError: An argument is out of range, or the weights are for another optimizer.
@@ -69,6 +70,7 @@ class ThetaOptimizer(LearnedOptimizer):
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
         shard_step: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         theta, rule = self._load(weights, step_mult=step_mult, exp_mult=exp_mult)
         super().__init__(
@@ -84,6 +86,7 @@ class ThetaOptimizer(LearnedOptimizer):
             chunk_bytes=chunk_bytes,
             backend=backend,
             shard_step=shard_step,
+            stochastic_rounding=stochastic_rounding,
             theta=theta,
         )
 
@@ -163,6 +166,7 @@ class Celo(ThetaOptimizer):
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
         shard_step: As for :class:`LearnedOptimizer`.
+        stochastic_rounding: As for :class:`LearnedOptimizer`.
     """
 
     rule_type = CeloRule
@@ -187,6 +191,7 @@ class Celo(ThetaOptimizer):
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
         shard_step: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         theta, rule = self._load(weights, step_mult=step_mult, exp_mult=exp_mult, phase=phase)
         LearnedOptimizer.__init__(
@@ -203,6 +208,7 @@ class Celo(ThetaOptimizer):
             chunk_bytes=chunk_bytes,
             backend=backend,
             shard_step=shard_step,
+            stochastic_rounding=stochastic_rounding,
             theta=theta,
         )
 
@@ -227,6 +233,7 @@ class CeloAdam(ThetaOptimizer):
         chunk_bytes: As for :class:`LearnedOptimizer`.
         backend: As for :class:`LearnedOptimizer`.
         shard_step: As for :class:`LearnedOptimizer`.
+        stochastic_rounding: As for :class:`LearnedOptimizer`.
     """
 
     rule_type = CeloAdamRule
@@ -249,6 +256,7 @@ class CeloAdam(ThetaOptimizer):
         chunk_bytes: int = CHUNK_BYTES,
         backend: Backend = "auto",
         shard_step: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -264,6 +272,7 @@ class CeloAdam(ThetaOptimizer):
             chunk_bytes=chunk_bytes,
             backend=backend,
             shard_step=shard_step,
+            stochastic_rounding=stochastic_rounding,
         )
 
 

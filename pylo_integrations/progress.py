@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 
 import safetensors
 import safetensors.torch
@@ -39,23 +38,38 @@ class LossWindow:
         return total
 
 
-@dataclass
 class Progress:
     """Run-wide state of one optimizer; everything but the window is kept in checkpoints.
 
     Attributes:
-        iteration: Steps taken.
+        clock: :attr:`iteration` as an int64 tensor, which compiled steps count in.
         num_steps: The horizon, or None.
         nonfinite_steps: Steps whose gradients or loss were not finite.
         memory: Whole-model tensors of the rule, by name.
         window: Losses observed for the next step.
     """
 
-    iteration: int = 0
-    num_steps: int | None = None
-    nonfinite_steps: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    window: LossWindow = field(default_factory=LossWindow)
+    def __init__(
+        self,
+        iteration: int = 0,
+        num_steps: int | None = None,
+        nonfinite_steps: int = 0,
+        memory: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.clock = torch.tensor(iteration, device="cpu")
+        self.num_steps = num_steps
+        self.nonfinite_steps = nonfinite_steps
+        self.memory = {} if memory is None else memory
+        self.window = LossWindow()
+
+    @property
+    def iteration(self) -> int:
+        """Steps taken."""
+        return int(self.clock)
+
+    @iteration.setter
+    def iteration(self, iteration: int) -> None:
+        self.clock.fill_(iteration)
 
     def to_bytes(self, **origin: str | None) -> bytes:
         """Serialise as safetensors, with what else tells where it came from.

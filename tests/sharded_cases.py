@@ -299,13 +299,18 @@ def refusal_case(rank: int, world: int, what: str) -> str:
 
 
 def train_shards(
-    place: Callable[[Tensor], Tensor], name: str, gradients: list[list[Tensor | None]], edit=None, **options: Any
+    place: Callable[[Tensor], Tensor],
+    name: str,
+    gradients: list[list[Tensor | None]],
+    edit=None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[list[Any], Any, list[list[str]]]:
     """Train tensors of SHAPES on the gradients of every step; ``edit(step, params)`` may spoil them first.
 
-    They are float64, or float32 with ``backend="native"``.
+    They are of ``dtype``: by default float64, or float32 with ``backend="native"``.
     """
-    dtype = torch.float32 if options.get("backend") == "native" else torch.float64
+    dtype = dtype or (torch.float32 if options.get("backend") == "native" else torch.float64)
     params = [nn.Parameter(place(random(shape, i, dtype))) for i, shape in enumerate(SHAPES)]
     optimizer = make(name, params, **options)
     counted = []

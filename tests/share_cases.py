@@ -37,6 +37,13 @@ def state_bytes(optimizer) -> int:
     return sum(local(value).nbytes for state in optimizer.state.values() for value in state.values())
 
 
+def rounding_case(rank: int, world: int) -> list[Any]:
+    """bfloat16 parameters of replicas that share their steps and round stochastically."""
+    options = {"stochastic_rounding": True, "shard_step": world > 1}
+    params, _, _ = train_shards(whole, "small_fc_lopt", some_gradients(3), dtype=torch.bfloat16, **options)
+    return [p.detach().float().numpy() for p in params]
+
+
 def cost_case(rank: int, world: int, name: str, shard_step: bool) -> dict[str, int]:
     """State bytes of a rank, and elements whose step it computes, for tensors as models have them."""
     shapes = [(64, 32), (64,), (32, 64), (32,), (100, 48), (16, 8, 3, 3), (10,), (1, 20, 16)]

@@ -19,7 +19,7 @@ PACKAGE = ROOT.name
 LAYERS = [
     {"sharding"},
     {"rules"},
-    {"weights", "decay", "progress"},
+    {"weights", "decay", "progress", "rounding"},
     {"ops", "telemetry", "options"},
     {"engine", "checkpoints"},
     {"optimizer"},

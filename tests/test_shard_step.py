@@ -21,6 +21,7 @@ from share_cases import (
     message_case,
     pickle_case,
     policy_case,
+    rounding_case,
     scaler_case,
     telemetry_case,
     views_case,
@@ -33,6 +34,14 @@ pytestmark = pytest.mark.dist
 
 GATHER = "_allgather_base_"
 MEASURED = ["small_fc_lopt", "velo", "celo2_base"]
+
+
+def test_shares_are_rounded_stochastically_as_one_device_rounds(workers):
+    """But for elements whose sums, in another order, lie on the other side of the noise."""
+    first, second = workers.run(2, rounding_case)
+    (alone,) = workers.run(1, rounding_case)
+    assert sum((mine != one).sum() for mine, one in zip(first, alone, strict=True)) < 0.02 * sum(t.size for t in alone)
+    assert all((mine == other).all() for mine, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 3])

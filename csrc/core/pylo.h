@@ -9,7 +9,8 @@
  *   describe  sums of squared features; nothing is written but the sums
  *   apply     accumulators and parameters, from complete sums
  *
- * A rule without layers is Adam: it needs no sums, so there is only apply (and measure).
+ * A rule without layers is Adam: it needs no sums, so there is no prepare and no describe, and collect only sums all
+ * squared gradients.
  *
  * Every function returns a pylo_status and, unless it is PYLO_OK, has changed nothing; pylo_last_error() then says
  * which argument was wrong. All memory belongs to the caller. Structs have no padding; zero their reserved fields.
@@ -29,7 +30,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 3u
+#define PYLO_ABI_VERSION 4u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
@@ -136,7 +137,17 @@ typedef struct pylo_call {
     int32_t isa;
 } pylo_call;
 
+/* Where a tensor is: its address, and a word that is equal for tensors of equal device, type, shape and strides. */
+typedef struct pylo_memory {
+    uint64_t address, format;
+} pylo_memory;
+
 PYLO_API uint32_t pylo_abi_version(void);
+
+/* Read where `count` Python objects are, through the table of functions behind their type's
+ * `__dlpack_c_exchange_api__` (DLPack 1.2 and later). The caller holds the interpreter's lock; on a failure Python's
+ * exception may be set. */
+PYLO_API int32_t pylo_read_memory(const void *exchange_api, void *const *objects, int64_t count, pylo_memory *memory);
 
 /* Message about the last failure in this thread; never null. */
 PYLO_API const char *pylo_last_error(void);

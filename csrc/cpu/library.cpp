@@ -354,8 +354,8 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (!kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa))
         return fail(PYLO_NO_SUCH_ISA, "instruction set %d is not available here", call.isa);
     const bool adam = call.rule->layers == 0;
-    if (adam && stage != MEASURE && stage != APPLY)
-        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only measure and apply");
+    if (adam && (stage == PREPARE || stage == DESCRIBE))
+        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");

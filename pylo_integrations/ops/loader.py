@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -158,6 +158,8 @@ class Library:
         self._dll.pylo_feature_name.restype = ctypes.c_char_p
         self._dll.pylo_network_floats.restype = ctypes.c_int64
         self._stages = {stage: getattr(self._dll, f"pylo_cpu_{stage}") for stage in self.STAGES}
+        self._read_memory = ctypes.PyDLL(str(path)).pylo_read_memory  # which keeps the interpreter's lock
+        self._read_memory.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 
     @property
     def isa(self) -> str:
@@ -176,6 +178,14 @@ class Library:
     def network_floats(self, rule: RuleStruct) -> int:
         """Size of a network in floats; 0 if the kernels cannot evaluate its geometry."""
         return int(self._dll.pylo_network_floats(ctypes.byref(rule)))
+
+    def read_memory(self, exchange_api: int, objects: int, count: int, memory: int) -> bool:
+        """Fill ``pylo_memory`` records at ``memory`` for Python objects whose pointers are at ``objects``.
+
+        Returns:
+            Whether that was possible; where it was not, Python's exception may be raised instead.
+        """
+        return not self._read_memory(exchange_api, objects, count, memory)
 
     def check(self, call: CallStruct) -> tuple[int, int]:
         """See :class:`NativeLibrary`."""

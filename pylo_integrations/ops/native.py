@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
+from pylo_integrations.ops.memory import Memory, addresses, formats, read_memory
 from pylo_integrations.ops.records import (
     DTYPES,
     Table,
@@ -128,6 +128,29 @@ def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
         rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
         parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
     return torch.cat(parts, dim=1).contiguous()
+
+
+class _Network:
+    """A packed network, and what it was packed from."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], packed: Tensor) -> None:
+        self._layers = layers
+        self.packed = packed
+
+    def has_weights_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Whether other layers differ at most in their biases; then so does the packed network."""
+        return all(new is old for (new, _), (old, _) in zip(layers, self._layers, strict=True))
+
+    def enter_biases(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Overwrite the biases, where they are others."""
+        end = 0
+        for index, ((weight, bias), (_, old)) in enumerate(zip(layers, self._layers, strict=True)):
+            outputs, inputs = weight.shape[-2:]
+            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
+            end = start + outputs + -outputs % 4
+            if bias is not old:
+                self.packed[:, start : start + outputs] = bias
+        self._layers = layers
 
 
 def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Tensor, Tensor]]:
@@ -266,11 +289,12 @@ class NativeStages:
             layer.table.check()
         self._params = [param for bucket in buckets for param in bucket.params]
         self._states = [state for bucket in buckets for state in bucket.states]
-        self._known_addresses = self._addresses()
-        self._grads: list[Tensor] = []
-        self._grad_formats: list[tuple[Any, ...]] = []  # strides and dtypes that the kernels read as they are
+        self._count = len(self._params) + sum(map(len, self._states))
+        self._memory = self._read_memory()
+        self._grads: Sequence[Tensor] = ()
+        self._grad_formats: Memory | None = None  # which the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
-        self._networks: list[Tensor] = []
+        self._networks: list[_Network] = []
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -314,19 +338,42 @@ class NativeStages:
             record[f"{name}_sums"] = sums.data_ptr()
             record[f"{name}_scale"] = self._scales[index][name][position].data_ptr()
 
-    def _addresses(self) -> list[int]:
-        # Every step asks, of every tensor: no loop of Python's own.
+    def _read_memory(self) -> Memory:
         states: Iterator[Tensor] = itertools.chain.from_iterable(map(dict.values, self._states))
         tensors = itertools.chain(self._params, states)
-        return list(map(Tensor.data_ptr, map(local_part, tensors) if self._sharded else tensors))
+        return read_memory(map(local_part, tensors) if self._sharded else tensors, self._count)
 
     def is_current(self) -> bool:
-        """Whether all memory is where it was when the table was built. Other code may give a parameter new storage."""
-        return self._known_addresses == self._addresses()
+        """Whether all memory is as it was when the table was built. Other code may give a parameter new storage."""
+        return sum(map(len, self._states)) + len(self._params) == self._count and np.array_equal(
+            self._read_memory(), self._memory
+        )
+
+    def recognises(self, grads: Sequence[Tensor]) -> bool:
+        """Whether gradients have the formats that those of the last step had; if so, this step reads them.
+
+        Args:
+            grads: Plain ones, of all tensors of all buckets.
+        """
+        if self._grad_formats is None:
+            return False
+        try:
+            memory = read_memory(grads, len(grads))
+        except (RuntimeError, BufferError):  # one has no memory, as sparse ones
+            return False
+        if not np.array_equal(formats(memory), self._grad_formats):
+            return False
+        self._enter_gradients(grads, memory)
+        return True
 
     def release_gradients(self) -> None:
         """Let go of the last step's gradients, which would outlive ``zero_grad()``."""
-        self._grads = []
+        self._grads = ()
+
+    @property
+    def grad_squares(self) -> Tensor:
+        """Sum of all squared gradients as they are stored, 0-d float64, of the last :meth:`collect`."""
+        return torch.cat([layer.table.grad_squares for layer in self._layers]).sum()
 
     def _run(self, stage: str) -> None:
         for layer in self._layers:
@@ -336,8 +383,7 @@ class NativeStages:
         """The rule's sums before any state may change, for every bucket; float64. Changes nothing else."""
         self._read_gradients()
         self._read_policy(ctx)
-        if not isinstance(self._rule, _ADAM):
-            self._run("collect")
+        self._run("collect")
         measured = [_measured(self._rule, bucket) for bucket in self._buckets]
         if any(measured):
             self._run("measure")
@@ -355,30 +401,32 @@ class NativeStages:
 
     def _read_gradients(self) -> None:
         given = list(itertools.chain.from_iterable(bucket.grads for bucket in self._buckets))
-        formats = list(zip(map(Tensor.stride, given), [grad.dtype for grad in given], strict=True))
-        if formats == self._grad_formats:
-            self._grads = given
-        else:
-            stepped = [bucket.stepped(position) for bucket in self._buckets for position in range(len(bucket))]
-            self._grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
-            as_given = all(map(operator.is_, self._grads, given))
-            self._grad_formats = formats if as_given else []
-            self._grad_sizes = np.array([grad.element_size() for grad in self._grads], np.uint64)
-            dtypes = np.array([DTYPES[grad.dtype] for grad in self._grads], np.int32)
-            for layer in self._layers:
-                layer.table.steps["grad_dtype"] = dtypes[layer.owners]
-        addresses = np.array(list(map(Tensor.data_ptr, self._grads)), np.uint64)
+        if self._grads or self.recognises(given):
+            return
+        stepped = [bucket.stepped(position) for bucket in self._buckets for position in range(len(bucket))]
+        grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
+        memory = read_memory(grads, len(grads))
+        as_given = all(grad is old for grad, old in zip(grads, given, strict=True))
+        self._grad_formats = formats(memory) if as_given else None
+        self._grad_sizes = np.array([grad.element_size() for grad in grads], np.uint64)
+        dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)
         for layer in self._layers:
-            layer.table.steps["grad"] = addresses[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
+            layer.table.steps["grad_dtype"] = dtypes[layer.owners]
+        self._enter_gradients(grads, memory)
+
+    def _enter_gradients(self, grads: Sequence[Tensor], memory: Memory) -> None:
+        self._grads = grads
+        for layer in self._layers:
+            layer.table.steps["grad"] = addresses(memory)[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
 
     def _read_policy(self, ctx: StepContext) -> None:
         clip_scale = 1.0 if ctx.grad_scale is None else ctx.grad_scale
         for layer in self._layers:
-            steps = layer.table.steps
-            steps["flags"] = ZERO_NONFINITE if ctx.zero_nonfinite else 0
+            table = layer.table
+            table.enter("flags", slice(0, len(table.steps)), ZERO_NONFINITE if ctx.zero_nonfinite else 0)
             for bucket, rows in zip(self._buckets, layer.rows, strict=True):
-                layer.table.enter("grad_scale", rows, -clip_scale if bucket.group["maximize"] else clip_scale)
-                steps["l2"][rows] = l2_penalty(bucket.group)
+                table.enter("grad_scale", rows, -clip_scale if bucket.group["maximize"] else clip_scale)
+                table.enter("l2", rows, l2_penalty(bucket.group))
 
     def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
         """Update factored state from the complete sums of :meth:`collect`.
@@ -484,18 +532,23 @@ class NativeStages:
             while cuts:
                 yield cuts.pop()
 
-    def _keep(self, number: int, network: Tensor) -> Tensor:
-        """A copy of the ``number``-th network of a step where the last step had its own.
+    def _network(self, number: int, layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
+        """The ``number``-th network of a step as the library reads it, where the last step had its own.
 
         A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
         """
+        batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
         if number == len(self._networks):
-            self._networks.append(network)
-        elif self._networks[number].shape == network.shape:
-            self._networks[number].copy_(network)
+            self._networks.append(_Network(layers, _pack(batched, slots)))
+        network = self._networks[number]
+        if network.has_weights_of(layers):
+            network.enter_biases(layers)
         else:
-            self._networks[number] = network
-        return self._networks[number]
+            packed = _pack(batched, slots)
+            if network.packed.shape == packed.shape:
+                packed = network.packed.copy_(packed)
+            self._networks[number] = _Network(layers, packed)
+        return self._networks[number].packed
 
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
@@ -508,12 +561,12 @@ class NativeStages:
                 layers = _layers(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
-                    batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
-                    networks[key] = self._keep(len(networks), _pack(batched, self._slots[index]))
+                    networks[key] = self._network(len(networks), layers, self._slots[index])
                 network = networks[key]
-                each = network.element_size() * network.shape[1] if len(network) > 1 else 0
-                count = len(self._buckets[index])
-                values["network"] = network.data_ptr() + each * np.arange(count, dtype=np.uint64)
+                values["network"] = network.data_ptr()
+                if len(network) > 1:
+                    each = network.element_size() * network.shape[1]
+                    values["network"] += each * np.arange(len(network), dtype=np.uint64)
             # A rule that finishes scales its steps then.
             mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
@@ -523,8 +576,7 @@ class NativeStages:
                 mine = mult[members] if isinstance(mult, Tensor) and 1 < mult.numel() != len(members) else mult
                 layer.table.enter("step_mult", rows, mine)
                 for name, value in values.items():
-                    of_members = value[members] if isinstance(value, np.ndarray) and value.size > 1 else value
-                    layer.table.steps[name][rows] = of_members
+                    layer.table.enter(name, rows, value[members] if isinstance(value, np.ndarray) else value)
         first, *others = self._layers
         for layer in others:
             for share, total, members in zip(layer.described, first.described, layer.members, strict=True):

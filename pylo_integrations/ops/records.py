@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,8 @@ class Table:
 
     Attributes:
         tensors: What is fixed, ``TENSOR`` records; :meth:`check` again after a change.
-        steps: What changes from step to step, ``STEP`` records.
+        steps: What changes from step to step, ``STEP`` records; see :meth:`enter`.
+        grad_squares: Of every record, the sum of squares of its gradient as stored, float64; ``collect`` makes it.
         device: Where the tensors are.
 
     Args:
@@ -181,7 +183,7 @@ class Table:
         self.device = library.device
         self.tensors = np.zeros(count, TENSOR)
         self.steps = np.zeros(count, STEP)
-        self._grad_squares = torch.zeros(count, dtype=torch.float64, device=library.device)
+        self.grad_squares = torch.zeros(count, dtype=torch.float64, device=library.device)
         self._workspace = torch.empty(0, dtype=torch.float64)
         self.call = CallStruct(
             abi_version=ABI_VERSION,
@@ -190,21 +192,34 @@ class Table:
             tensors=self.tensors.ctypes.data,
             steps=self.steps.ctypes.data,
             count=count,
-            grad_squares=self._grad_squares.data_ptr(),
+            grad_squares=self.grad_squares.data_ptr(),
             threads=1,
             isa=ISAS[isa] if isa else 0,
         )
+        self._entered: dict[tuple[str, int, int], float] = {}
         self._on_device: dict[tuple[str, int, int], Tensor] = {}
         self.call.on_device = self._on_device
 
-    def enter(self, field: str, rows: slice, value: float | Tensor) -> None:
-        """Enter a number into a field of the steps; one that a device computed stays there, and nobody waits for it."""
+    def enter(self, field: str, rows: slice, value: float | np.ndarray[Any, Any] | Tensor) -> None:
+        """Enter numbers into a field of the steps; those that a device computed stay there, and nobody waits for them.
+
+        Args:
+            field: Of ``STEP``.
+            rows: Always the same ranges of the same field.
+            value: One for all rows, or one for each.
+        """
         key = field, rows.start, rows.stop
+        if isinstance(value, int | float):
+            if self._entered.get(key) == value:
+                return
+            self._entered[key] = value
+        else:
+            self._entered.pop(key, None)
         self._on_device.pop(key, None)
         if isinstance(value, Tensor) and value.device.type != "cpu":
             self._on_device[key] = value
         else:
-            self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) and value.dim() else float(value)
+            self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) else value
 
     def check(self) -> None:
         """Have the library look at all records.

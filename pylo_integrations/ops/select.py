@@ -104,10 +104,12 @@ def native_stages(
     rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
 ) -> dict[tuple[int, ...], NativeStages]:
     """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
-    together: dict[tuple[NativeRule, torch.device], list[int]] = {}
+    together: dict[tuple[NativeRule, torch.device, bool], list[int]] = {}
     for index in indices:
-        together.setdefault((cast(NativeRule, rules[index]), buckets[index].device), []).append(index)
+        rule, bucket = cast(NativeRule, rules[index]), buckets[index]
+        # The kernels only round to the nearest; where that is not wanted, they leave the last step to the engine.
+        together.setdefault((rule, bucket.device, bucket.rounds_stochastically), []).append(index)
     return {
         tuple(mine): NativeStages(cast(NativeLibrary, _library_for(device)), rule, [buckets[i] for i in mine])
-        for (rule, device), mine in together.items()
+        for (rule, device, _), mine in together.items()
     }

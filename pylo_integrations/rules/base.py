@@ -142,6 +142,10 @@ class Rule(ABC):
         """Values of states that do not start at zero, by name."""
         return {}
 
+    def initial_memory(self) -> dict[str, Tensor]:
+        """What ``ctx.memory`` is like before the first step, where a rule has one."""
+        return {}
+
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors derived from theta, placed on ``device`` in ``dtype``; cached by the engine."""
         return {}

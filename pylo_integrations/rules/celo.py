@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.base import Control, StepContext
-from pylo_integrations.rules.control import SCHEDULE_FEATURES, global_lr_mult, global_lstm_step_, linear, objective
+from pylo_integrations.rules.control import (
+    SCHEDULE_FEATURES,
+    global_lr_mult,
+    global_lstm_step_,
+    initial_global_memory,
+    linear,
+    objective,
+)
 from pylo_integrations.rules.mixture import MixtureRule, param_scales
 from pylo_integrations.sharding.blocks import Bucket, Sums
 
@@ -54,6 +61,10 @@ class CeloRule(MixtureRule):
         if phase not in (1, 2):
             raise ValueError(f"phase={phase!r} must be 1 (without the learned schedule) or 2 (with it)")
         return cls(**cls._fields(arrays), exp_mult=exp_mult, step_mult=step_mult, phase=phase)
+
+    def initial_memory(self) -> dict[str, Tensor]:
+        """No loss seen, and the LSTM's learned initial state."""
+        return initial_global_memory(self.controller)
 
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Run the LSTM's one row and mix the one MLP; moves the LSTM's state, which is in ``ctx.memory``, on."""

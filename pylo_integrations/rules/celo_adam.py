@@ -24,6 +24,7 @@ from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
     global_lr_mult,
     global_lstm_step_,
+    initial_global_memory,
     loss_telemetry,
     lstm_shapes,
     objective,
@@ -73,6 +74,10 @@ class CeloAdamRule(Rule):
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """One momentum and one second moment."""
         return {"momentum_0": None, "rms": None}
+
+    def initial_memory(self) -> dict[str, Tensor]:
+        """No loss seen, and the LSTM's learned initial state."""
+        return initial_global_memory(self.controller)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """EMA weights, and the controller's weights by the reference's names."""

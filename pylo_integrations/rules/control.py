@@ -51,6 +51,13 @@ class LossMemory(NamedTuple):
             return cls(memory["loss_means"].to(like), memory["loss_minima"].to(like))
         return cls(like.new_zeros(LOSS_AVERAGES), like.new_full((LOSS_AVERAGES,), 999_999_999_999))
 
+    @classmethod
+    def initial(cls) -> dict[str, Tensor]:
+        """The memory of a run before its first loss, with the features that there are then."""
+        memory: dict[str, Tensor] = {"loss_features": torch.zeros(LOSS_AVERAGES - 1)}
+        cls.recall({}, torch.empty(0)).store_(memory)
+        return memory
+
     def store_(self, memory: dict[str, Tensor]) -> None:
         """Put it into a rule's memory."""
         memory.update(loss_means=self.means, loss_minima=self.minima)
@@ -192,6 +199,12 @@ def global_lstm_step_(loss: Tensor, ctx: StepContext) -> Tensor:
     hidden, cell = lstm_step(schedule_features_(loss, ctx).unsqueeze(0), hidden, cell, ctx.constants)
     ctx.memory.update(lstm_hidden=hidden, lstm_cell=cell)
     return hidden
+
+
+def initial_global_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The memory of the Celo family's controller before the first step."""
+    state = {f"lstm_{part}": weights[f"lstm_init_state/{part}"].clone() for part in ("hidden", "cell")}
+    return {**LossMemory.initial(), **state}
 
 
 def global_lr_mult(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, extent
 from pylo_integrations.rules.base import Control, StepContext, read_clipped_gradient
-from pylo_integrations.rules.control import loss_telemetry, lstm_shapes, param_squares
+from pylo_integrations.rules.control import LossMemory, loss_telemetry, lstm_shapes, param_squares
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import steps
@@ -98,6 +98,10 @@ class MixtureRule(MomentRule):
     def workspace(self) -> int:
         """Ingredients and features, and two layers of the network."""
         return 2 * self.channels + 2 * max(shape[0] for shape in self.parts.values()) + 16
+
+    def initial_memory(self) -> dict[str, Tensor]:
+        """No loss seen; a subclass may remember more."""
+        return LossMemory.initial()
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """EMA weights, the bank times its gain, and the controller's weights by the reference's names."""

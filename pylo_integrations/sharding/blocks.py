@@ -60,6 +60,8 @@ class Bucket:
         parts: Into how many disjoint parts the ranks divide each tensor; 1 if every rank has the whole.
         held: What is here of each parameter.
         grads: This step's gradients of what is here, plain tensors, set by the engine.
+        numbers: Of each parameter, its number among all of the optimizer.
+        rounds_stochastically: Whether new parameters are rounded so, and not to the nearest.
     """
 
     layout: TensorLayout
@@ -70,6 +72,8 @@ class Bucket:
     parts: int = 1
     held: list[Held] = field(default_factory=list)
     grads: Sequence[Tensor] = ()
+    numbers: list[int] = field(default_factory=list)
+    rounds_stochastically: bool = False
 
     def __len__(self) -> int:
         return len(self.params)

@@ -1,0 +1,71 @@
+r"""Stochastic rounding of new parameters to bfloat16.
+
+Of the two neighbours of a number, rounding takes each with a probability that makes the mean right, so that updates
+smaller than half the distance between them are not lost but taken now and then.
+
+The noise is a function of step, tensor and element and of nothing else, no seed either. So it does not depend on
+threads or kernels, nor on how a tensor is divided among ranks; ranks that all have a tensor round it alike; and a
+resumed run repeats the numbers of one that went on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.sharding.blocks import Block
+
+_LOW = 0xFFFF
+_WORD = 0xFFFFFFFF
+
+
+def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
+    """Float32 ``values`` rounded to what bfloat16 can hold, unbiased if ``noise`` is uniform; still float32.
+
+    Args:
+        values: Those that are not finite stay as they are.
+        noise: Int32 of the same shape, from 0 to 2**16 - 1.
+    """
+    # A bfloat16 is the upper half of a float32. Magnitudes are ordered as integers, so a carry rounds away from zero.
+    bits = (values.view(torch.int32) + noise) & ~_LOW
+    return torch.where(values.isfinite(), bits.view(torch.float32), values)
+
+
+def block_noise(block: Block, numbers: Sequence[int], iteration: int) -> Tensor:
+    """Noise for :func:`round_stochastically`, int32 ``(tensors, 1, *box)``.
+
+    Args:
+        block: Whose parameters are rounded.
+        numbers: For each tensor of the block, its number among all parameters of the optimizer.
+        iteration: Steps taken before this one.
+    """
+    device, axes = block.bucket.device, (1,) * len(block.box.shape)
+    keys = torch.tensor([_keys(iteration, number) for number in numbers], device=device).view(-1, 2, *axes)
+    index = _element_numbers(block, device)
+    noise = _hash((index & _WORD) ^ keys[:, :1])
+    return (_hash(noise ^ (index >> 32) ^ keys[:, 1:]) & _LOW).to(torch.int32)
+
+
+def _keys(iteration: int, number: int) -> list[int]:
+    """Two words of 32 bits for a tensor and step."""
+    digest = hashlib.blake2b(f"{iteration} {number}".encode(), digest_size=8).digest()
+    return [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")]
+
+
+def _element_numbers(block: Block, device: torch.device) -> Tensor:
+    """Positions of a block's elements in the whole tensor, row-major, int64 ``(1, 1, *box)``."""
+    index = torch.zeros((1,) * (2 + len(block.box.shape)), dtype=torch.int64, device=device)
+    for axis, (start, extent) in enumerate(zip(block.box.start, block.box.shape, strict=True)):
+        along = torch.arange(start, start + extent, device=device)
+        index = index * block.layout.shape[axis] + along.view(-1, *(1,) * (len(block.box.shape) - 1 - axis))
+    return index
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A mixing of 32 bits held in int64, whose products do not overflow; the multiplier is Thomas Mueller's."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & _WORD
+    return (x >> 16) ^ x
