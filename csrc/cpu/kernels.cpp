@@ -918,10 +918,29 @@ void apply(const Job &job) {
         apply_part<true, false>(job, work);
 }
 
+// -- the peak of a core -------------------------------------------------------------------------------------------------
+
+int64_t multiply_adds(int64_t rounds) {
+    constexpr int chains = 12;  // two units of latency 4 need 8
+    Vec sums[chains];
+#pragma GCC unroll 12
+    for (int i = 0; i < chains; ++i) sums[i] = Vec((float)i);
+    for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+        for (int i = 0; i < chains; ++i) sums[i] = madd(sums[i], Vec(0.5f), Vec(0.25f));
+#pragma GCC unroll 12
+    for (int i = 1; i < chains; ++i) sums[0] = sums[0] + sums[i];
+    float total[Vec::lanes];
+    sums[0].store(total);
+    static volatile float kept;  // or the loop would be left out
+    kept = total[0];
+    return rounds * chains * Vec::lanes;
+}
+
 }  // namespace
 }  // namespace PYLO_ISA
 
 extern const Kernels PYLO_KERNELS;
-const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply};
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply, multiply_adds};
 
 }  // namespace pylo
