@@ -32,6 +32,7 @@ NATIVE, REFERENCE, NAIVE, PEAK = "small_fc_lopt:native", "small_fc_lopt:referenc
 
 METHOD = {
     "naive": "small_fc_lopt as its formulas read, tensor by tensor in eager torch: bench_naive.py",
+    "rates": "every rule in a process of its own",
     "share of the peak": f"{MULTIPLY_ADDS} multiply-adds a parameter over the time of a whole step, to the rate of a "
     "loop of independent multiply-adds in registers, sampled in the same rounds",
     "error": "largest difference to the update in float64 from the same float32 numbers, after three steps, to the "
@@ -70,41 +71,38 @@ class Figure:
 # -- measurements ------------------------------------------------------------------------------------------------------
 
 
-def sample_kernel(repeats: int) -> dict[str, list[float]]:
-    """Seconds of a step on ``matrix``, by kernels, reference and naive code, and of the peak loop; 1 thread."""
+def sample_kernel(names: Sequence[str], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a step on ``matrix`` of contenders, the naive code and the peak loop among them; on one thread."""
     torch.set_num_threads(1)
     parameters = Setting("matrix", "float32", "cpu", 1).parameters()
-    library = _library()
-    naive = NaiveSmallFC([param for param, _ in parameters], small_fc_rule(_theta()), 1e-4)
-    steps: dict[str, Callable[[], Any]] = {
-        NATIVE: make_contender(NATIVE, parameters)[1],
-        REFERENCE: make_contender(REFERENCE, parameters)[1],
-        NAIVE: naive.step,
-        PEAK: lambda: library.multiply_adds(PEAK_ROUNDS),
-    }
-    return bench.sample_in_turn(steps, repeats, lambda: None)
+
+    def contender(name: str) -> Callable[[], Any]:
+        if name == PEAK:
+            library = _library()
+            return lambda: library.multiply_adds(PEAK_ROUNDS)
+        if name == NAIVE:
+            return NaiveSmallFC([param for param, _ in parameters], small_fc_rule(_theta()), 1e-4).step
+        return make_contender(name, parameters)[1]
+
+    return bench.sample_in_turn({name: contender(name) for name in names}, repeats, lambda: None)
 
 
 def kernel(repeats: int) -> list[Figure]:
     """One matrix on one thread: against other code, the core's peak and float64."""
-    samples = bench.in_fresh_process(sample_kernel, repeats)
-    numel = _numel("matrix")
+    others, peak = (
+        bench.in_fresh_process(sample_kernel, [NATIVE, *names], repeats) for names in ((REFERENCE, NAIVE), (PEAK,))
+    )
+    made = _library().multiply_adds(1) * PEAK_ROUNDS
 
-    def ratio(name: str) -> float:
+    def ratio(samples: Mapping[str, list[float]], name: str) -> float:
         return statistics.median(a / b for a, b in zip(samples[name], samples[NATIVE], strict=True))
 
-    made = _library().multiply_adds(1) * PEAK_ROUNDS
-    share = (
-        MULTIPLY_ADDS
-        * numel
-        / made
-        * statistics.median(peak / mine for peak, mine in zip(samples[PEAK], samples[NATIVE], strict=True))
-    )
+    share = MULTIPLY_ADDS * _numel("matrix") / made * ratio(peak, PEAK)
     return [
-        Figure("small_fc_lopt, 768 x 3072, 1 thread", 1e3 * statistics.median(samples[NATIVE]), "ms"),
-        Figure("  the reference backend takes", ratio(REFERENCE), "times as long"),
-        Figure("  naive eager code takes", ratio(NAIVE), "times as long", 20, 25),
-        Figure("  a core's peak", 2e-9 * made / statistics.median(samples[PEAK]), "GFLOP/s"),
+        Figure("small_fc_lopt, 768 x 3072, 1 thread", 1e3 * statistics.median(peak[NATIVE]), "ms"),
+        Figure("  the reference backend takes", ratio(others, REFERENCE), "times as long"),
+        Figure("  naive eager code takes", ratio(others, NAIVE), "times as long", 20, 25),
+        Figure("  a core's peak", 2e-9 * made / statistics.median(peak[PEAK]), "GFLOP/s"),
         Figure("  share of it, whole step", 100 * share, "%", 70, 85),
         Figure("  error of an update", bench.in_fresh_process(update_error), "of the largest", 1e-6, at_most=True),
     ]
@@ -124,10 +122,10 @@ def rules(repeats: int) -> list[Figure]:
     figures = []
     # celo2's time is that of torch's matrix products, whole models of which would take minutes.
     for shapes, rules_ in (("matrix", list(RATES)), ("vit_b16", ["velo", "celo", "celo_adam"])):
-        names = {rule: f"{rule}:native" for rule in rules_}
         setting = Setting(shapes, "float32", "cpu", 1)
-        samples = bench.in_fresh_process(bench.sample_step_seconds, setting, list(names.values()), repeats)
-        for rule, name in names.items():
+        for rule in rules_:
+            name = f"{rule}:native"
+            samples = bench.in_fresh_process(bench.sample_step_seconds, setting, [name], repeats)
             rate = 1e-6 * _numel(shapes) / statistics.median(samples[name])
             figures.append(Figure(f"{rule}, {shapes}, 1 thread", rate, "Mparam/s", *RATES[rule]))
     return figures

@@ -932,8 +932,7 @@ int64_t multiply_adds(int64_t rounds) {
     for (int i = 1; i < chains; ++i) sums[0] = sums[0] + sums[i];
     float total[Vec::lanes];
     sums[0].store(total);
-    static volatile float kept;  // or the loop would be left out
-    kept = total[0];
+    asm volatile("" : : "r"(total) : "memory");  // or the loop would be left out
     return rounds * chains * Vec::lanes;
 }
 
