@@ -137,14 +137,16 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
     "vit_b16": lambda: vit_shapes(768),
     "gpt2": gpt2_shapes,
     "matrix": lambda: [ParamShape((768, 3072))],
+    "many": lambda: [ParamShape((64,))] * 10_000,
     "tiny": lambda: vit_shapes(16, 1, patch=4, image=8, classes=10),
     "llama_1b": lambda: llama_shapes(2048, 22, 5504),
     "llama_7b": lambda: llama_shapes(4096, 32, 11_008),
     "llama_13b": lambda: llama_shapes(5120, 40, 13_824),
     "llama_65b": lambda: llama_shapes(8192, 80, 22_016),
 }
-"""Parameter shapes by the name that ``--shapes`` takes; ``matrix`` is one layer of a transformer,
-``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours) are there to be simulated."""
+"""Parameter shapes by the name that ``--shapes`` takes; ``matrix`` is one layer of a transformer, ``many`` are small
+vectors, ``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours) are there to be
+simulated."""
 
 DEFAULTS = {
     "shapes": ("vit_ti", "vit_b16", "gpt2"),
@@ -318,12 +320,12 @@ def _resident(field: str) -> int:
 def run_bench(setting: Setting, optimizers: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """Measure ``optimizers`` and the baselines; one record each, JSON-serialisable, the ratios being paired."""
     names = [*optimizers, *BASELINES]
-    samples = _in_fresh_process(sample_step_seconds, setting, names, repeats)
+    samples = in_fresh_process(sample_step_seconds, setting, names, repeats)
     shapes = [shape for shape, *_ in SHAPES[setting.shapes]()]
     numel = sum(math.prod(shape) for shape in shapes)
     records = []
     for name in names:
-        state_bytes, peak = _in_fresh_process(measure_memory, setting, name)
+        state_bytes, peak = in_fresh_process(measure_memory, setting, name)
         median = statistics.median(samples[name])
         ratios = {
             f"times_{base}": statistics.median(a / b for a, b in zip(samples[name], samples[base], strict=True))
@@ -347,7 +349,8 @@ def run_bench(setting: Setting, optimizers: Sequence[str], repeats: int) -> list
     return records
 
 
-def _in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What ``function`` returns in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
@@ -459,7 +462,7 @@ def main(args: argparse.Namespace) -> int:
 
 def resolve(args: argparse.Namespace, defaults: Mapping[str, Any], case: str) -> argparse.Namespace:
     """``args`` with ``defaults`` for what was not given; an option that has none means nothing in this ``case``."""
-    own = {"run", "parser", "distributed"}
+    own = {"run", "parser", "distributed", "figures"}
     for name, value in vars(args).items():
         if value is not None and name not in own | defaults.keys():
             args.parser.error(f"--{name} means nothing {case}")

@@ -21,7 +21,7 @@ import torch
 from packaging.requirements import Requirement
 
 import pylo_integrations
-from pylo_integrations import bench, bench_distributed, plot
+from pylo_integrations import bench, bench_distributed, bench_figures, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import native_report
 from pylo_integrations.optimizer import LearnedOptimizer
@@ -120,6 +120,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
     bench.add_arguments(command)
     bench_distributed.add_arguments(command)
+    bench_figures.add_arguments(command)
     return parser
 
 

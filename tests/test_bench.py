@@ -78,7 +78,7 @@ def test_ratios_are_medians_within_rounds(monkeypatch):
     # The machine slows down threefold in the second round; the ratio does not notice, that of the medians would.
     samples = {"small_fc_lopt": [2.0, 6.0, 4.0], "adamw_fused": [1.0, 3.0, 1.0], "adamw_foreach": [1.0, 3.0, 2.0]}
     answers = {bench.sample_step_seconds: lambda *args: samples, bench.measure_memory: lambda *args: (16.0, None)}
-    monkeypatch.setattr(bench, "_in_fresh_process", lambda function, *args: answers[function](*args))
+    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: answers[function](*args))
     learned, fused, foreach = bench.run_bench(TINY, ["small_fc_lopt"], 3)
     assert (learned["step_seconds"], learned["times_adamw_fused"], learned["times_adamw_foreach"]) == (4.0, 2.0, 2.0)
     table = bench.format_table([learned, fused, foreach]).splitlines()
@@ -174,7 +174,7 @@ def growth_after_warm_up(work):
     [(hold_one_tensor, 64), (hold_many_small_tensors, 64), (hold_one_after_another, 64), (keep_nothing, 0)],
 )
 def test_peak_memory_of_known_allocations(work, mebibytes):
-    measured = bench._in_fresh_process(growth_after_warm_up, work) / MIB
+    measured = bench.in_fresh_process(growth_after_warm_up, work) / MIB
     assert mebibytes - 1 <= measured <= mebibytes * 1.05 + 2
 
 
@@ -190,7 +190,7 @@ def test_peak_memory_of_known_allocations_on_a_gpu():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_of_a_step_is_seen_and_bounded_by_chunk_bytes():
     # 28 features of this matrix are 448 MiB; a learned step makes them block by block.
-    peak = bench._in_fresh_process(growth_after_warm_up_of_a_step)
+    peak = bench.in_fresh_process(growth_after_warm_up_of_a_step)
     assert 0 < peak < 100 * MIB
 
 

@@ -29,10 +29,11 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench", "plot", "workers"},
+    {"bench", "bench_naive", "plot", "workers"},
     {"strategies", "metatrain"},
     {"dry_run", "evaluation"},
     {"bench_distributed"},
+    {"bench_figures"},
     {"cli"},
 ]
 FRAMEWORKS = {

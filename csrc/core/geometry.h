@@ -119,6 +119,7 @@ struct Kernels {
     void (*prepare)(const Job &);
     void (*describe)(const Job &);
     void (*apply)(const Job &);
+    int64_t (*multiply_adds)(int64_t rounds);
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

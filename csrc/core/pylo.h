@@ -174,6 +174,10 @@ PYLO_API int32_t pylo_cpu_prepare(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_describe(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_apply(const pylo_call *call);
 
+/* Run a loop of nothing but independent multiply-adds in the registers of one thread and return how many it made: what
+ * that takes tells what share of a core's arithmetic the stages reach. */
+PYLO_API int64_t pylo_cpu_multiply_adds(int64_t rounds);
+
 #ifdef __cplusplus
 }
 #endif

@@ -58,6 +58,11 @@ struct Position {
 
 PYLO_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr int AHEAD = 256;
+constexpr int TILES_AHEAD = 2;
+
+PYLO_FN void fetch(const float *stream) { __builtin_prefetch(stream); }
+
 // -- streams ------------------------------------------------------------------------------------------------------------
 
 PYLO_FN Vec read_gradient(const Job &job, Vec grad, Vec param) {
@@ -87,6 +92,17 @@ struct Window {
             momentum[k] = load_lanes(t.momentum[k], PYLO_FLOAT32, at, step, lanes, end, 0, buffer[3 + k]);
             if constexpr (!Factored)
                 diagonal[k] = load_lanes(t.diagonal[k], PYLO_FLOAT32, at, step, lanes, end, 1, buffer[6 + k]);
+        }
+    }
+
+    PYLO_FN void prefetch(int lane) const {
+        fetch(grad + lane);
+        fetch(param + lane);
+        fetch(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            fetch(momentum[k] + lane);
+            if constexpr (!Factored) fetch(diagonal[k] + lane);
         }
     }
 
@@ -142,9 +158,24 @@ struct Sums {
     double total[N] = {};
     int rounds = 0;
 
-    PYLO_FN void add(int channel, int lane_index, Vec x) {
+    PYLO_FN void add_square(int channel, int lane_index, Vec x) {
         float *at = lane[channel] + (lane_index & 15);
-        (Vec::load(at) + x).store(at);
+        madd(x, x, Vec::load(at)).store(at);
+    }
+
+    // All channels of the lanes that a vector from `lane_index` on goes to, to be added to in registers.
+    struct Running {
+        Vec of[N];
+    };
+    PYLO_FN Running running(int lane_index) const {
+        Running sums;
+#pragma GCC unroll 32
+        for (int channel = 0; channel < N; ++channel) sums.of[channel] = Vec::load(lane[channel] + (lane_index & 15));
+        return sums;
+    }
+    PYLO_FN void keep(const Running &sums, int lane_index) {
+#pragma GCC unroll 32
+        for (int channel = 0; channel < N; ++channel) sums.of[channel].store(lane[channel] + (lane_index & 15));
     }
 
     // To be called after every run of lanes; `count` is its length.
@@ -189,10 +220,10 @@ void collect_part(const Job &job) {
     double *fixed_sums = g.row_varies ? t.col_sums : t.row_sums;
     Sums<2> sums;
     alignas(64) float grads[WIDE], params[WIDE];
-    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-        const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
-        Position at(job, part.outer_begin);
-        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+    Position at(job, part.outer_begin);
+    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+            const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
             const int64_t index = at.memory + first * g.lane_step;
             const float *grad = load_lanes(
                 const_cast<void *>(job.step->grad), job.step->grad_dtype, index, g.lane_step, count, padded, 0, grads);
@@ -200,14 +231,20 @@ void collect_part(const Job &job) {
             if (job.step->l2 != 0.0f)
                 param = load_lanes(t.param, t.param_dtype, index, g.lane_step, count, padded, 0, params);
             double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
-            for (int lane = 0; lane < padded; lane += Vec::lanes) {
-                const Vec raw = Vec::load(grad + lane);
-                sums.add(0, lane, raw * raw);
-                if constexpr (Factored) {
-                    const Vec x = read_gradient(job, raw, Vec::load(param + lane));
-                    sums.add(1, lane, x * x);
-                    add_to(lane_sums + lane, x * x);
+#pragma GCC unroll 4
+            for (int half = 0; half < 16; half += Vec::lanes) {
+                auto running = sums.running(half);
+                for (int lane = half; lane < padded; lane += 16) {
+                    const Vec raw = Vec::load(grad + lane);
+                    fetch(grad + lane + AHEAD);
+                    running.of[0] = madd(raw, raw, running.of[0]);
+                    if constexpr (Factored) {
+                        const Vec x = read_gradient(job, raw, Vec::load(param + lane));
+                        running.of[1] = madd(x, x, running.of[1]);
+                        add_to(lane_sums + lane, x * x);
+                    }
                 }
+                sums.keep(running, half);
             }
             if constexpr (Factored) {
                 sums.flush();
@@ -233,6 +270,25 @@ void collect(const Job &job) {
 
 // Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2. In double precision throughout: a variance is the
 // difference of two of them, which must vanish where all elements are equal.
+//
+// Value i of a run goes to element i % 16 of sums, and its square to that of squares.
+template <bool Plain>
+PYLO_FN void add_to_sums(const float *values, int padded, double *sums, double *squares) {
+#pragma GCC unroll 4
+    for (int half = 0; half < 16; half += Vec::lanes) {
+        Doubles sum = {}, square = Doubles::load(squares + half);
+        if constexpr (Plain) sum = Doubles::load(sums + half);
+        for (int i = half; i < padded; i += 16) {
+            const Doubles x = Doubles::of(values + i);
+            fetch(values + i + AHEAD);
+            if constexpr (Plain) sum.add(x);
+            square.add_product(x, x);
+        }
+        square.store(squares + half);
+        if constexpr (Plain) sum.store(sums + half);
+    }
+}
+
 template <bool All>
 void measure_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
@@ -240,33 +296,20 @@ void measure_part(const Job &job) {
     const Part &part = job.part;
     constexpr int count_of_sums = All ? PYLO_TENSOR_SUMS : 1;
     alignas(64) double sums[count_of_sums][16] = {};
-    alignas(64) float buffer[5][WIDE];
-    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-        const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
-        Position at(job, part.outer_begin);
-        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+    alignas(64) float buffer[WIDE];
+    Position at(job, part.outer_begin);
+    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+            const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
             const int64_t index = at.memory + first * g.lane_step;
-            const auto load = [&](void *base, int dtype, int stream) {
-                return load_lanes(base, dtype, index, g.lane_step, count, padded, 0, buffer[stream]);
+            const auto load = [&](void *base, int dtype) {
+                return load_lanes(base, dtype, index, g.lane_step, count, padded, 0, buffer);
             };
-            const float *param = load(t.param, t.param_dtype, 0), *rms = nullptr, *momentum[3] = {};
+            add_to_sums<false>(load(t.param, t.param_dtype), padded, nullptr, sums[0]);
             if constexpr (All) {
-                rms = load(t.rms, PYLO_FLOAT32, 1);
-                for (int k = 0; k < 3; ++k) momentum[k] = load(t.momentum[k], PYLO_FLOAT32, 2 + k);
-            }
-            for (int lane = 0; lane < padded; lane += Vec::lanes) {
-                const int to = lane & 15;
-                add_square_to(sums[0] + to, Vec::load(param + lane));
-                if constexpr (All) {
-                    for (int k = 0; k < 3; ++k) {
-                        const Vec m = Vec::load(momentum[k] + lane);
-                        add_to(sums[1 + k] + to, m);
-                        add_square_to(sums[5 + k] + to, m);
-                    }
-                    const Vec r = Vec::load(rms + lane);
-                    add_to(sums[4] + to, r);
-                    add_square_to(sums[8] + to, r);
-                }
+                for (int k = 0; k < 3; ++k)
+                    add_to_sums<true>(load(t.momentum[k], PYLO_FLOAT32), padded, sums[1 + k], sums[5 + k]);
+                add_to_sums<true>(load(t.rms, PYLO_FLOAT32), padded, sums[4], sums[8]);
             }
         }
     }
@@ -352,26 +395,28 @@ PYLO_FN bool has_extra(const pylo_rule &rule) { return rule.features >> CLIPPED_
 
 // -- describe -----------------------------------------------------------------------------------------------------------
 
-template <bool Factored>
+// `Extra`: with the channels that only some rules read.
+template <bool Factored, bool Extra>
 void describe_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
     const Part &part = job.part;
-    const bool extra = has_extra(*job.rule), sliced = t.norm_slices > 1;
-    Sums<Channels<Factored>::all> sums;
+    constexpr int channels = Extra ? Channels<Factored>::all : Channels<Factored>::common;
+    const bool sliced = t.norm_slices > 1;
+    Sums<channels> sums;
     Window<Factored, WIDE> window;
     alignas(64) float gathered[3][WIDE];
     const auto add_to_slice = [&](int64_t norm) {
         sums.flush();
-        for (int channel = 0; channel < Channels<Factored>::all; ++channel) {
+        for (int channel = 0; channel < channels; ++channel) {
             job.partial[norm * SLOTS + Channels<Factored>::slot(channel)] += sums.total[channel];
             sums.total[channel] = 0;
         }
     };
-    for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-        const int count = (int)smaller(WIDE, part.lane_end - first);
-        Position at(job, part.outer_begin);
-        for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+    Position at(job, part.outer_begin);
+    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
+        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
+            const int count = (int)smaller(WIDE, part.lane_end - first);
             window.load(job, at.memory + first * g.lane_step, count);
             const float *lane_scale[3] = {};
             Vec fixed_scale[3];
@@ -383,22 +428,30 @@ void describe_part(const Job &job) {
                         gathered[k]);
                     fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
                 }
-            for (int lane = 0; lane < window.padded; lane += Vec::lanes) {
+            const auto describe = [&](int lane, auto &&put) __attribute__((always_inline)) {
                 const Element<Vec> x = window.element(job, lane);
                 Vec scale[3];
                 if constexpr (Factored)
 #pragma GCC unroll 3
                     for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(lane_scale[k] + lane);
-                const int inside = count - lane;
-                if (inside >= Vec::lanes)
-                    features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
-                        sums.add(channel, lane, f * f);
+                features<Factored>(*job.rule, Extra, x, scale, put);
+            };
+            const int whole = count / Vec::lanes * Vec::lanes;
+#pragma GCC unroll 4
+            for (int half = 0; half < 16; half += Vec::lanes) {
+                auto running = sums.running(half);
+                for (int lane = half; lane < whole; lane += 16) {
+                    window.prefetch(lane + AHEAD);
+                    describe(lane, [&](int channel, Vec f) __attribute__((always_inline)) {
+                        running.of[channel] = madd(f, f, running.of[channel]);
                     });
-                else
-                    features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) {
-                        sums.add(channel, lane, first_lanes(inside, f * f));
-                    });
+                }
+                sums.keep(running, half);
             }
+            if (whole < count)
+                describe(whole, [&](int channel, Vec f) __attribute__((always_inline)) {
+                    sums.add_square(channel, whole, first_lanes(count - whole, f));
+                });
             if (sliced)
                 add_to_slice(at.norm);
             else
@@ -409,10 +462,11 @@ void describe_part(const Job &job) {
 }
 
 void describe(const Job &job) {
-    if (job.tensor->d0_axis < 0)
-        describe_part<false>(job);
+    const bool factored = job.tensor->d0_axis >= 0, extra = has_extra(*job.rule);
+    if (factored)
+        extra ? describe_part<true, true>(job) : describe_part<true, false>(job);
     else
-        describe_part<true>(job);
+        extra ? describe_part<false, true>(job) : describe_part<false, false>(job);
 }
 
 // -- the network --------------------------------------------------------------------------------------------------------
@@ -485,6 +539,13 @@ struct Network {
             }
     }
 
+    // Units of every hidden layer if they are so few that registers hold them, else 0.
+    int narrow() const {
+        for (int layer = 1; layer < layers - 1; ++layer)
+            if (width[layer] != width[0]) return 0;
+        return width[0] == 4 || width[0] == 8 ? width[0] : 0;
+    }
+
 private:
     void fold_slot(const pylo_rule &rule, int slot, float scale, float *to) const {
         const bool used = rule.features >> slot & 1;
@@ -540,9 +601,10 @@ template <int V>
 PYLO_FN void relu_layer(
     const float *in, int inputs, const float *weights, int64_t weights_step, int outputs, const float *bias,
     const float (*table)[TILE], float *out) {
-    // One vector leaves most registers idle and waits for the latency of its additions: take twice the units.
-    if (V < 2 && outputs % 8 == 0)
-        relu_units<V, V < 2 ? 8 : 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
+    // Few vectors, or 32 registers, leave most of them idle: take twice the units.
+    constexpr int most = V < 2 || PYLO_LANES == 16 ? 8 : 4;
+    if (outputs % most == 0)
+        relu_units<V, most>(in, inputs, weights, weights_step, outputs, bias, table, out);
     else
         relu_units<V, 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
 }
@@ -617,30 +679,43 @@ void fill_fixed(const Job &job, const Position &at, const LaneTable &table, Work
     }
 }
 
-// One tile of V vectors. `Sliced`: of a tensor with several slices over which features are normalised.
-template <bool Factored, bool Sliced, int V>
-PYLO_FN void apply_tile(
-    const Job &job, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale) {
+// The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
+PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
+    const char *line = (const char *)base + index * (dtype == PYLO_FLOAT32 ? 4 : 2);
+    const int bytes = TILE * (dtype == PYLO_FLOAT32 ? 4 : 2);
+    for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(line + offset);
+}
+
+// A third of the streams at a time: a core waits where more lines are asked for at once than it can have on their way.
+PYLO_FN void prefetch_tile(const Job &job, int64_t index, int third) {
     const pylo_tensor &t = *job.tensor;
-    const pylo_step &step = *job.step;
+    if (index < 0) return;
+    switch (third) {
+        case 0:
+            prefetch(job.step->grad, job.step->grad_dtype, index);
+            return prefetch(t.param, t.param_dtype, index);
+        case 1:
+            prefetch(t.rms, PYLO_FLOAT32, index);
+            return prefetch(t.momentum[0], PYLO_FLOAT32, index);
+        case 2:
+            prefetch(t.momentum[1], PYLO_FLOAT32, index);
+            return prefetch(t.momentum[2], PYLO_FLOAT32, index);
+    }
+}
+
+// Outputs of the network for one tile, whose features `visit(i, put)` makes for the i-th vector. Layers go through memory.
+template <bool Factored, int V, class Visit>
+PYLO_FN void evaluate(
+    const Job &job, Workplace &work, const LaneTable *table, int64_t next, Visit &&visit, Vec (&outputs)[2][V]) {
     const Network &network = work.network;
-    const bool extra = has_extra(*job.rule);
     float *in = work.a[0], *out = work.b[0];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-        const Element<Vec> x = window.element(job, i * Vec::lanes);
-        window.keep_state(x, i * Vec::lanes);
-        Vec scale[3];
-        if constexpr (Factored)
-#pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(table->scale[k] + i * Vec::lanes);
-        features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
-            if constexpr (Sliced) f = f * Vec(table->element_scale[channel]);
-            f.store(in + (channel * V + i) * Vec::lanes);
-        });
-    }
+    for (int i = 0; i < V; ++i)
+        visit(i, [&](int channel, Vec f) __attribute__((always_inline)) { f.store(in + (channel * V + i) * Vec::lanes); });
+    prefetch_tile(job, next, 1);
     relu_layer<V>(in, network.channels, network.element[0], PYLO_MAX_WIDTH, network.padded[0],
                   Factored ? work.fixed_preactivation : network.bias, Factored ? table->preactivation : nullptr, out);
+    prefetch_tile(job, next, 2);
     int layer = 1;
     for (; layer < network.layers - 1; ++layer) {
         float *swap = in;
@@ -649,16 +724,88 @@ PYLO_FN void apply_tile(
         relu_layer<V>(in, network.width[layer - 1], network.weights[layer], network.padded[layer], network.padded[layer],
                       network.biases[layer], nullptr, out);
     }
-    Vec acc[2][V];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j)
 #pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) acc[j][i] = Vec(network.biases[layer][j]);
-    multiply<V, 2>(out, network.width[layer - 1], network.weights[layer], network.padded[layer], acc);
+        for (int i = 0; i < V; ++i) outputs[j][i] = Vec(network.biases[layer][j]);
+    multiply<V, 2>(out, network.width[layer - 1], network.weights[layer], network.padded[layer], outputs);
+}
+
+// The same for a network whose hidden layers all have as many units as registers hold: nothing goes through memory.
+template <bool Factored, int V, int Units, class Visit>
+PYLO_FN void evaluate_narrow(
+    const Job &job, Workplace &work, const LaneTable *table, int64_t next, Visit &&visit, Vec (&outputs)[2][V]) {
+    const Network &network = work.network;
+    const int last = network.layers - 1;
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+        Vec units[Units];
+#pragma GCC unroll 8
+        for (int j = 0; j < Units; ++j) {
+            units[j] = Vec(Factored ? work.fixed_preactivation[j] : network.bias[j]);
+            if constexpr (Factored) units[j] = units[j] + Vec::load(table->preactivation[j] + i * Vec::lanes);
+        }
+        visit(i, [&](int channel, Vec f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int j = 0; j < Units; ++j) units[j] = madd(f, Vec(network.element[channel][j]), units[j]);
+        });
+        for (int layer = 1; layer < last; ++layer) {
+            const float *weights = network.weights[layer], *bias = network.biases[layer];
+            Vec following[Units];
+#pragma GCC unroll 8
+            for (int j = 0; j < Units; ++j) following[j] = Vec(bias[j]);
+#pragma GCC unroll 8
+            for (int k = 0; k < Units; ++k) {
+                const Vec x = at_least(Vec(0.0f), units[k]);
+#pragma GCC unroll 8
+                for (int j = 0; j < Units; ++j) following[j] = madd(x, Vec(weights[k * Units + j]), following[j]);
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < Units; ++j) units[j] = following[j];
+        }
+        const float *weights = network.weights[last], *bias = network.biases[last];
+        outputs[0][i] = Vec(bias[0]);
+        outputs[1][i] = Vec(bias[1]);
+#pragma GCC unroll 8
+        for (int k = 0; k < Units; ++k) {
+            const Vec x = at_least(Vec(0.0f), units[k]);
+            outputs[0][i] = madd(x, Vec(weights[k * 4]), outputs[0][i]);
+            outputs[1][i] = madd(x, Vec(weights[k * 4 + 1]), outputs[1][i]);
+        }
+        if (i < 2) prefetch_tile(job, next, 1 + i);
+    }
+}
+
+// One tile of V vectors; that at `next`, if not negative, will follow soon. `Sliced`: of a tensor with several slices
+// over which features are normalised. `Units`: of every hidden layer if they are few, else 0.
+template <bool Factored, bool Sliced, int Units, int V>
+PYLO_FN void apply_tile(
+    const Job &job, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale,
+    int64_t next) {
+    const pylo_tensor &t = *job.tensor;
+    const pylo_step &step = *job.step;
+    const bool extra = has_extra(*job.rule);
+    prefetch_tile(job, next, 0);
+    const auto visit = [&](int i, auto &&put) __attribute__((always_inline)) {
+        const Element<Vec> x = window.element(job, i * Vec::lanes);
+        window.keep_state(x, i * Vec::lanes);
+        Vec scale[3];
+        if constexpr (Factored)
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(table->scale[k] + i * Vec::lanes);
+        features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
+            put(channel, Sliced ? f * Vec(table->element_scale[channel]) : f);
+        });
+    };
+    Vec outputs[2][V];
+    if constexpr (Units > 0)
+        evaluate_narrow<Factored, V, Units>(job, work, table, next, visit, outputs);
+    else
+        evaluate<Factored, V>(job, work, table, next, visit, outputs);
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
         float *at = window.param + i * Vec::lanes;
-        const Vec proposed = Vec(step.step_mult) * proposed_step(acc[0][i], acc[1][i], job.rule->exp_mult);
+        const Vec proposed = Vec(step.step_mult) * proposed_step(outputs[0][i], outputs[1][i], job.rule->exp_mult);
         if (t.direction)
             proposed.store(work.a[0] + i * Vec::lanes);
         else
@@ -671,33 +818,17 @@ PYLO_FN void apply_tile(
         window.store_param(job);
 }
 
-// The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
-PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
-    const char *line = (const char *)base + index * (dtype == PYLO_FLOAT32 ? 4 : 2);
-    const int bytes = TILE * (dtype == PYLO_FLOAT32 ? 4 : 2);
-    for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(line + offset);
-}
-
-PYLO_FN void prefetch_tile(const Job &job, int64_t index) {
-    const pylo_tensor &t = *job.tensor;
-    prefetch(job.step->grad, job.step->grad_dtype, index);
-    prefetch(t.param, t.param_dtype, index);
-    prefetch(t.rms, PYLO_FLOAT32, index);
-    for (int k = 0; k < 3; ++k) prefetch(t.momentum[k], PYLO_FLOAT32, index);
-}
-
-template <bool Factored, bool Sliced, int V>
+template <bool Factored, bool Sliced, int Units, int V>
 void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
     const int64_t tables = g.slices < TABLES ? g.slices : 1;
     for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;
     Window<Factored, TILE> window;
-    Position at(job, job.part.outer_begin);
-    for (int64_t outer = job.part.outer_begin; outer < job.part.outer_end; ++outer) {
-        Position next = at;
-        next.advance();
-        if (g.lane_step == 1 && outer + 1 < job.part.outer_end) prefetch_tile(job, next.memory + first);
+    Position at(job, job.part.outer_begin), ahead = at;
+    for (int i = 0; i < TILES_AHEAD; ++i) ahead.advance();
+    for (int64_t outer = job.part.outer_begin; outer < job.part.outer_end; ++outer, at.advance(), ahead.advance()) {
+        const bool foreseen = g.lane_step == 1 && outer + TILES_AHEAD < job.part.outer_end;
         LaneTable *table = nullptr;
         Vec fixed_scale[3];
         if constexpr (Factored) {
@@ -709,25 +840,36 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         }
         window.load(job, at.memory + first * g.lane_step, count);
-        apply_tile<Factored, Sliced, V>(job, work, window, table, fixed_scale);
-        at = next;
+        apply_tile<Factored, Sliced, Units, V>(job, work, window, table, fixed_scale, foreseen ? ahead.memory + first : -1);
+    }
+}
+
+template <bool Factored, bool Sliced, int Units>
+void apply_strips(const Job &job, Workplace &work) {
+    for (int64_t first = job.part.lane_begin; first < job.part.lane_end;) {
+        const int64_t left = job.part.lane_end - first, vectors = (left + Vec::lanes - 1) / Vec::lanes;
+        const int take = vectors == 4 ? 2 : (int)smaller(vectors, TILE_VECTORS);  // four are better halved
+        const int count = (int)smaller(left, take * Vec::lanes);
+        if (take == 3)
+            apply_strip<Factored, Sliced, Units, 3>(job, work, first, count);
+        else if (take == 2)
+            apply_strip<Factored, Sliced, Units, 2>(job, work, first, count);
+        else
+            apply_strip<Factored, Sliced, Units, 1>(job, work, first, count);
+        first += count;
     }
 }
 
 template <bool Factored, bool Sliced>
 void apply_part(const Job &job, Workplace &work) {
     work.network.fold<Factored>(job);
-    for (int64_t first = job.part.lane_begin; first < job.part.lane_end;) {
-        const int64_t left = job.part.lane_end - first, vectors = (left + Vec::lanes - 1) / Vec::lanes;
-        const int take = vectors == 4 ? 2 : (int)smaller(vectors, TILE_VECTORS);  // four are better halved
-        const int count = (int)smaller(left, take * Vec::lanes);
-        if (take == 3)
-            apply_strip<Factored, Sliced, 3>(job, work, first, count);
-        else if (take == 2)
-            apply_strip<Factored, Sliced, 2>(job, work, first, count);
-        else
-            apply_strip<Factored, Sliced, 1>(job, work, first, count);
-        first += count;
+    switch (work.network.narrow()) {
+        case 4:
+            return apply_strips<Factored, Sliced, 4>(job, work);
+        case 8:
+            return apply_strips<Factored, Sliced, 8>(job, work);
+        default:
+            return apply_strips<Factored, Sliced, 0>(job, work);
     }
 }
 
@@ -776,10 +918,28 @@ void apply(const Job &job) {
         apply_part<true, false>(job, work);
 }
 
+// -- the peak of a core -------------------------------------------------------------------------------------------------
+
+int64_t multiply_adds(int64_t rounds) {
+    constexpr int chains = 12;  // two units of latency 4 need 8
+    Vec sums[chains];
+#pragma GCC unroll 12
+    for (int i = 0; i < chains; ++i) sums[i] = Vec((float)i);
+    for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 12
+        for (int i = 0; i < chains; ++i) sums[i] = madd(sums[i], Vec(0.5f), Vec(0.25f));
+#pragma GCC unroll 12
+    for (int i = 1; i < chains; ++i) sums[0] = sums[0] + sums[i];
+    float total[Vec::lanes];
+    sums[0].store(total);
+    asm volatile("" : : "r"(total) : "memory");  // or the loop would be left out
+    return rounds * chains * Vec::lanes;
+}
+
 }  // namespace
 }  // namespace PYLO_ISA
 
 extern const Kernels PYLO_KERNELS;
-const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply};
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply, multiply_adds};
 
 }  // namespace pylo

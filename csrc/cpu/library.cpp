@@ -508,5 +508,6 @@ int32_t pylo_cpu_measure(const pylo_call *call) { return run(MEASURE, &Kernels::
 int32_t pylo_cpu_prepare(const pylo_call *call) { return run(PREPARE, &Kernels::prepare, call); }
 int32_t pylo_cpu_describe(const pylo_call *call) { return run(DESCRIBE, &Kernels::describe, call); }
 int32_t pylo_cpu_apply(const pylo_call *call) { return run(APPLY, &Kernels::apply, call); }
+int64_t pylo_cpu_multiply_adds(int64_t rounds) { return kernels_of(best_isa())->multiply_adds(std::max<int64_t>(rounds, 0)); }
 
 }  // extern "C"

@@ -145,37 +145,61 @@ PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
 
 #endif
 
-// sums[i] += x[i], and sums[i] += x[i]^2 without rounding the square.
-#if PYLO_LANES == 16
-PYLO_FN void add_to(double *sums, __m512d x) { _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), x)); }
-PYLO_FN __m512d low_half(Vec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x.raw)); }
-PYLO_FN __m512d high_half(Vec x) {
-    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.raw), 1)));
-}
-#elif PYLO_LANES == 8
-PYLO_FN void add_to(double *sums, __m256d x) { _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), x)); }
-PYLO_FN __m256d low_half(Vec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x.raw)); }
-PYLO_FN __m256d high_half(Vec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x.raw, 1)); }
+// As many numbers in double precision as a vector has lanes.
+struct Doubles {
+#if PYLO_LANES > 1
+    typedef double Raw __attribute__((vector_size(PYLO_LANES * 4)));
+    typedef float Floats __attribute__((vector_size(PYLO_LANES * 2)));
+    static constexpr int lanes = PYLO_LANES / 2;
+#else
+    typedef double Raw;
+    typedef float Floats;
+    static constexpr int lanes = 1;
 #endif
+    static constexpr int parts = PYLO_LANES / lanes;
+    Raw part[parts];
+
+    static PYLO_FN Doubles load(const double *p) {
+        Doubles x;
+#pragma GCC unroll 2
+        for (int i = 0; i < parts; ++i) __builtin_memcpy(&x.part[i], p + i * lanes, sizeof(Raw));
+        return x;
+    }
+    PYLO_FN void store(double *p) const {
+#pragma GCC unroll 2
+        for (int i = 0; i < parts; ++i) __builtin_memcpy(p + i * lanes, &part[i], sizeof(Raw));
+    }
+    static PYLO_FN Doubles of(const float *p) {
+        Doubles x;
+#pragma GCC unroll 2
+        for (int i = 0; i < parts; ++i) {
+            Floats narrow;
+            __builtin_memcpy(&narrow, p + i * lanes, sizeof narrow);
+#if PYLO_LANES > 1
+            x.part[i] = __builtin_convertvector(narrow, Raw);
+#else
+            x.part[i] = narrow;
+#endif
+        }
+        return x;
+    }
+    PYLO_FN void add(const Doubles &x) {
+#pragma GCC unroll 2
+        for (int i = 0; i < parts; ++i) part[i] = part[i] + x.part[i];
+    }
+    PYLO_FN void add_product(const Doubles &x, const Doubles &y) {
+#pragma GCC unroll 2
+        for (int i = 0; i < parts; ++i) part[i] = part[i] + x.part[i] * y.part[i];
+    }
+};
+
+// sums[i] += x[i]
 PYLO_FN void add_to(double *sums, Vec x) {
-#if PYLO_LANES >= 8
-    add_to(sums, low_half(x));
-    add_to(sums + Vec::lanes / 2, high_half(x));
-#else
-    float values[PYLO_LANES];
+    alignas(64) float values[PYLO_LANES];
     x.store(values);
-    for (int i = 0; i < PYLO_LANES; ++i) sums[i] += values[i];
-#endif
-}
-PYLO_FN void add_square_to(double *sums, Vec x) {
-#if PYLO_LANES >= 8
-    add_to(sums, low_half(x) * low_half(x));
-    add_to(sums + Vec::lanes / 2, high_half(x) * high_half(x));
-#else
-    float values[PYLO_LANES];
-    x.store(values);
-    for (int i = 0; i < PYLO_LANES; ++i) sums[i] += (double)values[i] * (double)values[i];
-#endif
+    Doubles total = Doubles::load(sums);
+    total.add(Doubles::of(values));
+    total.store(sums);
 }
 
 // exp by 2^n exp(r), |r| <= ln(2)/2: 1 ulp; overflows to infinity, underflows to 0 and passes NaN on.

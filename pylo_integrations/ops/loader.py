@@ -187,6 +187,12 @@ class Library:
         """
         return not self._read_memory(exchange_api, objects, count, memory)
 
+    def multiply_adds(self, rounds: int) -> int:
+        """Run a loop of nothing but multiply-adds on one thread; returns how many it made."""
+        run = self._dll.pylo_cpu_multiply_adds
+        run.restype = ctypes.c_int64
+        return int(run(ctypes.c_int64(rounds)))
+
     def check(self, call: CallStruct) -> tuple[int, int]:
         """See :class:`NativeLibrary`."""
         token, size = ctypes.c_uint64(), ctypes.c_int64()

@@ -453,6 +453,7 @@ void directions_are_the_steps(const pylo_rule &rule, const std::vector<Shape> &s
 
 int main() {
     CHECK(pylo_abi_version() == PYLO_ABI_VERSION);
+    CHECK(pylo_cpu_multiply_adds(-1) == 0 && pylo_cpu_multiply_adds(2) == 2 * pylo_cpu_multiply_adds(1));
     nonsense_is_refused();
     for (int dtype : {PYLO_FLOAT32, PYLO_FLOAT16, PYLO_BFLOAT16})
         results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, SMALL_FC));
