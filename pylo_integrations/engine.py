@@ -40,7 +40,7 @@ from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, Partia
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Held, ShardingError, local_gradient, local_part
+from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
 from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
@@ -97,9 +97,10 @@ class _Plan:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the kernels do all of it, on a CPU, without other ranks."""
+        """Whether the kernels do all of it, on a CPU, to tensors that are as they seem: no ``DTensor`` or slice."""
         everything = len(self.natively) == len(self.buckets) > 0
-        return everything and not self.sharded and all(bucket.device.type == "cpu" for bucket in self.buckets)
+        plain = not any(is_sharded(param) for bucket in self.buckets for param in bucket.params)
+        return everything and plain and all(bucket.device.type == "cpu" for bucket in self.buckets)
 
 
 class _Agreed(NamedTuple):

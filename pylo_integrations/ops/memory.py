@@ -33,7 +33,7 @@ def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
     """
     objects = np.fromiter(tensors, object, count)
     library, exchange_api = loader.load(), _exchange_api()
-    if not isinstance(library, str) and exchange_api is not None:
+    if isinstance(library, loader.Library) and exchange_api is not None:
         memory = np.empty((count, 2), np.uint64)
         if library.read_memory(exchange_api, objects.ctypes.data, count, memory.ctypes.data):
             return memory
