@@ -148,7 +148,8 @@ class Celo(ThetaOptimizer):
     """Celo: VeLO's MLPs under one learned schedule for the whole model (:mod:`pylo_integrations.rules.celo`).
 
     Takes the arguments of :class:`ThetaOptimizer`, and ``phase``. Needs ``num_steps``, and the loss at every step. The
-    default weights are the authors', ``"hub:amoudgl/celo"``.
+    default weights were meta-trained by this package on small networks, ``"builtin:celo"``; those of the authors are
+    ``"hub:amoudgl/celo"``.
 
     Args:
         params: As for :class:`LearnedOptimizer`.
@@ -171,7 +172,7 @@ class Celo(ThetaOptimizer):
 
     rule_type = CeloRule
     architecture = "celo"
-    default_weights = "hub:amoudgl/celo"
+    default_weights = "builtin:celo"
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from thetas import theta_for
 import pylo_integrations
 from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
-from pylo_integrations.weights import bootstrap, load_theta
+from pylo_integrations.weights import bootstrap, builtin_names, load_theta
 from pylo_integrations.weights.hub import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
@@ -67,8 +67,8 @@ def test_info_tells_options_and_weights(capsys, name):
     if spec.cls.default_weights is None:
         assert "weights= is needed" in out
     elif spec.cls.default_weights.startswith("builtin:"):
-        assert load_theta(spec.cls.default_weights, name).sha256[:12] in out
-        assert "not meta-trained" in out
+        theta = load_theta(spec.cls.default_weights, name)
+        assert theta.sha256[:12] in out and theta.provenance in out
     else:
         assert f"{spec.cls.default_weights}, not on this machine" in out
 
@@ -224,7 +224,7 @@ def test_doctor_reports_damaged_weights(capsys, monkeypatch):
     monkeypatch.setattr(cli, "load_theta", damaged)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "BROKEN: builtin:small_fc_bootstrap is damaged" in out and "1 defect found" in out
+    assert "BROKEN: builtin:small_fc_bootstrap is damaged" in out and f"{len(builtin_names())} defects found" in out
 
 
 def test_doctor_reports_an_optimizer_that_does_not_move(capsys, monkeypatch):

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 import pylo_integrations
 from pylo_integrations.ops import cuda, loader
+from pylo_integrations.weights import builtin_names
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = f"pylo_integrations/ops/{loader.FILE}"
@@ -102,7 +103,7 @@ def test_without_a_compiler_the_wheel_is_pure_python(pure_wheel):
 def test_the_wheel_is_typed_and_has_weights_and_recipes_but_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "pylo_integrations/py.typed" in names
-    assert "pylo_integrations/weights/builtin/small_fc_bootstrap.safetensors" in names
+    assert {f"pylo_integrations/weights/builtin/{name}.safetensors" for name in builtin_names()} <= set(names)
     assert {"pylo_integrations/_recipes/vit/train.py", "pylo_integrations/_recipes/gpt2/train.py"} <= set(names)
     assert not [name for name in names if "test" in name or name.startswith(("docs", "recipes"))]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

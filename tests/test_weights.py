@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,8 @@ from golden_files import INPUTS, NAMES, Golden, to_torch
 
 from pylo_integrations import SmallFCLOpt, Theta, create_optimizer
 from pylo_integrations.weights import bootstrap, builtin_names, load_theta
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -195,6 +198,29 @@ def test_bootstrap_takes_a_normalised_momentum_step():
         want = -1e-3 * direction / direction.square().mean().sqrt()
         # The normaliser's own epsilon is 1e-5 of a mean square of order 1; parameters round to 2e-7.
         torch.testing.assert_close(p.detach() - before, want, rtol=2e-4, atol=6e-7)
+
+
+@pytest.mark.parametrize("name", sorted(set(builtin_names()) - {"small_fc_bootstrap"}))
+def test_meta_trained_builtins_carry_their_record_and_train(name):
+    theta = load_theta(f"builtin:{name}", name)
+    record, [config] = theta.training, (ROOT / "recipes" / "metatrain").glob(f"{name}.yaml")
+    assert record["config"]["optimizer"] == theta.name == name and config.exists()
+    assert {"commit", "torch", "iteration", "inner_steps", "cpu_seconds", "curve"} <= record.keys()
+    assert theta.licence == "BSD-3-Clause" and record["curve"][-1]["score"] < record["curve"][0]["score"]
+    assert max(array.abs().max() for array in theta.arrays.values()) < 16, "fit for half precision"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    inputs = torch.randn(256, 8)
+    targets = torch.sin(inputs.sum(1, keepdim=True))
+    optimizer = create_optimizer(model, name, weights=theta, num_steps=200)
+    losses = []
+    for _ in range(200):
+        loss = (model(inputs) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_unknown_builtin_lists_what_there_is():
