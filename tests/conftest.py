@@ -11,6 +11,10 @@ from pylo_integrations.workers import Workers
 
 # Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
 BOTH_BACKENDS = {
+    "test_adapter_accelerate",
+    "test_adapter_hf",
+    "test_adapter_lightning",
+    "test_adapter_timm",
     "test_golden",
     "test_golden_celo2",
     "test_golden_elo",
