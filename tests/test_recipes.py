@@ -78,6 +78,7 @@ def assert_same(left, right):
 
 STEPS = 30
 SMALL_VIT = (
+    "--optimizer=small_fc_lopt",
     f"--trainer.max_steps={STEPS}",
     "--trainer.val_check_interval=10",
     "--trainer.enable_progress_bar=false",
