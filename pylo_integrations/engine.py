@@ -97,8 +97,11 @@ class _Plan:
 
     @cached_property
     def is_native(self) -> bool:
-        """Whether the kernels do all of it, on a CPU, to tensors that are as they seem: no ``DTensor`` or slice."""
-        everything = len(self.natively) == len(self.buckets) > 0
+        """Whether the kernels do all of it, on a CPU, without other ranks, to plain tensors.
+
+        A replicated ``DTensor`` is divided among nobody, but is not where it seems to be either.
+        """
+        everything = len(self.natively) == len(self.buckets) > 0 and not self.sharded
         plain = not any(is_sharded(param) for bucket in self.buckets for param in bucket.params)
         return everything and plain and all(bucket.device.type == "cpu" for bucket in self.buckets)
 

@@ -31,6 +31,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -39,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, whole_states
+from pylo_integrations.files import write_whole
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.progress import COUNTS, Progress
 from pylo_integrations.sharding.pieces import read_flat_slices
@@ -171,13 +173,8 @@ def save_canonical(canonical: Mapping[str, Any], path: str | os.PathLike[str]) -
     header = {key: value for key, value in canonical.items() if key not in ("memory", "state")}
     header["state"] = list(canonical["state"])
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    temporary = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        safetensors.torch.save_file(contiguous, temporary, {_HEADER: json.dumps(header)})
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    metadata = {_HEADER: json.dumps(header)}
+    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(contiguous, str(temporary), metadata))
 
 
 def load_canonical(path: str | os.PathLike[str]) -> dict[str, Any]:

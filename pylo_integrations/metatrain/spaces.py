@@ -13,6 +13,7 @@ from torch import Tensor
 from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.rules.control import HORIZON_MARKS, LR_MULT, SCHEDULE_FEATURES, lstm_shapes
 from pylo_integrations.rules.features import MATRIX_FEATURES, TIME_SCALES, channel_counts
+from pylo_integrations.rules.networks import STACK, stack_shapes
 from pylo_integrations.rules.small_fc import SmallFC
 
 DECAY_SCALE = 0.1
@@ -251,7 +252,7 @@ class CeloLinear(LinearSpace):
         index = torch.tensor(self._channels, device=vectors.device)
         up = vectors.new_zeros(*batch, sum(counts)).index_copy(-1, index, direction)
         for i, piece in enumerate(up.split_with_sizes(counts, dim=-1)):
-            name = f"ff_mod_stack/~/w0__{i}"
+            name = f"{STACK}w0__{i}"
             signs = torch.stack([piece, -piece], dim=-1).unsqueeze(-3)
             arrays[name] = torch.cat([signs, arrays[name][..., 2:]], dim=-1)
         rest = arrays["rnn_params/step_size/w"][..., SCHEDULE_FEATURES:, :]
@@ -273,26 +274,17 @@ class CeloLinear(LinearSpace):
         blocks[units, 1, units] = torch.eye(SCHEDULE_FEATURES)
         # The gates in their order: write, candidate, forget (to which the rule adds 1), read.
         biases[:, units] = torch.tensor([self.open, 0, -self.open - 1, self.open]).unsqueeze(1)
-        arrays["rnn_params/rnn_to_controls/w"], arrays["rnn_params/rnn_to_controls/b"] = (
-            torch.zeros(lstm, 1),
-            torch.zeros(1),
-        )
-        stack: dict[str, tuple[int, ...]] = {
-            f"w0__{i}": (count, hidden) for i, count in enumerate(channel_counts(MATRIX_FEATURES))
-        }
-        stack |= {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, 3), "b2": (3,)}
-        for name, shape in stack.items():
-            array = torch.zeros(1, *shape)
-            if name.startswith("w0"):
-                array.copy_(torch.randn(array.shape, generator=generator) / sum(channel_counts(MATRIX_FEATURES)) ** 0.5)
-            elif name == "w1":
-                array.copy_(torch.randn(array.shape, generator=generator) / hidden**0.5)
-                array[:, :2], array[:, :, :2] = 0, 0
-                array[0, :2, :2] = torch.eye(2)
-            elif name == "w2":
-                array[0, :2, 0] = torch.tensor([1.0, -1.0])
-            arrays[f"ff_mod_stack/~/{name}"] = array
-        return arrays
+        arrays |= {"rnn_params/rnn_to_controls/w": torch.zeros(lstm, 1), "rnn_params/rnn_to_controls/b": torch.zeros(1)}
+        mlp = {name: torch.zeros(1, *shape) for name, shape in stack_shapes(hidden).items()}
+        for i in range(len(MATRIX_FEATURES)):
+            weight = mlp[f"{STACK}w0__{i}"]
+            weight.copy_(torch.randn(weight.shape, generator=generator) / sum(channel_counts(MATRIX_FEATURES)) ** 0.5)
+        between = mlp[f"{STACK}w1"]
+        between.copy_(torch.randn(between.shape, generator=generator) / hidden**0.5)
+        between[:, :2], between[:, :, :2] = 0, 0
+        between[0, :2, :2] = torch.eye(2)
+        mlp[f"{STACK}w2"][0, :2, 0] = torch.tensor([1.0, -1.0])
+        return arrays | mlp
 
     def _line(self) -> tuple[Tensor, float]:
         """Weights of the horizon's units for a step that falls as a line, and what to add for it to begin at 1."""

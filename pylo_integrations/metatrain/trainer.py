@@ -24,14 +24,15 @@ from tqdm import tqdm
 
 import pylo_integrations
 from pylo_integrations import plot
+from pylo_integrations.files import write_whole
 from pylo_integrations.metatrain.config import Config, Stage
 from pylo_integrations.metatrain.episodes import Episode
 from pylo_integrations.metatrain.estimators import PES, Estimate, Estimator, Group, TruncatedBackprop, mean_gradient
 from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
 from pylo_integrations.metatrain.learners import Learner
-from pylo_integrations.metatrain.logs import RunLog, write_whole
+from pylo_integrations.metatrain.logs import RunLog
 from pylo_integrations.metatrain.outer import Outer, cosine
-from pylo_integrations.metatrain.ranks import Ranks, device_of_rank
+from pylo_integrations.metatrain.processes import Processes, device_of_rank
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
 from pylo_integrations.metatrain.tasks import Family
@@ -130,8 +131,8 @@ class MetaTrainer:
     """
 
     def __init__(self, config: Config, output: str | os.PathLike[str], *, resume: bool = False, quiet: bool = False):
-        self.config, self.output, self._ranks = config, Path(output), Ranks.current()
-        self._quiet = quiet or not self._ranks.leads
+        self.config, self.output, self._processes = config, Path(output), Processes.current()
+        self._quiet = quiet or not self._processes.leads
         self._device = device_of_rank(config.device)
         self._progress = _Progress()
         self._began = time.process_time()
@@ -170,7 +171,7 @@ class MetaTrainer:
     def _run(self, iterations: int | None) -> None:
         progress, total = self._progress, sum(stage.iterations for stage in self.config.stages)
         self._check_data()
-        if self._ranks.leads:
+        if self._processes.leads:
             self.output.mkdir(parents=True, exist_ok=True)
             self._log = RunLog(self.output / METRICS, self._columns(), progress.iteration, bool(progress.curve))
         last = total if iterations is None else min(total, progress.iteration + iterations)
@@ -187,12 +188,12 @@ class MetaTrainer:
                     self._evaluate(bar)
                 elif progress.iteration % LOG_EVERY == 0:
                     self._write_row({})
-                if self._ranks.leaders(time.monotonic() - saved > self.config.checkpoint_seconds):
+                if self._processes.leaders(time.monotonic() - saved > self.config.checkpoint_seconds):
                     self._save()
                     saved = time.monotonic()
                 bar.update()
         self._save()
-        if self._ranks.leads:
+        if self._processes.leads:
             self.theta(best=False).save(self.output / LAST, overwrite=True)
         if progress.iteration == total:
             self._report()
@@ -200,7 +201,7 @@ class MetaTrainer:
     def _iterate(self, bar: Any) -> None:
         progress, stage = self._progress, self._stage
         began, estimates = time.process_time(), dict[str, list[Estimate]]()
-        for (name, _), estimate in self._ranks.all_of(
+        for (name, _), estimate in self._processes.all_of(
             list(self._groups), lambda key: self._estimator.estimate(self._outer.vector, self._groups[key])
         ).items():
             estimates.setdefault(name, []).append(estimate)
@@ -210,7 +211,7 @@ class MetaTrainer:
         progress.done += 1
         progress.iteration += 1
         progress.inner_steps += sum(estimate.steps for mine in estimates.values() for estimate in mine)
-        progress.training_seconds += self._ranks.sum(time.process_time() - began)
+        progress.training_seconds += self._processes.sum(time.process_time() - began)
         self._account()
         for name, mine in estimates.items():
             progress.window.setdefault(name, []).append(fmean(estimate.objective for estimate in mine))
@@ -244,7 +245,7 @@ class MetaTrainer:
                 "iterations": progress.iteration,
                 "inner_steps": progress.inner_steps,
                 "cpu_seconds": round(progress.cpu_seconds, 1),
-                "processes": self._ranks.size,
+                "processes": self._processes.size,
                 "curve": [
                     {name: value if value is None else round(value, 4) for name, value in point.items()}
                     for point in progress.curve[:: max(1, len(progress.curve) // 50)]
@@ -343,7 +344,7 @@ class MetaTrainer:
         if score is None or score < progress.best_score:
             progress.best_score, progress.best_iteration = math.inf if score is None else score, progress.iteration
             self._best = current
-            if self._ranks.leads:
+            if self._processes.leads:
                 self.theta(best=True).save(self.output / THETA, overwrite=True)
         self._write_row(objectives | ({} if score is None else {"selection_loss": score}))
         if not self._quiet:
@@ -360,7 +361,7 @@ class MetaTrainer:
     def _score(self, arrays: Mapping[str, Tensor]) -> dict[str, Score]:
         """By set and family; only the sets that theta is not trained on."""
         families = {f"{part}_loss_{family.name}": family for part, family in self.config.families() if part != "train"}
-        scores = self._ranks.all_of(
+        scores = self._processes.all_of(
             list(families), lambda name: evaluate(self._learner, arrays, families[name], self.config)
         )
         self._account()
@@ -368,12 +369,12 @@ class MetaTrainer:
 
     def _report(self) -> None:
         """Compare where theta started, the best theta and AdamW, on every family."""
-        if self._ranks.leaders((self.output / REPORT).exists()):
+        if self._processes.leaders((self.output / REPORT).exists()):
             return
         families = {family.name: (part, family) for part, family in self.config.families()}
-        rows = self._ranks.all_of(list(families), lambda name: self._compare(*families[name]))
+        rows = self._processes.all_of(list(families), lambda name: self._compare(*families[name]))
         self._account()
-        if not self._ranks.leads:
+        if not self._processes.leads:
             return
         report = {
             "iteration": self._progress.best_iteration,
@@ -423,7 +424,7 @@ class MetaTrainer:
     def _account(self) -> None:
         """Add up what all ranks have spent since the last time."""
         now = time.process_time()
-        self._progress.cpu_seconds += self._ranks.sum(now - self._began)
+        self._progress.cpu_seconds += self._processes.sum(now - self._began)
         self._began = now
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -432,7 +433,7 @@ class MetaTrainer:
         """Write everything that the rest of the run depends on."""
         self._account()
         groups, states = self._group_states()
-        if not self._ranks.leads:
+        if not self._processes.leads:
             return
         tensors = {f"outer/{name}": value for name, value in self._outer.tensors().items()}
         tensors |= {f"template/{name}": value for name, value in self._template.items()}
@@ -451,7 +452,7 @@ class MetaTrainer:
         """Counters by group and tensors by name, of the groups of all ranks."""
         counters: dict[str, dict[str, int]] = {}
         tensors: dict[str, Tensor] = {}
-        for key in self._ranks.mine(list(self._groups)):
+        for key in self._processes.mine(list(self._groups)):
             group, prefix = self._groups[key], _prefix(key)
             counters[prefix] = {"begun": group.begun, "perturbed": group.perturbed}
             if isinstance(group.episode, _VectorEpisode):
@@ -460,7 +461,7 @@ class MetaTrainer:
                 tensors |= {f"{prefix}episode/{name}": value for name, value in inner.items()}
             if group.drift is not None:
                 tensors[f"{prefix}drift"] = group.drift
-        return self._ranks.everyones(counters), self._ranks.everyones(_on_cpu(tensors))
+        return self._processes.everyones(counters), self._processes.everyones(_on_cpu(tensors))
 
     def _restore(self, checkpoint: Path) -> None:
         with safetensors.safe_open(str(checkpoint), "pt") as file:
@@ -481,7 +482,7 @@ class MetaTrainer:
         self._best = _below(tensors, "best/")
         self._make_stage()
         self._outer = Outer.restored(_below(tensors, "outer/"), record["taken"])
-        for key in self._ranks.mine(list(self._groups)):
+        for key in self._processes.mine(list(self._groups)):
             group, entry = self._groups[key], record["groups"][_prefix(key)]
             state = _below(tensors, _prefix(key))
             group.begun, group.perturbed = entry["begun"], entry["perturbed"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import MutableMapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -66,32 +66,12 @@ def _define() -> torch.library.Library:
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
     for device in ("CPU", "CUDA"):
         library.impl("step", _step, device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::step", _step_nothing, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::step", lambda *arguments: None, lib=library)
     return library
 
 
-def _step(
-    handle: int,
-    numbers: Sequence[int],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Sequence[Tensor],
-    run: Sequence[Tensor],
-    loss: Tensor | None,
-) -> None:
+def _step(handle: int, *arguments: Any) -> None:
     stepper = _steppers.get(handle)
     if stepper is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists; keep it as long as the function")
-    stepper.step_tensors(numbers, params, grads, state, run, loss)
-
-
-def _step_nothing(
-    handle: int,
-    numbers: Sequence[int],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Sequence[Tensor],
-    run: Sequence[Tensor],
-    loss: Tensor | None,
-) -> None:
-    """What the operator does to tensors without data."""
+    stepper.step_tensors(*arguments)

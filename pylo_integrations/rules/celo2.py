@@ -25,12 +25,10 @@ from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import mlp, read_mlp
+from pylo_integrations.rules.networks import STACK, mlp, read_mlp
 from pylo_integrations.rules.newton_schulz import orthogonalise
 from pylo_integrations.sharding.blocks import Block, Sums
 from pylo_integrations.sharding.layout import TensorLayout
-
-_PREFIX = "ff_mod_stack/~/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +85,18 @@ class Celo2(MomentRule):
         rest = dict(arrays)
         first: list[Tensor] = []
         for index, channels in enumerate(channel_counts(cls.features)):
-            name = f"{_PREFIX}w0__{index}"
+            name = f"{STACK}w0__{index}"
             part = rest.pop(name, None)
             if part is None:
-                raise ValueError(f"celo2 theta lacks {name}; it needs {_PREFIX}w0__0 to w0__{len(cls.features) - 1}")
+                raise ValueError(f"celo2 theta lacks {name}; it needs {STACK}w0__0 to w0__{len(cls.features) - 1}")
             width = first[0].shape[1] if first else (part.shape[-1] if part.dim() else 0)
             if tuple(part.shape) != (channels, width):
                 raise ValueError(f"celo2 theta: {name} is {tuple(part.shape)}; expected ({channels}, {width})")
             first.append(part)
-        if f"{_PREFIX}w0" in rest:
-            raise ValueError(f"celo2 theta has unknown arrays ['{_PREFIX}w0']; remove them or rename them")
-        rest[f"{_PREFIX}w0"] = torch.cat(first)
-        weights, biases = read_mlp(rest, "celo2", _PREFIX, sum(channel_counts(cls.features)), 3)
+        if f"{STACK}w0" in rest:
+            raise ValueError(f"celo2 theta has unknown arrays ['{STACK}w0']; remove them or rename them")
+        rest[f"{STACK}w0"] = torch.cat(first)
+        weights, biases = read_mlp(rest, "celo2", STACK, sum(channel_counts(cls.features)), 3)
         return cls(
             decays=Decays(
                 rounded_to_float32((0.9, 0.99, 0.999)),

@@ -22,12 +22,10 @@ from pylo_integrations.rules.base import Control, StepContext, read_clipped_grad
 from pylo_integrations.rules.control import LossMemory, loss_telemetry, lstm_shapes, param_squares
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import steps
+from pylo_integrations.rules.networks import STACK, steps
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 
 DECAYS = Decays(*map(rounded_to_float32, ((0.9, 0.99, 0.999), (0.999,), (0.9, 0.99, 0.999))))
-
-_STACK = "ff_mod_stack/~/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,28 +63,28 @@ class MixtureRule(MomentRule):
             ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
         """
         controls = extent(cls.architecture, arrays, "rnn_params/rnn_to_controls/b", 0)
-        depth = max(1, sum(name.startswith(f"{_STACK}b") for name in arrays))
-        hidden = [extent(cls.architecture, arrays, f"{_STACK}b{layer}", -1) for layer in range(depth - 1)]
+        depth = max(1, sum(name.startswith(f"{STACK}b") for name in arrays))
+        hidden = [extent(cls.architecture, arrays, f"{STACK}b{layer}", -1) for layer in range(depth - 1)]
         channels = channel_counts(cls.features)
         widths = [sum(channels), *hidden, 3]
         controller = lstm_shapes(cls.architecture, arrays, cls.controller_inputs)
         controller["rnn_params/rnn_to_controls/w"] = (controller["lstm_init_state/hidden"][1], controls)
         controller["rnn_params/rnn_to_controls/b"] = (controls,)
         stack: dict[str, tuple[int, ...]] = {
-            f"{_STACK}w0__{i}": (controls, count, widths[1]) for i, count in enumerate(channels)
+            f"{STACK}w0__{i}": (controls, count, widths[1]) for i, count in enumerate(channels)
         }
         for layer in range(depth):
             if layer:
-                stack[f"{_STACK}w{layer}"] = (controls, widths[layer], widths[layer + 1])
-            stack[f"{_STACK}b{layer}"] = (controls, widths[layer + 1])
+                stack[f"{STACK}w{layer}"] = (controls, widths[layer], widths[layer + 1])
+            stack[f"{STACK}b{layer}"] = (controls, widths[layer + 1])
         check_arrays(cls.architecture, arrays, controller | stack)
-        weights = [torch.cat([arrays[f"{_STACK}w0__{i}"] for i in range(len(channels))], dim=1)]
-        weights += (arrays[f"{_STACK}w{layer}"] for layer in range(1, depth))
+        weights = [torch.cat([arrays[f"{STACK}w0__{i}"] for i in range(len(channels))], dim=1)]
+        weights += (arrays[f"{STACK}w{layer}"] for layer in range(1, depth))
         mlps: dict[str, Tensor] = {}
         for layer, weight in enumerate(weights):
             used = 2 if layer == depth - 1 else widths[layer + 1]  # the third output is never read
             mlps[f"w{layer}"] = weight[..., :used].mT
-            mlps[f"b{layer}"] = arrays[f"{_STACK}b{layer}"][..., :used]
+            mlps[f"b{layer}"] = arrays[f"{STACK}b{layer}"][..., :used]
         return {
             "decays": DECAYS,
             "bank": torch.cat([part.flatten(1) for part in mlps.values()], dim=1),

@@ -7,6 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+
+STACK = "ff_mod_stack/~/"
+"""Prefix of the names of the Celo family's and VeLO's MLPs in theta, as the reference has it."""
+
 
 def mlp(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """A ReLU multilayer perceptron over the channel axis.
@@ -82,3 +87,10 @@ def read_mlp(
         tuple(arrays[f"{prefix}w{layer}"].t().contiguous() for layer in range(depth)),
         tuple(arrays[f"{prefix}b{layer}"] for layer in range(depth)),
     )
+
+
+def stack_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of an MLP under :data:`STACK`: two hidden layers of ``width``; without the axis of a bank."""
+    first = {f"{STACK}w0__{i}": (count, width) for i, count in enumerate(channel_counts(MATRIX_FEATURES))}
+    rest = {"b0": (width,), "w1": (width, width), "b1": (width,), "w2": (width, 3), "b2": (3,)}
+    return first | {f"{STACK}{name}": shape for name, shape in rest.items()}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from pylo_integrations.rules.control import SCHEDULE_FEATURES, lstm_shapes
-from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+from pylo_integrations.rules.networks import stack_shapes
 from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.weights.bootstrap import bootstrap
 from pylo_integrations.weights.theta import Theta
-
-_STACK = "ff_mod_stack/~/"
 
 
 def stand_in(architecture: str) -> Theta:
@@ -31,11 +29,11 @@ def stand_in(architecture: str) -> Theta:
         )
         shapes |= _lstm(architecture, inputs, hidden)
         shapes |= {"rnn_params/rnn_to_controls/w": (hidden, controls), "rnn_params/rnn_to_controls/b": (controls,)}
-        shapes |= {name: (controls, *shape) for name, shape in _stack(4).items()}
+        shapes |= {name: (controls, *shape) for name, shape in stack_shapes(4).items()}
     elif architecture == "celo_adam":
         shapes |= _lstm(architecture, SCHEDULE_FEATURES, 64)
     elif architecture == "celo2":
-        shapes |= _stack(8)
+        shapes |= stack_shapes(8)
     generator = torch.Generator().manual_seed(0)
     arrays = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return Theta(architecture, arrays, name=f"{architecture}_stand_in", provenance="random; for benchmarks only")
@@ -43,9 +41,3 @@ def stand_in(architecture: str) -> Theta:
 
 def _lstm(architecture: str, inputs: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return lstm_shapes(architecture, {"lstm_init_state/hidden": torch.empty(1, hidden)}, inputs)
-
-
-def _stack(width: int) -> dict[str, tuple[int, ...]]:
-    first = {f"{_STACK}w0__{i}": (count, width) for i, count in enumerate(channel_counts(MATRIX_FEATURES))}
-    rest = {"b0": (width,), "w1": (width, width), "b1": (width,), "w2": (width, 3), "b2": (3,)}
-    return first | {f"{_STACK}{name}": shape for name, shape in rest.items()}

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pylo_integrations.files import write_whole
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
 from pylo_integrations.rules.celo2 import Celo2
@@ -183,15 +184,7 @@ class Theta:
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "theta": json.dumps(record, sort_keys=True)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        os.close(handle)
-        try:
-            safetensors.torch.save_file(dict(self.arrays), temporary, metadata)
-            Path(temporary).chmod(0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, lambda temporary: safetensors.torch.save_file(dict(self.arrays), str(temporary), metadata))
         return path
 
     @classmethod

@@ -14,7 +14,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """The processes that meta-train together; this one is number ``rank`` of ``size``.
 
     Work is divided by position in a list that all ranks have, and results are put in the order of that list, so the
@@ -25,7 +25,7 @@ class Ranks:
     size: int = 1
 
     @classmethod
-    def current(cls) -> Ranks:
+    def current(cls) -> Processes:
         """Those of the default process group, or this process alone."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
