@@ -145,8 +145,8 @@ typedef struct pylo_memory {
 PYLO_API uint32_t pylo_abi_version(void);
 
 /* Read where `count` Python objects are, through the table of functions behind their type's
- * `__dlpack_c_exchange_api__` (DLPack 1.2 and later). The caller holds the interpreter's lock; on a failure Python's
- * exception may be set. */
+ * `__dlpack_c_exchange_api__` (DLPack 1.2 and later). The caller holds the interpreter's lock. Unlike others, a failure
+ * leaves no message, though perhaps an exception of Python's, and leaves the records before it written. */
 PYLO_API int32_t pylo_read_memory(const void *exchange_api, void *const *objects, int64_t count, pylo_memory *memory);
 
 /* Message about the last failure in this thread; never null. */

@@ -30,7 +30,8 @@ uint64_t format_of(const Tensor &tensor) {
     uint64_t hash = mix((uint64_t)tensor.device_type << 32 | (uint32_t)tensor.device_index, (uint64_t)tensor.rank);
     hash = mix(hash, (uint64_t)tensor.type_code << 32 | (uint64_t)tensor.bits << 16 | tensor.lanes);
     for (int32_t axis = 0; axis < tensor.rank; ++axis)
-        hash = mix(mix(hash, (uint64_t)tensor.shape[axis]), (uint64_t)tensor.strides[axis]);
+        // Before DLPack 1.2, row-major tensors had no strides.
+        hash = mix(mix(hash, (uint64_t)tensor.shape[axis]), tensor.strides ? (uint64_t)tensor.strides[axis] : ~0ull);
     return hash;
 }
 

@@ -449,12 +449,67 @@ void directions_are_the_steps(const pylo_rule &rule, const std::vector<Shape> &s
     }
 }
 
+// DLPack's table of functions and its tensors, as far as they are read; written down once more, from its documentation.
+struct Description {
+    void *data;
+    int32_t device[2], rank;
+    uint8_t code, bits;
+    uint16_t lanes;
+    const int64_t *shape, *strides;
+    uint64_t offset;
+};
+struct Exchange {
+    uint32_t major, minor;
+    const Exchange *older;
+    void (*other[3])(void);
+    int (*read)(void *object, Description *description);
+};
+
+int describe_object(void *object, Description *description) {
+    if (((Description *)object)->rank < 0) return -1;  // as an object that is no tensor
+    *description = *(Description *)object;
+    return 0;
+}
+
+void memory_is_read_or_refused() {
+    const int64_t shape[] = {3, 4}, rows[] = {4, 1}, columns[] = {1, 3};
+    float data[12];
+    const Description first = {data, {1, 0}, 2, 2, 32, 1, shape, rows, 0};
+    Description tensors[] = {first, first, first, first, first};
+    tensors[1].offset = 8;
+    tensors[2].strides = columns;
+    tensors[3].bits = 16;
+    tensors[4].strides = nullptr;
+    const int count = 5;
+    void *objects[count];
+    for (int i = 0; i < count; ++i) objects[i] = &tensors[i];
+    auto found = block<pylo_memory>(count);
+    const Exchange api = {1, 3, nullptr, {}, describe_object}, newer = {2, 0, &api, {}, nullptr};
+    CHECK(pylo_read_memory(&newer, objects, count, found.get()) == PYLO_OK);
+    for (int i = 0; i < count; ++i) CHECK(found[i].address == (uint64_t)(uintptr_t)data + (i == 1 ? 8 : 0));
+    for (int i = 0; i < count; ++i)
+        for (int k = 0; k < i; ++k) CHECK((found[i].format == found[k].format) == (i == 1 && k == 0));
+
+    CHECK(pylo_read_memory(&api, nullptr, 0, nullptr) == PYLO_OK);
+    const Exchange unknown = {2, 0, nullptr, {}, describe_object}, empty = {1, 3, nullptr, {}, nullptr};
+    for (const Exchange *bad : {(const Exchange *)nullptr, &unknown, &empty})
+        CHECK(pylo_read_memory(bad, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&api, nullptr, count, found.get()) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&api, objects, count, nullptr) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&api, objects, -1, found.get()) == PYLO_BAD_ARGUMENT);
+    tensors[3].rank = -1;
+    CHECK(pylo_read_memory(&api, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
+    objects[0] = nullptr;
+    CHECK(pylo_read_memory(&api, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
+}
+
 }  // namespace
 
 int main() {
     CHECK(pylo_abi_version() == PYLO_ABI_VERSION);
     CHECK(pylo_cpu_multiply_adds(-1) == 0 && pylo_cpu_multiply_adds(2) == 2 * pylo_cpu_multiply_adds(1));
     nonsense_is_refused();
+    memory_is_read_or_refused();
     for (int dtype : {PYLO_FLOAT32, PYLO_FLOAT16, PYLO_BFLOAT16})
         results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, SMALL_FC));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 4, ALL));
