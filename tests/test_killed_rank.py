@@ -43,7 +43,7 @@ if complete:
     dcp.load(state, checkpoint_id=complete[-1])
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     start = optimizer.iteration
-print(f"start at {start}", flush=True)
+os.write(1, f"start at {start}\\n".encode())  # as one piece: print may write its end of line apart, and lines mix
 
 
 def die(*args, **kwargs):
@@ -66,9 +66,8 @@ for step in range(start, 6):
         dcp.save({"model": model_state, "optimizer": optimizer_state}, storage_writer=writer)
 tensors = [*full_tensors(model).values(), *(value for _, value in sorted(optimizer._progress.memory.items()))]
 if rank == 0:
-    print(f"{optimizer.iteration} steps, digest {digest(tensors)}", flush=True)
+    os.write(1, f"{optimizer.iteration} steps, digest {digest(tensors)}\\n".encode())
 dist.barrier()
-sys.stdout.flush()
 os._exit(0)  # torch's own teardown of gloo aborts now and then
 """
 
