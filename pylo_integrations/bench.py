@@ -530,6 +530,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Parse a positive integer or 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def counts(text: str) -> list[int]:
     """Parse comma-separated positive integers."""
     return list(dict.fromkeys(positive(count) for count in text.split(",")))

@@ -100,11 +100,15 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--output", type=Path, default=Path("runs", "evaluation"), help="folder (default: %(default)s)"
     )
-    command.add_argument("--tasks", help="comma-separated names of held-out tasks (default: all)")
+    command.add_argument(
+        "--tasks", help="comma-separated names of held-out tasks, NAME:WIDTH at another width (default: all)"
+    )
     command.add_argument("--steps", type=bench.counts, default=[1000], help="comma-separated horizons (default: 1000)")
     command.add_argument("--seeds", type=bench.positive, default=3, help="how many (default: %(default)s)")
     command.add_argument(
-        "--tuning-seeds", type=bench.positive, help="seeds of the whole grid of the baselines (default: all)"
+        "--tuning-seeds",
+        type=bench.natural,
+        help="seeds of the whole grid of the baselines (default: all; 0: no baselines)",
     )
     command.add_argument("--jobs", type=bench.positive, help="processes of one thread each (default: one a core)")
     command.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -275,6 +276,23 @@ def test_the_command_reports_what_was_run(whole, capsys):
     assert all(f"#### {task}: {TASKS[task].description}" in text for task in TOY)
 
 
+def test_a_task_at_several_widths(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    narrow, wide = (f"friedman:{width}" for width in (8, 24))
+    argv = ["evaluate", "--optimizers", f"{MULO},small_fc_lopt", "--tasks", f"{wide},{narrow}", "--tuning-seeds", "0"]
+    assert cli.main([*argv, "--steps", "4", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+    records = sorted_records(tmp_path)
+    assert {(r["task"], r["name"]) for r in records} == set(itertools.product((narrow, wide), (MULO, "small_fc_lopt")))
+    assert [len(next(tasks.find_task(name).model(0).parameters())) for name in (narrow, wide)] == [8, 24]
+    batches = [tasks.find_task(name).batches(0, 4) for name in (narrow, wide, "friedman")]
+    assert torch.equal(batches[0], batches[1]) and torch.equal(batches[0], batches[2])
+    text = (tmp_path / "report.md").read_text()
+    assert text.index(f"| {narrow} |") < text.index(f"| {wide} |") and "perceptron 100 x 3, at that width" in text
+    assert "No setting of AdamW was run on all tasks" in text
+    assert {path.name for path in tmp_path.iterdir()} == {RUNS, "report.md", "widths-4.png"}
+    assert "widths-4.png" in capsys.readouterr().out
+
+
 # -- misuse ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +315,10 @@ def test_misuse_is_refused_in_one_line(refused, tmp_path, whole):
     assert "these weights are for small_fc" in refused("--optimizers", "velo:builtin:small_fc_bootstrap")
     assert "nowhere.safetensors" in refused("--optimizers", f"mulo:{tmp_path}/nowhere.safetensors@linear")
     assert "held-out task 'iris' is unknown; there are digits_mlp_256" in refused("--tasks", "iris")
+    assert "width '-8' of held-out task 'friedman:-8'" in refused("--tasks", "friedman:-8")
+    assert "fashion_finetune begins with trained weights of width" in refused("--tasks", "fashion_finetune:8")
     assert "'0' is not a positive integer" in refused("--steps", "100,0")
+    assert "'-1' is not a positive integer" in refused("--tuning-seeds", "-1")
     assert "there are no runs in" in refused("--report")
     assert not (tmp_path / "out").exists()
     out = tmp_path / "other"

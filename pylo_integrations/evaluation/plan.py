@@ -32,18 +32,18 @@ def evaluate(
     Args:
         learned: Learned optimizers.
         folder: Where the runs are kept.
-        tasks: Names of held-out tasks.
+        tasks: Names of held-out tasks, with ``:<width>`` for another width.
         steps: Horizons.
         seeds: How many, from 0 on.
         tuning_seeds: On how many of them every setting of the baselines is run; on the others only the best ones are.
-            By default all.
+            By default all; 0 for no baselines.
         jobs: Processes, of one thread each.
 
     Returns:
         All runs in the file.
 
     Raises:
-        ValueError: Unknown task.
+        ValueError: Unknown task or width.
         DataError: The data of a task are not on this machine.
         RunsError: The file of runs cannot be used.
     """

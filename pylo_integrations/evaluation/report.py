@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import TypeAlias
 
 from pylo_integrations.evaluation.results import GLOBAL, Result, Results, number_of, tuned
 from pylo_integrations.evaluation.runs import Record
@@ -14,7 +16,9 @@ from pylo_integrations.plot import Band, plot_bands
 
 
 def write_report(records: Sequence[Record], folder: Path, learned: Sequence[str] | None = None) -> list[Path]:
-    """Write ``report.md`` and, for every horizon, ``report-<steps>.png``.
+    """Write ``report.md`` and a picture for every horizon, ``report-<steps>.png``.
+
+    Tasks that were run at other widths have a picture of their own, ``widths-<steps>.png``.
 
     Args:
         records: Runs.
@@ -29,17 +33,20 @@ def write_report(records: Sequence[Record], folder: Path, learned: Sequence[str]
     """
     horizons = sorted({record["steps"] for record in records})
     results = [Results(records, steps, learned) for steps in horizons]
-    text, pictures = folder / "report.md", [folder / f"report-{steps}.png" for steps in horizons]
+    text, pictures = folder / "report.md", list[Path]()
     text.write_text("\n\n".join(map(describe, results)) + "\n", encoding="utf-8")
-    for found, picture in zip(results, pictures, strict=True):
-        draw(found, picture)
+    for found in results:
+        for kind, panels in (("report", _panels(found)), ("widths", _width_panels(found))):
+            if panels:
+                pictures.append(folder / f"{kind}-{found.steps}.png")
+                plot_bands(panels, pictures[-1], "training loss")
     return [text, *pictures]
 
 
 def describe(results: Results) -> str:
     """The results of a horizon in Markdown: counts, losses task by task, and everything."""
     seeds = {len(result.runs) for task in results.tasks for t in results.titles if (result := results.result(task, t))}
-    notes = ["Incomplete: no setting of AdamW was run on all tasks."]
+    notes = ["No setting of AdamW was run on all tasks."]
     if results.global_setting:
         notes = [f"AdamW's global setting: `{results.global_setting}`."]
     if edge := results.at_the_edge():
@@ -112,7 +119,8 @@ _DETAILS = (
 
 def _details(results: Results, task: str) -> str:
     found = [result for title in results.titles if (result := results.result(task, title))]
-    title = f"#### {task}" + (f": {TASKS[task].description}" if task in TASKS else "")
+    name, _, width = task.partition(":")
+    title = f"#### {task}" + (f": {TASKS[name].description}" if name in TASKS else "") + ", at that width" * bool(width)
     return f"{title}\n\n{_table(_DETAILS, map(_detail_row, found))}"
 
 
@@ -154,17 +162,26 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(results: Results, output: Path) -> None:
-    """Draw the training losses of a horizon, a panel a task: medians over seeds, and bands from the least to the most.
+Panels: TypeAlias = "list[tuple[str, dict[str, Band]]]"
 
-    Raises:
-        PlotError: matplotlib is not installed, or does not know the format.
-    """
-    panels = [
+
+def _panels(results: Results) -> Panels:
+    """The training losses of a horizon, a panel a task: medians over seeds, and bands from the least to the most."""
+    return [
         (task, {title: _band(result) for title in results.titles if (result := results.result(task, title))})
         for task in results.tasks
+        if ":" not in task
     ]
-    plot_bands(panels, output, "training loss")
+
+
+def _width_panels(results: Results) -> Panels:
+    """The same of tasks at several widths, a panel for an optimizer on a task, and a band a width."""
+    panels: dict[str, dict[str, Band]] = {}
+    for title, task in itertools.product(results.titles, results.tasks):
+        name, _, width = task.partition(":")
+        if width and (result := results.result(task, title)):
+            panels.setdefault(f"{name}, {title}", {})[f"width {width}"] = _band(result)
+    return list(panels.items())
 
 
 def _band(result: Result) -> Band:

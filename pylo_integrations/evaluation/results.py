@@ -130,8 +130,7 @@ class Results:
             if record["steps"] == steps:
                 self._runs.setdefault(record["task"], {}).setdefault(record["name"], {})[record["seed"]] = record
                 self._optimizer[record["name"]] = record["setting"]["optimizer"]
-        order = list(TASKS)
-        self.tasks = sorted(self._runs, key=lambda task: (order.index(task) if task in TASKS else len(order), task))
+        self.tasks = sorted(self._runs, key=_place)
         medians = {task: {base: medians_of_grid(self._grid(task, base)) for base in BASELINES} for task in self.tasks}
         self.best = {
             task: {base: min(found, key=lambda name: found[name]) for base, found in of_task.items() if found}
@@ -201,6 +200,12 @@ class Results:
     def _is_at_the_edge(self, task: str, baseline: str) -> bool:
         rates = {name: next(iter(runs.values()))["setting"]["lr"] for name, runs in self._grid(task, baseline).items()}
         return rates[self.best[task][baseline]] in (min(rates.values()), max(rates.values()))
+
+
+def _place(task: str) -> tuple[int, int, str]:
+    """Where a task stands in lists: as in the suite, then by its width if that is another."""
+    order, (name, _, width) = list(TASKS), task.partition(":")
+    return order.index(name) if name in TASKS else len(order), int(width or 0), name
 
 
 def steps_until(run: Record, target: float) -> float:

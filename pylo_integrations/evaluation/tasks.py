@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -455,11 +455,19 @@ TASKS: Mapping[str, HeldOutTask] = {
 
 
 def find_task(name: str) -> HeldOutTask:
-    """A task by its name.
+    """A task by its name, or by ``<name>:<width>`` at another width, with the same seeds.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, the width is no positive number, or the task has weights of its own width.
     """
-    if name not in TASKS:
-        raise ValueError(f"held-out task {name!r} is unknown; there are {', '.join(TASKS)}")
-    return TASKS[name]
+    key, colon, width = name.partition(":")
+    if key not in TASKS:
+        raise ValueError(f"held-out task {key!r} is unknown; there are {', '.join(TASKS)}")
+    task = TASKS[key]
+    if not colon:
+        return task
+    if not width.isdecimal() or int(width) < 1:
+        raise ValueError(f"width {width!r} of held-out task {name!r} is not a positive integer")
+    if task.initial:
+        raise ValueError(f"{key} begins with trained weights of width {task.width}: it has no other width")
+    return replace(task, width=int(width))
