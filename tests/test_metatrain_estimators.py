@@ -9,10 +9,11 @@ from pylo_integrations.metatrain.episodes import Episode, Objective, Reparametri
 from pylo_integrations.metatrain.estimators import PES, Estimate, Group, TruncatedBackprop, mean_gradient
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.spaces import CeloLinear, FullSpace, SmallFCLinear
+from pylo_integrations.metatrain.spaces import Celo2Linear, CeloLinear, FullSpace, SmallFCLinear
 from pylo_integrations.metatrain.tasks import FAMILIES
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.celo import CeloRule
+from pylo_integrations.rules.celo2 import unfinished_steps
 from pylo_integrations.rules.control import horizon_features
 from pylo_integrations.rules.features import time_features
 from pylo_integrations.rules.networks import steps
@@ -199,3 +200,24 @@ def test_a_constructed_celo_begins_with_a_line_to_zero():
     ]
     line = 0.02 * (1 - torch.arange(100) / 100)
     assert torch.tensor(sizes).sub(line).abs().max() < 0.002
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as trained", "as kept"])
+def test_the_linear_space_of_celo2_is_what_it_says(wide):
+    space = Celo2Linear(hidden=6, step_mult=0.5)
+    assert space.hyper == {"step_mult": 0.5}
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 30, 50, generator=generator, dtype=torch.float64)
+    vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)
+    kept = space.theta(vector) if wide else space.arrays(vector)
+    assert kept["ff_mod_stack/~/w1"].shape == ((6, 6) if wide else (2, 2))
+    rule = Learner.learned("celo2", kept, space.hyper).rule
+    signed = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 27, 28, 29]
+
+    def direction(rule):
+        biases = [bias.unsqueeze(0) for bias in rule.biases]
+        return unfinished_steps(features, rule.weights, biases, exp_mult=rule.exp_mult, precise=True).flatten()
+
+    torch.testing.assert_close(direction(rule), vector.double() @ features[0, signed], rtol=1e-6, atol=1e-6)
+    start = Learner.learned("celo2", space.theta(space.start), space.hyper).rule
+    assert torch.equal(direction(start), features[0, 3]), "the momentum, as Muon has it"

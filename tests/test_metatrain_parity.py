@@ -101,6 +101,12 @@ def test_200_steps_are_those_of_the_optimizer():
     assert largest_difference(pairs) < 1e-5
 
 
+def test_a_rule_that_finishes_in_float64_keeps_networks_in_float32():
+    family = FAMILIES["teacher"](width=8, activation="tanh", batch=8)
+    # Newton-Schulz multiplies the rounding errors of gradients.
+    assert largest_difference(train_twice(family, "celo2", 12, torch.float32)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_every_family_is_stepped_as_the_optimizer_steps_it(kind):
     if kind.startswith("image"):
@@ -108,7 +114,7 @@ def test_every_family_is_stepped_as_the_optimizer_steps_it(kind):
     assert largest_difference(train_twice(FAMILIES[kind](width=8, batch=4), "small_fc_lopt", 12)) < 1e-8
 
 
-@pytest.mark.parametrize("optimizer", ["velo", "celo", "celo_adam", "celo2_base", "elo_celo2"])
+@pytest.mark.parametrize("optimizer", ["velo", "celo", "celo_adam", "celo2", "celo2_base", "elo_celo2"])
 def test_every_rule_can_be_unrolled(optimizer):
     # Two layers of equal shape share a stack; the loss and the horizon reach the rules that want them.
     family = FAMILIES["teacher"](width=8, activation="tanh", depth=3, batch=8)

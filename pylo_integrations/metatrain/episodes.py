@@ -359,7 +359,7 @@ class Episode:
             rule = slot.rule
             step = rule.propose(block, prepared[i], described[i], controls[i], contexts[i])
             if rule.finishes:
-                step = rule.finish(step, slot.layout, contexts[i])
+                step = rule.finish(step, slot.layout, contexts[i]).to(self.dtype)
             keep, scale = keep_and_scale(slot.group, rule.lr_mult * factor)
             new = (block.param * keep - step * scale).squeeze(1)
             params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))

@@ -95,8 +95,7 @@ class LinearSpace(Space):
 
     Args:
         step: Root mean square of the first step, about.
-        exp_mult: The rule's constant.
-        step_mult: The rule's constant.
+        hyper: The rule's constants.
 
     Attributes:
         hyper: The rule's constants.
@@ -105,9 +104,9 @@ class LinearSpace(Space):
         ValueError: One is not positive.
     """
 
-    def __init__(self, step: float, exp_mult: float, step_mult: float) -> None:
-        self.hyper = {"exp_mult": exp_mult, "step_mult": step_mult}
-        for name, value in {"step": step, **self.hyper}.items():
+    def __init__(self, step: float, **hyper: float) -> None:
+        self.hyper = hyper
+        for name, value in {"step": step, **hyper}.items():
             if not value > 0:
                 raise ValueError(f"{name}={value} must be positive")
 
@@ -141,7 +140,7 @@ class SmallFCLinear(LinearSpace):
     def __init__(
         self, *, hidden: int = 32, step: float = 5e-3, exp_mult: float = 1.0, step_mult: float = 1e-2, seed: int = 0
     ) -> None:
-        super().__init__(step, exp_mult, step_mult)
+        super().__init__(step, exp_mult=exp_mult, step_mult=step_mult)
         if hidden < 3:
             raise ValueError(f"hidden={hidden} must be at least 3")
         self._hidden, self._exp_mult, self._seed = hidden, exp_mult, seed
@@ -198,6 +197,32 @@ class SmallFCLinear(LinearSpace):
         }
 
 
+def _unconnected_mlp(hidden: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """An MLP under :data:`STACK` whose output is the difference of two units without inputs; the others are random."""
+    mlp = {name: torch.zeros(shape) for name, shape in stack_shapes(hidden).items()}
+    for i in range(len(MATRIX_FEATURES)):
+        weight = mlp[f"{STACK}w0__{i}"]
+        weight.copy_(torch.randn(weight.shape, generator=generator) / sum(channel_counts(MATRIX_FEATURES)) ** 0.5)
+    between = mlp[f"{STACK}w1"]
+    between.copy_(torch.randn(between.shape, generator=generator) / hidden**0.5)
+    between[:2], between[:, :2] = 0, 0
+    between[:2, :2] = torch.eye(2)
+    mlp[f"{STACK}w2"][:2, 0] = torch.tensor([1.0, -1.0])
+    return mlp
+
+
+def _pointed(mlp: Mapping[str, Tensor], channels: Sequence[int], direction: Tensor) -> dict[str, Tensor]:
+    """First-layer weights, ``(..., count, hidden)``, that give the two units ``direction``, ``(..., channels)``."""
+    counts = channel_counts(MATRIX_FEATURES)
+    index = torch.tensor(channels, device=direction.device)
+    up = direction.new_zeros(*direction.shape[:-1], sum(counts)).index_copy(-1, index, direction)
+    names = [f"{STACK}w0__{i}" for i in range(len(counts))]
+    return {
+        name: torch.cat([torch.stack([piece, -piece], dim=-1), mlp[name][..., 2:]], dim=-1)
+        for name, piece in zip(names, up.split_with_sizes(counts, dim=-1), strict=True)
+    }
+
+
 class CeloLinear(LinearSpace):
     """For Celo: a direction linear in the signed features, times a schedule linear in how the run goes, no memory.
 
@@ -232,11 +257,13 @@ class CeloLinear(LinearSpace):
         step_mult: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        super().__init__(step, exp_mult, step_mult)
+        super().__init__(step, exp_mult=exp_mult, step_mult=step_mult)
         if hidden < 2 or lstm < SCHEDULE_FEATURES:
             raise ValueError(f"hidden={hidden} must be at least 2, and lstm={lstm} at least {SCHEDULE_FEATURES}")
         self._channels, direction = _signed_channels(MATRIX_FEATURES)
-        self._fixed = self._unconnected(hidden, lstm, seed)
+        generator = generator_of("unconnected", seed)
+        self._fixed = self._unconnected(lstm, generator)
+        self._mlp = _unconnected_mlp(hidden, generator)
         weights, log_ratio = self._line()
         losses = torch.zeros(SCHEDULE_FEATURES - len(HORIZON_MARKS))
         log_step = torch.tensor([math.log(step / step_mult / LR_MULT) + log_ratio])
@@ -247,21 +274,16 @@ class CeloLinear(LinearSpace):
         batch = vectors.shape[:-1]
         sizes = [len(self._channels), SCHEDULE_FEATURES, 1]
         direction, schedule, log_step = vectors.split_with_sizes(sizes, dim=-1)
-        arrays = {name: array.to(vectors).expand(*batch, *array.shape) for name, array in self._fixed.items()}
-        counts = channel_counts(MATRIX_FEATURES)
-        index = torch.tensor(self._channels, device=vectors.device)
-        up = vectors.new_zeros(*batch, sum(counts)).index_copy(-1, index, direction)
-        for i, piece in enumerate(up.split_with_sizes(counts, dim=-1)):
-            name = f"{STACK}w0__{i}"
-            signs = torch.stack([piece, -piece], dim=-1).unsqueeze(-3)
-            arrays[name] = torch.cat([signs, arrays[name][..., 2:]], dim=-1)
+        fixed = {**self._fixed, **self._mlp}
+        arrays = {name: array.to(vectors).expand(*batch, *array.shape) for name, array in fixed.items()}
+        arrays |= _pointed(arrays, self._channels, direction)
+        arrays |= {name: arrays[name].unsqueeze(-1 - array.dim()) for name, array in self._mlp.items()}  # a bank of one
         rest = arrays["rnn_params/step_size/w"][..., SCHEDULE_FEATURES:, :]
         arrays["rnn_params/step_size/w"] = torch.cat([schedule.unsqueeze(-1), rest], dim=-2)
         return arrays | {"rnn_params/step_size/b": log_step}
 
-    def _unconnected(self, hidden: int, lstm: int, seed: int) -> dict[str, Tensor]:
-        """All of theta but what the vector sets."""
-        generator = generator_of("unconnected", seed)
+    def _unconnected(self, lstm: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """All of the LSTM but what the vector sets."""
         shapes = lstm_shapes("celo", {"lstm_init_state/hidden": torch.empty(1, lstm)}, SCHEDULE_FEATURES)
         arrays = {name: torch.zeros(shape) for name, shape in shapes.items()}
         units = slice(0, SCHEDULE_FEATURES)
@@ -275,16 +297,7 @@ class CeloLinear(LinearSpace):
         # The gates in their order: write, candidate, forget (to which the rule adds 1), read.
         biases[:, units] = torch.tensor([self.open, 0, -self.open - 1, self.open]).unsqueeze(1)
         arrays |= {"rnn_params/rnn_to_controls/w": torch.zeros(lstm, 1), "rnn_params/rnn_to_controls/b": torch.zeros(1)}
-        mlp = {name: torch.zeros(1, *shape) for name, shape in stack_shapes(hidden).items()}
-        for i in range(len(MATRIX_FEATURES)):
-            weight = mlp[f"{STACK}w0__{i}"]
-            weight.copy_(torch.randn(weight.shape, generator=generator) / sum(channel_counts(MATRIX_FEATURES)) ** 0.5)
-        between = mlp[f"{STACK}w1"]
-        between.copy_(torch.randn(between.shape, generator=generator) / hidden**0.5)
-        between[:, :2], between[:, :, :2] = 0, 0
-        between[0, :2, :2] = torch.eye(2)
-        mlp[f"{STACK}w2"][0, :2, 0] = torch.tensor([1.0, -1.0])
-        return arrays | mlp
+        return arrays
 
     def _line(self) -> tuple[Tensor, float]:
         """Weights of the horizon's units for a step that falls as a line, and what to add for it to begin at 1."""
@@ -300,5 +313,42 @@ class CeloLinear(LinearSpace):
         return solution[:-1], float(solution[-1])
 
 
-LINEAR_SPACES: Mapping[str, Callable[..., LinearSpace]] = {"small_fc": SmallFCLinear, "celo": CeloLinear}
+class Celo2Linear(LinearSpace):
+    """For CELO2: a direction linear in the signed features, which the rule then orthogonalises and normalises.
+
+    The schedule is the learning rate's. Members are trained by an MLP of the two units that count, as with
+    :class:`SmallFCLinear`; the vector holds their weights. It starts at the momentum, which makes Muon of the rule.
+
+    Args:
+        hidden: Width of the MLP, at least 2.
+        step_mult: The rule's constant: root mean square of a step at ``lr=1``.
+        seed: Of the unconnected units.
+    """
+
+    def __init__(self, *, hidden: int = 8, step_mult: float = 1.0, seed: int = 0) -> None:
+        super().__init__(step_mult, step_mult=step_mult)
+        if hidden < 2:
+            raise ValueError(f"hidden={hidden} must be at least 2")
+        self._channels, _ = _signed_channels(MATRIX_FEATURES)
+        self._two, self._mlp = (_unconnected_mlp(width, generator_of("unconnected", seed)) for width in (2, hidden))
+        first = sum(channel_counts(MATRIX_FEATURES)[: MATRIX_FEATURES.index("momentum")])
+        self.start = torch.tensor([float(channel == first) for channel in self._channels])
+
+    def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The two units."""
+        arrays = {
+            name: array.to(vectors).expand(*vectors.shape[:-1], *array.shape) for name, array in self._two.items()
+        }
+        return arrays | _pointed(arrays, self._channels, vectors)
+
+    def theta(self, vector: Tensor) -> dict[str, Tensor]:
+        """The MLP of the width asked for."""
+        return self._mlp | _pointed(self._mlp, self._channels, vector)
+
+
+LINEAR_SPACES: Mapping[str, Callable[..., LinearSpace]] = {
+    "small_fc": SmallFCLinear,
+    "celo": CeloLinear,
+    "celo2": Celo2Linear,
+}
 """By architecture: those whose theta can be constructed."""
