@@ -310,12 +310,13 @@ class CELO2(ThetaOptimizer):
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
     20 times the learning rate and decay; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
-    :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
+    :class:`ThetaOptimizer`. The default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks;
+    the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
     """
 
     rule_type = Celo2
     architecture = "celo2"
-    default_weights = None
+    default_weights = "builtin:celo2"
     default_lr = 1e-3
     adamw_embeddings = True
     constants: ClassVar[Mapping[str, Any]] = {
