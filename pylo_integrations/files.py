@@ -15,10 +15,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         path: Its place, in a folder that exists.
         write: Writes the contents into the file whose path it is given.
     """
-    # Made by the writer, so that it may be read by those who may read the user's other files.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        # Those who may read the user's other files may read this one; safetensors 0.8 would have it private.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

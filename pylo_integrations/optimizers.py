@@ -310,8 +310,8 @@ class CELO2(ThetaOptimizer):
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
     20 times the learning rate and decay; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
-    :class:`ThetaOptimizer`. The default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks;
-    the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
+    :class:`ThetaOptimizer`. The default weights, ``"builtin:celo2"``, were meta-trained by this package on small
+    networks; the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
     """
 
     rule_type = Celo2

@@ -174,6 +174,12 @@ def test_step_and_exp_mult_override_those_of_theta(theta):
     assert (optimizer.rule.step_mult, optimizer.rule.exp_mult) == (0.5, 0.25)
 
 
+def test_a_saved_theta_is_as_readable_as_any_file(theta, tmp_path):
+    (tmp_path / "other").touch()
+    path = theta.save(tmp_path / "theta.safetensors")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 # -- builtin and hub ---------------------------------------------------------------------------------------------
 
 

@@ -316,8 +316,11 @@ class CeloLinear(LinearSpace):
 class Celo2Linear(LinearSpace):
     """For CELO2: a direction linear in the signed features, which the rule then orthogonalises and normalises.
 
-    The schedule is the learning rate's. Members are trained by an MLP of the two units that count, as with
-    :class:`SmallFCLinear`; the vector holds their weights. It starts at the momentum, which makes Muon of the rule.
+    The parameter is not among them: steps have a size of their own, so a share of it would grow or shrink matrices
+    however small the gradient is, and short episodes reward growth. The schedule is the learning rate's.
+
+    Members are trained by an MLP of the two units that count, as with :class:`SmallFCLinear`; the vector holds their
+    weights. It starts at the momentum, which makes Muon of the rule.
 
     Args:
         hidden: Width of the MLP, at least 2.
@@ -329,7 +332,8 @@ class Celo2Linear(LinearSpace):
         super().__init__(step_mult, step_mult=step_mult)
         if hidden < 2:
             raise ValueError(f"hidden={hidden} must be at least 2")
-        self._channels, _ = _signed_channels(MATRIX_FEATURES)
+        parameter = sum(channel_counts(MATRIX_FEATURES)[: MATRIX_FEATURES.index("param")])
+        self._channels = [channel for channel in _signed_channels(MATRIX_FEATURES)[0] if channel != parameter]
         self._two, self._mlp = (_unconnected_mlp(width, generator_of("unconnected", seed)) for width in (2, hidden))
         first = sum(channel_counts(MATRIX_FEATURES)[: MATRIX_FEATURES.index("momentum")])
         self.start = torch.tensor([float(channel == first) for channel in self._channels])
