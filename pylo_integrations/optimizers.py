@@ -317,7 +317,7 @@ class CELO2(ThetaOptimizer):
     rule_type = Celo2
     architecture = "celo2"
     default_weights = "builtin:celo2"
-    default_lr = 1e-3
+    default_lr = 3e-4
     adamw_embeddings = True
     constants: ClassVar[Mapping[str, Any]] = {
         "adamw": AdamW((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)

@@ -159,7 +159,7 @@ def test_adamw_alone_is_a_rule():
 @pytest.mark.parametrize(
     ("name", "lr", "weight_decay", "max_grad_norm"),
     [
-        ("celo2", 1e-3, 0.0, None),
+        ("celo2", 3e-4, 0.0, None),
         ("celo2_base", 1e-3, 0.0, None),
         ("elo_celo2", 3e-4, 0.1, 1.0),
         ("elo", 1e-3, 0.0, None),

@@ -145,7 +145,7 @@ def test_local_functions_go_through_the_learners_runner():
         return function
 
     [mine, *_] = thetas("small_fc_lopt")
-    learner = Learner.learned("small_fc_lopt", mine.arrays, mine.hyper, local)
+    learner = Learner.learned("small_fc_lopt", mine.arrays, mine.hyper, local=local)
     episode = Episode(learner, FAMILIES["teacher"]().sample(torch.Generator().manual_seed(3)), Objective(), 10, SEEDS)
     episode.unroll({name: array.expand(2, *array.shape) for name, array in mine.arrays.items()}, 1)
     assert set(seen) == {"accumulate_", "normalised", "steps"}

@@ -125,6 +125,7 @@ class Config:
         compile: Whether the rule's local functions go through ``torch.compile``.
         objective: What is lowered.
         reparametrisation: None to use parameters as they are.
+        lr: The learning rate; None for the optimizer's default.
         schedules: Of the learning rate; every episode draws one, and scores are means over all.
         base_width: Width at which muP's multipliers are 1; None for no multipliers.
         evaluation: How theta is scored.
@@ -145,6 +146,7 @@ class Config:
     compile: bool = False
     objective: Objective = field(default_factory=Objective)
     reparametrisation: Reparametrisation | None = None
+    lr: float | None = None
     schedules: tuple[Schedule, ...] = ("constant",)
     base_width: int | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -337,8 +339,7 @@ def _check(config: Config) -> None:
         f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")
     }
     positive |= {f"objective.{name}": getattr(config.objective, name) for name in ("floor", "ceiling")}
-    if config.base_width is not None:
-        positive["base_width"] = config.base_width
+    positive |= {name: value for name in ("lr", "base_width") if (value := getattr(config, name)) is not None}
     for index, stage in enumerate(config.stages):
         where = f"stages[{index}]"
         names = ("iterations", "pairs", "groups", "truncation", "sigma", "clip", "lr")

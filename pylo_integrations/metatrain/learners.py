@@ -39,13 +39,21 @@ class Learner:
     local: Local = field(default=as_written)
 
     @classmethod
-    def learned(cls, optimizer: str, arrays: Arrays, hyper: Mapping[str, Any], local: Local = as_written) -> Learner:
+    def learned(
+        cls,
+        optimizer: str,
+        arrays: Arrays,
+        hyper: Mapping[str, Any],
+        lr: float | None = None,
+        local: Local = as_written,
+    ) -> Learner:
         """A catalogue entry.
 
         Args:
             optimizer: Its name.
             arrays: Any theta of the right shapes.
             hyper: Constants that belong to theta.
+            lr: By default that of the entry.
             local: Who runs the rule's local functions.
 
         Raises:
@@ -58,7 +66,7 @@ class Learner:
         def make_rule(arrays: Arrays) -> Rule:
             return architecture.from_arrays(arrays, **constants)
 
-        return cls(make_rule(arrays), make_rule, spec.lr, spec.param_groups, local)
+        return cls(make_rule(arrays), make_rule, spec.lr if lr is None else lr, spec.param_groups, local)
 
     @classmethod
     def adamw(cls, lr: float) -> Learner:

@@ -140,9 +140,8 @@ class MetaTrainer:
         if checkpoint.exists() and not resume:
             raise ResumeError(f"{self.output} holds a run already: resume it, or choose another folder")
         self._hyper, self._template = self._start()
-        self._learner = Learner.learned(
-            config.optimizer, self._template, self._hyper, CompiledLocal() if config.compile else as_written
-        )
+        local = CompiledLocal() if config.compile else as_written
+        self._learner = Learner.learned(config.optimizer, self._template, self._hyper, config.lr, local)
         self._best = dict(self._template)
         self._log: RunLog | None = None
         if checkpoint.exists():
