@@ -283,8 +283,8 @@ class MuLO(ThetaOptimizer):
     Therien et al., "μLO: Compute-Efficient Meta-Generalization of Learned Optimizers", 2024. The rule is that of
     :class:`SmallFCLOpt`, and the width multipliers are learning rates of parameter groups: make those with
     :func:`~pylo_integrations.mup_param_groups`. The learned decays are part of theta. Takes the arguments of
-    :class:`ThetaOptimizer`. The default weights were meta-trained by this package on small networks, ``"builtin:mulo"``;
-    those of the authors are ``"hub:btherien/mulo"``.
+    :class:`ThetaOptimizer`. The default weights, ``"builtin:mulo"``, were meta-trained by this package on small
+    networks; those of the authors are ``"hub:btherien/mulo"``.
     """
 
     rule_type = SmallFC

@@ -184,7 +184,7 @@ def load_bootstrap():
 
 def test_the_docs_describe_every_task():
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \| (?!.*horizons)", page, re.MULTILINE) == list(TASKS)
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("## Results")[0], re.MULTILINE) == list(TASKS)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -218,7 +218,8 @@ def test_meta_trained_builtins_carry_their_record_and_train(name):
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
     inputs = torch.randn(256, 8)
     targets = torch.sin(inputs.sum(1, keepdim=True))
-    optimizer = create_optimizer(model, name, weights=theta, num_steps=200)
+    lr = record["config"].get("lr")  # 200 steps are a short run, as in meta-training
+    optimizer = create_optimizer(model, name, lr, weights=theta, num_steps=200)
     losses = []
     for _ in range(200):
         loss = (model(inputs) - targets).square().mean()
