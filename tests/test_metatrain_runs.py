@@ -278,6 +278,7 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
         ({"stages": [{"iterations": 1, "space": "half"}]}, r"stages\[0\].space='half' is unknown; choose one of"),
         ({"stages": [{"iterations": 1, "horizon": [9, 3]}]}, r"stages\[0\].horizon=\[9, 3\] must be the least"),
         ({"stages": [{"iterations": 1}, {"iterations": 1, "space": "linear"}]}, r"is for the first stage only"),
+        ({"lr": 0}, r"lr=0.0 must be positive"),
         ({"threads": True}, r"threads=True must be of type int"),
         ({"device": "abacus"}, r"device='abacus': "),
         ({"held_out": [{"kind": "teacher", **SMALL}]}, r"family teacher is in held_out and as teacher in train: .*"),
@@ -288,6 +289,20 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
 def test_wrong_configs_are_told_by_entry(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny(**changes)
+
+
+def test_the_learning_rate_is_that_of_the_config(tmp_path):
+    first = {}
+    for name, changes in {
+        "default": {},
+        "larger": {"lr": 20.0},
+        "larger steps": {"start": {"hidden": 4, "step": 0.1, "step_mult": 0.2}},
+    }.items():
+        theta = MetaTrainer(tiny(**changes), tmp_path / name, quiet=True).run(0)
+        first[name] = theta.training["curve"][0]["score"]
+    assert (
+        first["double"] == pytest.approx(first["double steps"], abs=2e-4) != pytest.approx(first["default"], abs=1e-2)
+    )
 
 
 def test_numbers_that_yaml_reads_as_strings_are_numbers():
