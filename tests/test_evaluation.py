@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -291,6 +292,23 @@ def test_a_task_at_several_widths(tmp_path, capsys):
     assert "No setting of AdamW was run on all tasks" in text
     assert {path.name for path in tmp_path.iterdir()} == {RUNS, "report.md", "widths-4.png"}
     assert "widths-4.png" in capsys.readouterr().out
+
+
+def test_the_docs_say_what_the_recorded_runs_of_the_shipped_weights_say():
+    docs = Path(__file__).parent.parent / "docs"
+    with gzip.open(docs / "data" / "evaluation-1000.jsonl.gz", "rt") as file:
+        records = [json.loads(line) for line in file]
+    results, page = Results(records, 1000), (docs / "evaluation.md").read_text()
+    for name in ("celo2@linear", "celo"):
+        counts = results.counts(name)
+        cells = [counts.reaches, counts.tuned_train, counts.tuned_validation]
+        cells += [counts.global_train, counts.global_validation, counts.diverged]
+        assert f"| `{name}` | " + " | ".join(f"{count} of 13" for count in cells) + " |" in page
+        for task in TASKS:
+            result = results.result(task, name)
+            assert sorted(result.runs) == [0, 1, 2] and f"{result.median('train'):.4g}" in page
+            sums = {run["setting"]["sha256"] for run in result.runs.values()}
+            assert sums == {Setting.learned(name).sha256}, "weights changed: evaluate them, and tell of it"
 
 
 # -- misuse ------------------------------------------------------------------------------------------------------------

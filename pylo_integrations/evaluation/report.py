@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from pylo_integrations.evaluation.results import GLOBAL, Result, Results, number_of, tuned
 from pylo_integrations.evaluation.runs import Record
-from pylo_integrations.evaluation.tasks import TASKS
+from pylo_integrations.evaluation.tasks import TASKS, split_width
 from pylo_integrations.plot import Band, plot_bands
 
 
@@ -119,7 +119,7 @@ _DETAILS = (
 
 def _details(results: Results, task: str) -> str:
     found = [result for title in results.titles if (result := results.result(task, title))]
-    name, _, width = task.partition(":")
+    name, width = split_width(task)
     title = f"#### {task}" + (f": {TASKS[name].description}" if name in TASKS else "") + ", at that width" * bool(width)
     return f"{title}\n\n{_table(_DETAILS, map(_detail_row, found))}"
 
@@ -170,7 +170,7 @@ def _panels(results: Results) -> Panels:
     return [
         (task, {title: _band(result) for title in results.titles if (result := results.result(task, title))})
         for task in results.tasks
-        if ":" not in task
+        if not split_width(task)[1]
     ]
 
 
@@ -178,7 +178,7 @@ def _width_panels(results: Results) -> Panels:
     """The same of tasks at several widths, a panel for an optimizer on a task, and a band a width."""
     panels: dict[str, dict[str, Band]] = {}
     for title, task in itertools.product(results.titles, results.tasks):
-        name, _, width = task.partition(":")
+        name, width = split_width(task)
         if width and (result := results.result(task, title)):
             panels.setdefault(f"{name}, {title}", {})[f"width {width}"] = _band(result)
     return list(panels.items())

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from pylo_integrations.evaluation.contenders import BASELINES
 from pylo_integrations.evaluation.runs import Record
-from pylo_integrations.evaluation.tasks import TASKS
+from pylo_integrations.evaluation.tasks import TASKS, split_width
 
 GLOBAL = "adamw global"
 """AdamW at the one setting for all tasks."""
@@ -204,7 +204,7 @@ class Results:
 
 def _place(task: str) -> tuple[int, int, str]:
     """Where a task stands in lists: as in the suite, then by its width if that is another."""
-    order, (name, _, width) = list(TASKS), task.partition(":")
+    order, (name, width) = list(TASKS), split_width(task)
     return order.index(name) if name in TASKS else len(order), int(width or 0), name
 
 

@@ -454,17 +454,23 @@ TASKS: Mapping[str, HeldOutTask] = {
 """The suite by name."""
 
 
+def split_width(name: str) -> tuple[str, str]:
+    """``<name>:<width>`` in two; the width is "" where a task has its own."""
+    key, _, width = name.partition(":")
+    return key, width
+
+
 def find_task(name: str) -> HeldOutTask:
     """A task by its name, or by ``<name>:<width>`` at another width, with the same seeds.
 
     Raises:
         ValueError: There is none, the width is no positive number, or the task has weights of its own width.
     """
-    key, colon, width = name.partition(":")
+    key, width = split_width(name)
     if key not in TASKS:
         raise ValueError(f"held-out task {key!r} is unknown; there are {', '.join(TASKS)}")
     task = TASKS[key]
-    if not colon:
+    if key == name:
         return task
     if not width.isdecimal() or int(width) < 1:
         raise ValueError(f"width {width!r} of held-out task {name!r} is not a positive integer")
