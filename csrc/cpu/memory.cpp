@@ -45,7 +45,7 @@ extern "C" int32_t pylo_read_memory(
     for (int64_t i = 0; i < count; ++i) {
         Tensor tensor = {};
         if (!objects[i] || api->read(objects[i], &tensor)) return PYLO_BAD_ARGUMENT;
-        memory[i] = {(uint64_t)(uintptr_t)tensor.data + tensor.byte_offset, format_of(tensor)};
+        memory[i] = {(uint64_t)(uintptr_t)tensor.data + tensor.byte_offset, format_of(tensor), (uint64_t)(uintptr_t)objects[i]};
     }
     return PYLO_OK;
 }
