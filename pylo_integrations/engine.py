@@ -43,7 +43,7 @@ from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, Partia
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import is_sharded
+from pylo_integrations.sharding.pieces import is_sharded, local_part
 from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
@@ -112,6 +112,18 @@ class _Plan:
             return _look_of([*params, *states])
         except (KeyError, TypeError, AttributeError):  # gone, or no tensor
             return None
+
+    @cached_property
+    def wrappers(self) -> list[Tensor]:
+        """``DTensor`` s of which torch's functions write the inside: autograd counts versions of the outside."""
+        theirs = [
+            tensor
+            for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True))
+            if i not in self.natively
+            for param, state in zip(bucket.params, bucket.states, strict=True)
+            for tensor in (param, *(state[name] for name in rule.state_shapes(bucket.layout)))
+        ]
+        return [tensor for tensor in theirs if local_part(tensor) is not tensor]
 
     @cached_property
     def is_native(self) -> bool:
@@ -478,6 +490,8 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
+        if plan.wrappers:
+            torch.autograd.graph.increment_version(plan.wrappers)
         for indices, native in plan.native.items():
             native.prepare_([collected[i] for i in indices], context)
         prepared = [

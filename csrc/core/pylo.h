@@ -144,8 +144,8 @@ typedef struct pylo_call {
     int32_t isa;
 } pylo_call;
 
-/* Where a tensor is: its address, a word that is equal for tensors of equal device, type, shape and strides, and the
- * Python object. */
+/* Where a tensor is: its address, a word that is equal for tensors of equal device, type, shape and strides which both
+ * have memory or both have not, and the Python object. */
 typedef struct pylo_memory {
     uint64_t address, format, object;
 } pylo_memory;

@@ -19,7 +19,8 @@ from torch import Tensor
 from pylo_integrations.ops import loader
 
 Memory = np.ndarray[Any, np.dtype[np.uint64]]
-"""One row per tensor: its address, a word that is equal for equal device, type, shape and strides, and its identity."""
+"""One row per tensor: its address, a word for its format, and its identity. The words of two tensors are equal if they
+have the same device, type, shape and strides, and both have memory or both have not."""
 
 _ADDRESS, _FORMAT, _IDENTITY = 0, 1, 2
 
@@ -57,7 +58,7 @@ def identities(memory: Memory) -> Memory:
 
 
 def _format(tensor: Tensor) -> int:
-    return hash((tensor.device, tensor.dtype, tensor.shape, tensor.stride())) % 2**64
+    return hash((tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() != 0)) % 2**64
 
 
 @cache
