@@ -191,7 +191,7 @@ def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
             if factored and record_axes(bucket.layout, order, piece.box, _norm_axes(rule, bucket.layout)) is None:
                 return f"its shape {bucket.layout.shape} has too many axes of different roles"
         if is_lazy(local):
-            return "a parameter is a lazily negated view"
+            return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
         for name, shape in rule.state_shapes(bucket.layout).items():
             value = local_part(state[name])
             fits = not local.numel() or same_format(value, local) if shape is None else value.is_contiguous()
