@@ -10,6 +10,7 @@ from pylo_integrations.catalog import (
 )
 from pylo_integrations.checkpoints import CheckpointError
 from pylo_integrations.engine import NonFiniteError
+from pylo_integrations.fitting import StateError
 from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
@@ -33,6 +34,7 @@ __all__ = [
     "OptimizerSpec",
     "ShardingError",
     "SmallFCLOpt",
+    "StateError",
     "Theta",
     "VeLO",
     "create_optimizer",

@@ -18,6 +18,7 @@ collect_   where ranks share the work: the new rows of all others
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -28,9 +29,11 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pylo_integrations.decay import keep_and_scale
+from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
+from pylo_integrations.ops.memory import read_memory
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages, select_local
 from pylo_integrations.progress import Progress
@@ -40,7 +43,7 @@ from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, Partia
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
+from pylo_integrations.sharding.pieces import is_sharded, local_part
 from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
@@ -56,7 +59,7 @@ CACHE_NUMEL = 32_768
 """Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
 
 
-_gradient = operator.attrgetter("grad")
+_gradient, _device = operator.attrgetter("grad"), operator.attrgetter("device")
 
 
 @functools.cache
@@ -85,7 +88,7 @@ class _Plan:
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
-    formats: list[Any] = field(default_factory=list)  # of all parameters: dtype, device and shape
+    look: Any = None  # of all parameters, and of the states that no kernel steps
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +97,33 @@ class _Plan:
     @cached_property
     def natively(self) -> frozenset[int]:
         return frozenset(itertools.chain(*self.native))
+
+    def look_now(self) -> Any:
+        """To be compared with ``look``; None if one of the tensors is gone."""
+        params = [param for _, param in self.candidates]
+        try:
+            states = [
+                state[name]
+                for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True))
+                if i not in self.natively
+                for state in bucket.states
+                for name in rule.state_shapes(bucket.layout)
+            ]
+            return _look_of([*params, *states])
+        except (KeyError, TypeError, AttributeError):  # gone, or no tensor
+            return None
+
+    @cached_property
+    def wrappers(self) -> list[Tensor]:
+        """``DTensor`` s of which torch's functions write the inside: autograd counts versions of the outside."""
+        theirs = [
+            tensor
+            for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True))
+            if i not in self.natively
+            for param, state in zip(bucket.params, bucket.states, strict=True)
+            for tensor in (param, *(state[name] for name in rule.state_shapes(bucket.layout)))
+        ]
+        return [tensor for tensor in theirs if local_part(tensor) is not tensor]
 
     @cached_property
     def is_native(self) -> bool:
@@ -169,18 +199,14 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _check_state(
-    shapes: Mapping[str, tuple[int, ...] | None], state: Mapping[str, Tensor], param: Tensor, held: Held
-) -> None:
-    """Raise ShardingError if the state is not that of what is here of its parameter."""
-    found = {name: local_part(state[name]).numel() for name, shape in shapes.items() if shape is None}
-    if any(numel != held.numel for numel in found.values()):
-        raise ShardingError(
-            f"the state of a parameter of shape {tuple(param.shape)} has {found} elements, where this rank steps "
-            f"{held.numel}: it was created, or loaded, when other ranks trained together. Initialise "
-            "torch.distributed and call bind_model() before the first step, and carry state from one number of ranks "
-            "to another in a checkpoint"
-        )
+def _look_of(tensors: Sequence[Tensor]) -> Any:
+    """What a plan depends on of tensors that torch's own functions step: which, where and of what kind they are."""
+    negated = list(map(Tensor.is_neg, tensors))
+    devices = {device.type for device in set(map(_device, tensors))}
+    if set(map(type, tensors)) <= {Tensor, nn.Parameter} and devices <= {"cpu", "cuda"}:
+        with contextlib.suppress(RuntimeError, BufferError):  # one has no memory, as sparse ones
+            return read_memory(tensors, len(tensors)).tobytes(), negated
+    return [(id(tensor), tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], negated
 
 
 class Engine:
@@ -330,14 +356,14 @@ class Engine:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
         params = [param for group in groups for param in group["params"]]
         key = self._key(groups, state, params, list(map(_gradient, params)))
-        formats = [(param.dtype, param.device, param.shape) for param in params]
-        is_current = key == self._plan.key and formats == self._plan.formats
-        if not is_current or not all(native.is_current() for native in self._plan.native.values()):
+        plan = self._plan
+        is_current = key == plan.key and plan.look is not None and plan.look == plan.look_now()
+        if not is_current or not all(native.is_current() for native in plan.native.values()):
             self._plan = self._build(key, groups, state)
-            self._plan.formats = formats
+            self._plan.look = self._plan.look_now()
         for bucket in self._plan.buckets:
             pairs = zip(bucket.params, bucket.held, strict=True)
-            bucket.grads = [held.of(local_gradient(param)) for param, held in pairs]
+            bucket.grads = [fit_gradient(param, held, bucket.dtype, groups) for param, held in pairs]
         return self._plan
 
     def _build(
@@ -360,21 +386,24 @@ class Engine:
         absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
         number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
+        stepped: list[Stepped] = []
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
             rule = self._rule.member(layout, group)
-            _check_state(rule.state_shapes(layout), state[param], param, held)
+            dtype = state_dtype(param)
+            stepped.append(Stepped(param, held, state[param], rule.state_shapes(layout), dtype))
             _, bucket = members.setdefault(
                 (id(group), rule, layout, held.parts, param.dtype, param.device),
-                (rule, Bucket(layout, [], [], group, state_dtype(param), held.parts)),
+                (rule, Bucket(layout, [], [], group, dtype, held.parts)),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])
             bucket.held.append(held)
             bucket.numbers.append(number[id(param)])
             bucket.rounds_stochastically = self._stochastic_rounding and param.dtype == torch.bfloat16
+        fit_states(stepped, groups)
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
@@ -461,6 +490,8 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
+        if plan.wrappers:
+            torch.autograd.graph.increment_version(plan.wrappers)
         for indices, native in plan.native.items():
             native.prepare_([collected[i] for i in indices], context)
         prepared = [

@@ -448,7 +448,11 @@ class LearnedOptimizer(Optimizer):
     def _can_be_traced(self) -> bool:
         """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
         stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        return self._holdings.ranks.size == 1 and all(param in self.state for param in stepped)
+        if self._holdings.ranks.size > 1 or any(param not in self.state for param in stepped):
+            return False
+        # A step casts other states, and what stands for them in a compiled function would not be what it cast.
+        dtypes = [(state_dtype(p), v.dtype) for p in stepped for v in self.state[p].values() if isinstance(v, Tensor)]
+        return all(wanted == found for wanted, found in dtypes)
 
     def _step_traced(self, loss: Tensor | None) -> None:
         """Have the compiler see one operator, see :mod:`pylo_integrations.ops.step`."""
@@ -511,7 +515,7 @@ class LearnedOptimizer(Optimizer):
 
     def _twins_of(self, numbers: Sequence[int], params: Sequence[Tensor], state: Sequence[Tensor]) -> _Twins:
         """These tensors in the place of ours; the same objects for the same memory, and with today's options."""
-        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*params, *state)])
+        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in (*params, *state)])
         if self._twins is None or self._twins.key != key:
             everything: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
             twins, values = [param.detach() for param in params], iter(state)

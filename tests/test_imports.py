@@ -19,7 +19,7 @@ PACKAGE = ROOT.name
 LAYERS = [
     {"sharding", "files"},
     {"rules"},
-    {"weights", "decay", "progress", "rounding"},
+    {"weights", "decay", "progress", "rounding", "fitting"},
     {"ops", "telemetry", "options"},
     {"engine", "checkpoints"},
     {"optimizer"},
