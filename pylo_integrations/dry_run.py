@@ -130,7 +130,13 @@ def _fake_process_group(ranks: int) -> Iterator[None]:
 class _Unanimous(Agreement):
     """Agreement with ranks that are not there."""
 
-    def ask(self, contract: bytes, state: Callable[[], Statement], device: torch.device) -> None:
+    def ask(
+        self,
+        contract: bytes,
+        state: Callable[[], Statement],
+        device: torch.device,
+        measured: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
         """Take it that the others ask for the same, as they do in their first step."""
         self.contract = contract
 

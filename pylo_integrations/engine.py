@@ -413,7 +413,7 @@ class Engine:
         values = self._values(groups, progress, on_nonfinite, max_grad_norm, is_divided, plan.idle)
         state = functools.partial(self._statement, groups, values)
         if plan.contract != agreement.contract:
-            agreement.ask(plan.contract, state, _device_of(groups))
+            agreement.ask(plan.contract, state, _device_of(groups), self._gradient_norms(groups))
             if not exchanges:
                 agreement.end()
                 return None
@@ -438,6 +438,17 @@ class Engine:
         theta = {} if self._theta is None else {"theta": f"sha256 {self._theta.sha256[:12]}"}
         constants = {f"{name} of the rule": value for name, value in constants_of(self._rule)}
         return {"rule": type(self._rule).__name__, **theta, **constants}
+
+    def _gradient_norms(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | None]:
+        """Of gradients that ranks must have alike, since each of them reads its share of its own."""
+        return {
+            f"norm of the gradient of parameter {position} of group {index}": None
+            if param.grad is None
+            else torch.linalg.vector_norm(param.grad, dtype=state_dtype(param))
+            for index, group in enumerate(groups)
+            for position, param in enumerate(group["params"])
+            if self._holdings.shares(param)
+        }
 
     def _values(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sharded_cases import Net, digest, full_tensors, loss_of, make, net, wrap
+from sharded_cases import digest, full_tensors, loss_of, make, net, wrap
 from thetas import theta_for
 from torch import Tensor, nn
 

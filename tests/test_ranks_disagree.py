@@ -10,6 +10,7 @@ from disagreement_cases import (
     RULES,
     SPOILT,
     built_case,
+    gradient_case,
     is_allowed,
     raising_case,
     spoilt_case,
@@ -69,3 +70,11 @@ def test_a_rank_that_raises_tells_the_others(workers, layout, what, first):
     *others, own = alike(results, 1 if first else 3)
     assert RAISING[what][1] in own and not own.startswith("RankError")
     assert all(told.startswith("RankError") and f"rank 1: {own}" in told for told in others)
+
+
+def test_gradients_of_replicas_that_share_their_steps_are_alike(workers):
+    """Each rank would step its rows by its own; and tensors of equal values have no other mark."""
+    for what in ("apart", "swapped"):
+        told = workers.run(2, gradient_case, what=what, timeout=WAIT)
+        assert len(set(told)) == 1 and "norm of the gradient of parameter 0 of group 0" in told[0]
+    assert workers.run(2, gradient_case, what="alike", timeout=WAIT) == ["it stepped"] * 2

@@ -33,6 +33,9 @@ _WORDS = 4
 HEADER = 3 + 2 * _WORDS
 """Numbers in a header: how many ranks ask, fail, and vote yes; words of the digest, and their squares."""
 
+_ROUNDING = 1e-6
+"""Relative variance over ranks that rounding may have caused."""
+
 _SHOWN = 8
 """How many differences a message lists."""
 
@@ -104,13 +107,21 @@ class Agreement:
         """Forget what was agreed on, as all ranks do when they have nothing more to exchange."""
         self.contract, self.numel = None, HEADER
 
-    def ask(self, contract: bytes, state: Callable[[], Statement], device: torch.device) -> None:
+    def ask(
+        self,
+        contract: bytes,
+        state: Callable[[], Statement],
+        device: torch.device,
+        measured: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
         """Agree on something new, together with all ranks.
 
         Args:
             contract: Digest of what is to hold until further notice.
             state: Tells that, and all that is to be alike now.
             device: Where the exchange takes place.
+            measured: 0-d tensors by subject that ranks have alike but for rounding, where they have them at all; they
+                take an exchange of their own.
 
         Raises:
             DisagreementError: Ranks do not all ask for the same.
@@ -118,7 +129,23 @@ class Agreement:
         """
         answer = self._send(digest_of(state()), device, asks=True)
         self.check(answer, state, asked=True)
+        if measured:
+            self._compare(measured, device)
         self.contract = contract
+
+    def _compare(self, measured: Mapping[str, Tensor | None], device: torch.device) -> None:
+        """Raise DisagreementError if numbers differ by more than rounding."""
+        known = torch.tensor([value is not None for value in measured.values()], dtype=torch.float64, device=device)
+        zero = known.new_zeros(())
+        values = torch.stack([zero if value is None else value.to(zero) for value in measured.values()])
+        sums = torch.stack([known, values, values.square()])
+        self._ranks.sum_(sums)
+        counts, totals, squares = sums.tolist()
+        triples = zip(counts, totals, squares, strict=True)
+        # What is not finite compares as equal; the step itself sees to that.
+        if any(count * square > (1 + _ROUNDING) * total**2 for count, total, square in triples):
+            told = {name: "none" if value is None else f"{float(value):.6g}" for name, value in measured.items()}
+            raise DisagreementError(_explain(self._ranks.gather(told)))
 
     def vote(self, question: str, yes: bool, state: Callable[[], Statement], device: torch.device) -> bool:
         """Whether any rank says yes to a ``question`` that all of them have to ask before their step.
