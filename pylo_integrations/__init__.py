@@ -15,7 +15,9 @@ from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.optimizers import CELO2, ELO, ELOCELO2, Celo, CELO2Base, CeloAdam, MuLO, SmallFCLOpt, VeLO
+from pylo_integrations.sharding.agreement import DisagreementError
 from pylo_integrations.sharding.pieces import ShardingError
+from pylo_integrations.sharding.rounds import RankError
 from pylo_integrations.weights.theta import Theta
 
 __version__ = "0.1.0"
@@ -26,12 +28,14 @@ __all__ = [
     "CELO2",
     "CELO2Base",
     "CheckpointError",
+    "DisagreementError",
     "ELO",
     "ELOCELO2",
     "LearnedOptimizer",
     "MuLO",
     "NonFiniteError",
     "OptimizerSpec",
+    "RankError",
     "ShardingError",
     "SmallFCLOpt",
     "StateError",

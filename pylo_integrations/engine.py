@@ -39,14 +39,28 @@ from pylo_integrations.ops.select import Backend, check_backend, find_native, na
 from pylo_integrations.progress import Progress
 from pylo_integrations.rounding import block_noise, round_stochastically
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
+from pylo_integrations.sharding.agreement import (
+    Agreement,
+    Answer,
+    DisagreementError,
+    Statement,
+    checksums,
+    constants_of,
+    contract_of,
+    digest_of,
+    header,
+    named_options,
+    options_of,
+)
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import is_sharded, local_part
-from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
+from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_part
+from pylo_integrations.sharding.rounds import RankError, Ranks, sum_over_ranks_
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
+from pylo_integrations.weights.theta import Theta
 
 NonFinitePolicy = Literal["error", "skip", "zero"]
 """What a step does about non-finite gradients, or a non-finite loss that the rule needs.
@@ -88,6 +102,8 @@ class _Plan:
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
+    idle: list[int] = field(default_factory=list)  # numbers of those that every rank has, and that have no gradient
+    contract: bytes | None = None  # digest of what all ranks must have alike, once that is known
     look: Any = None  # of all parameters, and of the states that no kernel steps
 
     @property
@@ -149,12 +165,25 @@ class _Agreed(NamedTuple):
     able: tuple[bool, ...] = ()
 
 
+class _Pledge(NamedTuple):
+    """What this rank is about to do, for others to compare.
+
+    Attributes:
+        digest: Of all of it.
+        state: Tells it, if ranks turn out to disagree.
+    """
+
+    digest: bytes
+    state: Callable[[], Statement]
+
+
 @dataclass
 class _Verdict:
     norm: float
     grads_finite: bool
     loss_finite: bool
     agreed: _Agreed
+    header: list[float]
 
 
 @dataclass
@@ -162,6 +191,7 @@ class _Facts:
     """What ranks must agree on before state may change; each rank's share, until a round completes it.
 
     Attributes:
+        header: See :func:`~pylo_integrations.sharding.agreement.header`; without elements if ranks do not talk.
         squares: Sum of all squared gradients, 0-d. Not finite if a gradient is not, or if it is so large that its
             square overflows: either would poison the state.
         loss: Mean over the ranks, 0-d; None if the rule does not use it.
@@ -169,6 +199,7 @@ class _Facts:
         able: Per sharded tensor, on what part of the ranks nothing is in the native kernels' way.
     """
 
+    header: Tensor
     squares: Tensor
     loss: Tensor | None
     present: Tensor
@@ -176,13 +207,14 @@ class _Facts:
 
     def shares(self, ranks: Ranks) -> list[tuple[Tensor, int]]:
         loss = [] if self.loss is None else [(self.loss, ranks.size)]
-        return [(self.squares, 1), *loss, (self.present, 1), (self.able, ranks.size)]
+        return [(self.header, 1), (self.squares, 1), *loss, (self.present, 1), (self.able, ranks.size)]
 
     def read(self) -> _Verdict:
         """The one read of the device in a step."""
         loss = [] if self.loss is None else [self.loss]
-        parts = [part.view(-1) for part in (self.squares, *loss, self.present, self.able) if part.numel()]
-        squares, *rest = torch.cat(parts).tolist()
+        parts = (self.header, self.squares, *loss, self.present, self.able)
+        numbers = torch.cat([part.view(-1) for part in parts if part.numel()]).tolist()
+        head, (squares, *rest) = numbers[: len(self.header)], numbers[len(self.header) :]
         loss_value = rest.pop(0) if loss else 0.0
         present, able = rest[: len(self.present)], rest[len(self.present) :]
         finite = math.isfinite(squares)
@@ -191,7 +223,14 @@ class _Facts:
             finite,
             math.isfinite(loss_value),
             _Agreed(tuple(count > 0 for count in present), tuple(part == 1 for part in able)),
+            head,
         )
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where ranks talk before there is a plan."""
+    device: torch.device = next(param.device for group in groups for param in group["params"])
+    return device
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -218,6 +257,7 @@ class Engine:
         chunk_bytes: Bound on the temporaries of a step, in bytes.
         holdings: Who trains together, and what is here of every parameter.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
+        theta: The weights that ``rule`` was built from, if any; for ranks to compare.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
@@ -230,6 +270,7 @@ class Engine:
         chunk_bytes: int,
         holdings: Holdings,
         stochastic_rounding: bool = False,
+        theta: Theta | None = None,
     ) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
@@ -242,6 +283,8 @@ class Engine:
         self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
+        self._agreement = Agreement(self._ranks)
+        self._theta = theta
         self._assembly: Assembly | None = None
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
@@ -263,20 +306,32 @@ class Engine:
         Raises:
             NonFiniteError: See :data:`NonFinitePolicy`.
             ShardingError: A parameter is distributed in an unsupported way.
+            DisagreementError: Ranks were about to do different things.
+            RankError: Another rank raised or is gone.
         """
-        plan = self._plan if recalled else self._planned(groups, state)
+        agreed = self._agreed
+        try:
+            plan = self._plan if recalled else self._planned(groups, state)
+            pledge = self._pledged(plan, groups, progress, loss, on_nonfinite, max_grad_norm)
+        except Exception as error:
+            self._agreed = agreed
+            if not isinstance(error, (DisagreementError, RankError)):
+                self.tell(error, groups)
+            raise
         context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
-        while plan.buckets or self._exchanges(plan, loss):
-            exchanges = self._exchanges(plan, loss)
+        while plan.buckets or pledge is not None:
             # The kernels sum squared gradients as they collect, but for bad elements that are to be read as zero.
-            alone = plan.is_native and not exchanges and not context.zero_nonfinite
+            alone = plan.is_native and pledge is None and not context.zero_nonfinite
             collected = self._collect(plan, context) if alone else None
-            facts = self._measure(plan, context, loss, collected is not None)
-            if exchanges:
+            facts = self._measure(plan, context, loss, pledge, collected is not None)
+            if pledge is not None:
                 collected = self._collect(plan, context, facts)
             verdict = facts.read()
+            if pledge is not None:
+                answer = Answer.read(verdict.header, pledge.digest, self._ranks.size)
+                self._agreement.check(answer, pledge.state)
             if verdict.agreed != self._agreed:
                 self._agreed = verdict.agreed
                 plan = self._planned(groups, state)
@@ -314,6 +369,146 @@ class Engine:
     def _exchanges(self, plan: _Plan, loss: Tensor | None) -> bool:
         """Whether ranks talk in this step. Replicas that see no loss stay equal without."""
         return self._ranks.size > 1 and bool(plan.candidates) and (bool(plan.sharded) or loss is not None)
+
+    # -- what ranks must have alike ------------------------------------------------------------------------------------
+
+    def tell(self, error: Exception, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Let ranks that would wait for this one know that it raises ``error`` in place of a step, so that they do too.
+
+        Where that may be all that ranks have in common, they are not told: who they are may be what is wrong.
+        """
+        try:
+            expected = self._talks(groups) or (self._ranks.size > 1 and self._rule.needs_loss)
+        except ShardingError:
+            return
+        if expected:
+            self._agreement.fail(error, _device_of(groups))
+
+    def is_any(
+        self,
+        flag: bool,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> bool:
+        """Whether ``flag`` is set on any of the ranks that divide parameters, all of which have to ask before a step.
+
+        Raises:
+            DisagreementError: Another rank does not ask.
+            RankError: Another rank raised or is gone.
+        """
+        if not self._talks(groups):
+            return flag
+        values = self._values(groups, progress, on_nonfinite, max_grad_norm, True, [])
+        state = functools.partial(self._statement, groups, values)
+        return self._agreement.vote("is it a step?", flag, state, _device_of(groups))
+
+    def _talks(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether other ranks begin their step with an exchange, as far as can be told without a plan."""
+        if self._ranks.size == 1:
+            return False
+        self._agreement.renew()
+        divided = (
+            self._holdings.divides(param) and self._holdings.locate(param)[1].parts > 1
+            for group in groups
+            for param in group["params"]
+            if param.requires_grad or param.grad is not None
+        )
+        return self._agreement.contract is not None or any(divided)
+
+    def _pledged(
+        self,
+        plan: _Plan,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        loss: Tensor | None,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> _Pledge | None:
+        """What this rank will do, once all agree on what is to last; None if ranks do not talk in this step."""
+        if self._ranks.size == 1:
+            return None
+        agreement, exchanges = self._agreement, self._exchanges(plan, loss)
+        agreement.renew()
+        if not exchanges and agreement.contract is None:
+            return None
+        if plan.contract is None:
+            plan.contract = digest_of(self._contract(groups))
+        is_divided = bool(plan.sharded)
+        values = self._values(groups, progress, on_nonfinite, max_grad_norm, is_divided, plan.idle)
+        state = functools.partial(self._statement, groups, values)
+        if plan.contract != agreement.contract:
+            agreement.ask(plan.contract, state, _device_of(groups), self._gradient_norms(groups))
+            if not exchanges:
+                agreement.end()
+                return None
+        return _Pledge(digest_of(plan.contract, values), state)
+
+    def _contract(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """What decides which numbers ranks exchange, and what they mean."""
+        shares = any(self._holdings.shares(param) for group in groups for param in group["params"])
+        return contract_of(
+            groups,
+            self._holdings,
+            {
+                **self._about_rule,
+                "shard_step": str(self._holdings.shares_steps),
+                "stochastic_rounding": str(self._stochastic_rounding),
+                **({"chunk_bytes": str(self._chunk_bytes)} if shares else {}),
+            },
+        )
+
+    @cached_property
+    def _about_rule(self) -> dict[str, str]:
+        theta = {} if self._theta is None else {"theta": f"sha256 {self._theta.sha256[:12]}"}
+        constants = {f"{name} of the rule": value for name, value in constants_of(self._rule)}
+        return {"rule": type(self._rule).__name__, **theta, **constants}
+
+    def _gradient_norms(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | None]:
+        """Of gradients that ranks must have alike, since each of them reads its share of its own."""
+        return {
+            f"norm of the gradient of parameter {position} of group {index}": None
+            if param.grad is None
+            else torch.linalg.vector_norm(param.grad, dtype=state_dtype(param))
+            for index, group in enumerate(groups)
+            for position, param in enumerate(group["params"])
+            if self._holdings.shares(param)
+        }
+
+    def _values(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+        is_divided: bool,
+        idle: list[int],
+    ) -> tuple[Any, ...]:
+        """What may change from step to step, and is compared at every one."""
+        watches = is_divided and self.telemetry is not None  # sums of replicas are complete without the others
+        run = progress.iteration, progress.num_steps, max_grad_norm, on_nonfinite, watches
+        return *run, options_of(groups), idle
+
+    def _statement(self, groups: Sequence[Mapping[str, Any]], values: tuple[Any, ...]) -> dict[str, str]:
+        """All that ranks must have alike, in words; reads every parameter whose step they share."""
+        *run, options, idle = values
+        subjects = ("steps taken", "num_steps", "max_grad_norm", "on_nonfinite", "telemetry")
+        labels = [
+            f"{position} of group {i}" for i, group in enumerate(groups) for position in range(len(group["params"]))
+        ]
+        params = [param for group in groups for param in group["params"]]
+        shared = [number for number, param in enumerate(params) if self._holdings.shares(param)]
+        sums = checksums([params[number] for number in shared])
+        return {
+            **self._contract(groups),
+            **{subject: repr(value) for subject, value in zip(subjects, run, strict=True)},
+            **named_options(options),
+            "parameters without a gradient": ", ".join(labels[number] for number in idle) or "none",
+            **{f"checksum of parameter {labels[i]}": str(number) for i, number in zip(shared, sums, strict=True)},
+        }
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
 
     def recall(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a step needs no checks and no plan, because the kernels step what they stepped last, as it was then.
@@ -414,7 +609,9 @@ class Engine:
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
         able_here = [param not in unable_here for param in sharded]
         shares = self._collections(buckets)
-        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares)
+        divided = set(sharded)
+        idle = [number[id(param)] for _, param in candidates if param.grad is None and param not in divided]
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares, idle)
 
     def _collections(self, buckets: Sequence[Bucket]) -> list[Collection]:
         """Who brings every rank the shares that others have stepped, by device."""
@@ -428,14 +625,20 @@ class Engine:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
         return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
 
-    def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None, is_collected: bool) -> _Facts:
+    def _measure(
+        self, plan: _Plan, context: StepContext, loss: Tensor | None, pledge: _Pledge | None, is_collected: bool
+    ) -> _Facts:
         if is_collected:
             squares = torch.stack([native.grad_squares for native in plan.native.values()]).sum()
         else:
-            squares = self._grad_squares(plan, context, self._exchanges(plan, loss))
-        present = squares.new_tensor([param.grad is not None for param in plan.sharded])
-        able = squares.new_tensor(plan.able)
-        return _Facts(squares, None if loss is None else loss.to(squares, copy=True), present, able)
+            squares = self._grad_squares(plan, context, pledge is not None)
+        mine = None if loss is None else loss.to(squares, copy=True)
+        if pledge is None:
+            return _Facts(squares.new_empty(0), squares, mine, squares.new_empty(0), squares.new_empty(0))
+        sent, present = header(pledge.digest), [param.grad is not None for param in plan.sharded]
+        numbers = torch.tensor([*sent, *present, *plan.able], dtype=torch.float64, device=squares.device)
+        head, having, able = torch.split(numbers, [len(sent), len(present), len(present)])
+        return _Facts(head, squares, mine, having, able)
 
     def _grad_squares(self, plan: _Plan, context: StepContext, exchanges: bool) -> Tensor:
         """This rank's share of the sum of all squared gradients, 0-d."""
@@ -621,5 +824,7 @@ class Engine:
             if bucket.parts > 1:
                 copies = self._ranks.size // bucket.parts
                 shares += [(total, copies) for total in mine.values()]
+        if facts is not None:
+            self._agreement.numel = sum(share.numel() for share, _ in shares)
         sum_over_ranks_(shares, self._ranks)
         return sums

@@ -32,9 +32,11 @@ from pylo_integrations.ops.step import register
 from pylo_integrations.options import check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.agreement import DisagreementError
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_gradient, read_flat_slices
+from pylo_integrations.sharding.rounds import RankError
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
@@ -292,6 +294,10 @@ class LearnedOptimizer(Optimizer):
         self._holdings.ranks.bind(process_group)
         self._holdings.flat_slices.clear()
         self._holdings.flat_slices.update(slices)
+        ours = {param for group in self.param_groups for param in group["params"]}
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters() if param in ours}
+        self._holdings.names.clear()
+        self._holdings.names.update(names)
         if any(param in slices for group in self.param_groups for param in group["params"]):
             self.init_state()
 
@@ -315,6 +321,8 @@ class LearnedOptimizer(Optimizer):
             TypeError: A gradient is sparse or complex.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
+            DisagreementError: Ranks that train together do not do the same.
+            RankError: Another rank raised in place of its step, or is gone.
 
         Whatever is raised, parameters and state are unchanged. Where several processes train together, all of them
         have to call it.
@@ -351,25 +359,31 @@ class LearnedOptimizer(Optimizer):
 
     def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
         """Check, and step if it was not a probe; False if the step was skipped."""
-        progress = self._progress
-        if not recalled:
-            self._check_gradients(self.param_groups)
-        if loss is None and self._is_state_probe():
-            self.init_state()
-            return True
-        self._check_needs(loss)
-        if not recalled:
-            self.init_state()
+        progress, policies = self._progress, (self.on_nonfinite, self.max_grad_norm)
+        known = None if recalled else set(self.state)
+        try:
+            if not recalled:
+                self._check_gradients(self.param_groups)
+            if loss is None and self._is_state_probe():
+                self.init_state()
+                return True
+            self._check_needs(loss)
+            if not recalled:
+                self.init_state()
+        except (DisagreementError, RankError):
+            raise
+        except Exception as error:
+            self._engine.tell(error, self.param_groups)
+            raise
         self._warn_of_horizon(progress)
-        return self._engine.step(
-            self.param_groups,
-            self.state,
-            progress,
-            loss if self.rule.needs_loss else None,
-            self.on_nonfinite,
-            self.max_grad_norm,
-            recalled=recalled,
-        )
+        loss = loss if self.rule.needs_loss else None
+        try:
+            return self._engine.step(self.param_groups, self.state, progress, loss, *policies, recalled=recalled)
+        except (DisagreementError, RankError):
+            # New state may be of the wrong kind for what the ranks will agree on.
+            for param in [] if known is None else set(self.state) - known:
+                del self.state[param]
+            raise
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         kind = self._device_type()
@@ -420,8 +434,8 @@ class LearnedOptimizer(Optimizer):
             nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
         found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
         # Shards may be zero on some ranks only, and all of them have to decide alike.
-        ranks = self._holdings.ranks
-        return not (ranks.any(found) if any(map(self._holdings.divides, params)) and ranks.size > 1 else found)
+        policies = self.on_nonfinite, self.max_grad_norm
+        return not self._engine.is_any(bool(found), self.param_groups, self._progress, *policies)
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
@@ -740,7 +754,7 @@ class LearnedOptimizer(Optimizer):
     def _start_engines(self) -> None:
         """Make what holds nothing but caches."""
         fixed = self.rule, self.backend, self.chunk_bytes
-        self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding)
+        self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding, self.theta)
         self._traced_engine = Engine(*fixed, Holdings(), self.stochastic_rounding)
         self._twins = None
         self._handle = register(self)
