@@ -80,14 +80,14 @@ class SettingsWatch:
             peak = max(lr, _number(group.get("max_lr")))  # which OneCycleLR will come to
             if peak > self._highest and not is_sweep:
                 return {
-                    "lr": f"lr={peak:.3g} is {peak / self._lr:.3g} times the natural learning rate of {self._name}, "
+                    "lr": f"lr={peak:.3g} is {peak / self._lr:,.0f} times the natural learning rate of {self._name}, "
                     f"{self._lr:g}, and such steps make the loss climb. {self._advice()}"
                 }
         return {}
 
     def _too_small(self, lr: float) -> Hints:
         return {
-            "lr": f"lr={lr:.3g} is {self._lr / lr:.3g} times below the natural learning rate of {self._name}, "
+            "lr": f"lr={lr:.3g} is {self._lr / lr:,.0f} times below the natural learning rate of {self._name}, "
             f"{self._lr:g}, and such steps hardly move. {self._advice()}"
         }
 
