@@ -16,8 +16,8 @@ from pylo_integrations.decay import shrinkage
 Hints: TypeAlias = "dict[str, str]"
 """What there is to say, by subject."""
 
-TOLERANCE = 10.0
-"""How many times off a setting has to be."""
+TOLERANCE = 10.001
+"""How many times off a setting has to be; not ten, since 10 * 3e-4 is less than 3e-3."""
 
 ADAMW_DECAYS = (0.01, 0.1)
 """Weight decays in recipes for AdamW."""
@@ -105,7 +105,7 @@ class SettingsWatch:
             shrink = float(shrinkage(as_largest, adamw_scale=self._adamw_lr / self._lr))
             times = shrink / self._adamw_lr  # the number that would decay as fast in AdamW
             low, high = ADAMW_DECAYS
-            if low / TOLERANCE * 0.999 < times < high * TOLERANCE * 1.001:
+            if low / TOLERANCE < times < high * TOLERANCE:
                 continue
             policies = "" if policy == "adamw" else ', or pass weight_decay_policy="adamw" with 0.01 to 0.1'
             return {
