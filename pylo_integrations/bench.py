@@ -209,9 +209,8 @@ def make_contender(
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
         **options: Of learned optimizers.
     """
-    lr = 1e-4
     if name in BASELINES:
-        baseline = AdamW([param for param, _ in parameters], lr=lr, **BASELINES[name])
+        baseline = AdamW([param for param, _ in parameters], lr=1e-4, **BASELINES[name])
         return baseline, baseline.step
     name, _, backend = name.partition(":")
     spec = get_optimizer_info(name)
@@ -223,7 +222,8 @@ def make_contender(
     chosen = cast(Backend, backend or "auto")
     # Published weights may not be at hand, and no step's cost depends on their values.
     weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen, weights=weights, **options)
+    small = spec.lr / 10  # so that parameters stay as they are
+    optimizer = create_optimizer(groups, name, small, num_steps=num_steps, backend=chosen, weights=weights, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 

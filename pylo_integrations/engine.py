@@ -258,6 +258,7 @@ class Engine:
         holdings: Who trains together, and what is here of every parameter.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
         theta: The weights that ``rule`` was built from, if any; for ranks to compare.
+        adamw_scale: See :func:`~pylo_integrations.decay.keep_and_scale`.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
@@ -271,6 +272,7 @@ class Engine:
         holdings: Holdings,
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
+        adamw_scale: float = 1.0,
     ) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
@@ -280,6 +282,7 @@ class Engine:
         self._chunk_bytes = chunk_bytes
         self._holdings = holdings
         self._stochastic_rounding = stochastic_rounding
+        self._adamw_scale = adamw_scale
         self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
@@ -712,7 +715,10 @@ class Engine:
 
         proposed = [propose(i) for i in range(len(rules))]
         record = None if self.telemetry is None else StepRecord(buckets)
-        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
+        numbers = [
+            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale)
+            for rule, bucket in zip(rules, buckets, strict=True)
+        ]
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]

@@ -46,9 +46,9 @@ def mup_param_groups(
         base: The same model at the width where learning rate and theta are known to work, or its shapes by name
             (build it on ``torch.device("meta")`` to spend no memory). None if the ``mup`` package has annotated
             ``model`` (``mup.set_base_shapes``): its ``infshape`` are then used.
-        weight_decay: As for :func:`~pylo_integrations.param_groups`. Coupled policies multiply it by the group's
-            ``lr``, so hidden matrices decay less in wide models; with ``weight_decay_policy="before_independent"`` the
-            decay does not depend on width.
+        weight_decay: As for :func:`~pylo_integrations.param_groups`. Decay follows the group's ``lr``, as AdamW's does,
+            so hidden matrices decay less in wide models; multiply a group's ``weight_decay`` by ``lr / group["lr"]``
+            for a decay that does not depend on width.
         lr: Learning rate of parameters without multiplier. Give it here: a group's ``lr`` precedes the optimizer's.
         no_decay: As for :func:`~pylo_integrations.param_groups`.
 

@@ -27,6 +27,7 @@ from pylo_integrations.checkpoints import (
 )
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
+from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
 from pylo_integrations.options import check_group
@@ -71,8 +72,9 @@ class LearnedOptimizer(Optimizer):
             are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
             ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
-        lr: Factor on the whole update; a float or a one-element tensor. 1 is the natural value of most theta.
-        weight_decay: Decoupled weight decay.
+        lr: Factor on the whole update; a float or a one-element tensor. Its natural value is that of the class,
+            :attr:`default_lr`; one that is more than 10 times off is warned of.
+        weight_decay: Weight decay; 0.01 to 0.1 is usual, as with AdamW.
         num_steps: The horizon, i.e. how many optimizer steps the run will take.
         max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
             infinity.
@@ -90,6 +92,7 @@ class LearnedOptimizer(Optimizer):
         stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
             updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
+        usual_lrs: Learning rates that suit the rule; by default :attr:`default_lr`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -102,6 +105,12 @@ class LearnedOptimizer(Optimizer):
 
     default_lr: ClassVar[float] = 1.0
     """Learning rate of the catalogue entry, unless that says otherwise."""
+
+    adamw_lr: ClassVar[float] = 1e-3
+    """AdamW's learning rate whose steps are as large as ours at :attr:`default_lr`; weight decay is measured by it."""
+
+    wants_schedule: ClassVar[bool] = False
+    """Whether a run ends well only under a learning rate that falls to zero."""
 
     default_weight_decay: ClassVar[float] = 0.0
     """Weight decay where none is given."""
@@ -121,7 +130,7 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         num_steps: int | None = None,
         max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
+        weight_decay_policy: DecayPolicy = "adamw",
         maximize: bool = False,
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
@@ -129,6 +138,7 @@ class LearnedOptimizer(Optimizer):
         shard_step: bool = False,
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
+        usual_lrs: Sequence[float] = (),
     ) -> None:
         if on_nonfinite not in get_args(NonFinitePolicy):
             raise ValueError(
@@ -148,6 +158,9 @@ class LearnedOptimizer(Optimizer):
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
+        self._watch = SettingsWatch(
+            type(self).__name__, self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr, self.wants_schedule
+        )
         self._holdings = Holdings(shard_step)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
@@ -162,6 +175,7 @@ class LearnedOptimizer(Optimizer):
             "rule": "learned",
         }
         super().__init__(params, defaults)
+        self._tell(self._watch.look_at_start(self.param_groups))
 
     # -- what the rule needs to know -------------------------------------------------------------------------------
 
@@ -376,6 +390,7 @@ class LearnedOptimizer(Optimizer):
             self._engine.tell(error, self.param_groups)
             raise
         self._warn_of_horizon(progress)
+        self._tell(self._watch.look(self.param_groups, progress.iteration, progress.num_steps))
         loss = loss if self.rule.needs_loss else None
         try:
             return self._engine.step(self.param_groups, self.state, progress, loss, *policies, recalled=recalled)
@@ -452,6 +467,10 @@ class LearnedOptimizer(Optimizer):
             "ones are only counted, in `nonfinite_steps`",
         )
 
+    def _tell(self, hints: Hints) -> None:
+        for subject, message in hints.items():
+            self._warn_once(subject, message)
+
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
@@ -500,6 +519,7 @@ class LearnedOptimizer(Optimizer):
         progress = Progress(int(run[0]), own.num_steps, memory=dict(memory))
         _, groups, states, twins = self._twins_of(numbers, params, state)
         self._warn_of_horizon(progress)
+        self._tell(self._watch.look(groups, progress.iteration, progress.num_steps))
         with torch.no_grad(), self._full_precision():
             try:
                 for twin, grad in zip(twins, grads, strict=True):
@@ -742,7 +762,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
-        ours = (*own, "_progress", "_warned", "_holdings", "_born")
+        ours = (*own, "_progress", "_warned", "_watch", "_holdings", "_born")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -754,8 +774,9 @@ class LearnedOptimizer(Optimizer):
     def _start_engines(self) -> None:
         """Make what holds nothing but caches."""
         fixed = self.rule, self.backend, self.chunk_bytes
-        self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding, self.theta)
-        self._traced_engine = Engine(*fixed, Holdings(), self.stochastic_rounding)
+        more = self.stochastic_rounding, self.theta, self.adamw_lr / self.default_lr
+        self._engine = Engine(*fixed, self._holdings, *more)
+        self._traced_engine = Engine(*fixed, Holdings(), *more)
         self._twins = None
         self._handle = register(self)
 

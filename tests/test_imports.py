@@ -20,7 +20,7 @@ LAYERS = [
     {"sharding", "files"},
     {"rules"},
     {"weights", "decay", "progress", "rounding", "fitting"},
-    {"ops", "telemetry", "options"},
+    {"ops", "telemetry", "options", "hints"},
     {"engine", "checkpoints"},
     {"optimizer"},
     {"optimizers", "state"},
