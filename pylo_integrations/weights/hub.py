@@ -175,9 +175,7 @@ def _why_unreachable(repository: str, filename: str, revision: str | None) -> Ex
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repository)
     timeout: Any = (CONNECT_SECONDS, constants.HF_HUB_ETAG_TIMEOUT)  # to connect, to read
     try:
         metadata = get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=timeout)
@@ -195,7 +193,7 @@ def _why_unreachable(repository: str, filename: str, revision: str | None) -> Ex
 @contextmanager
 def _looking_at_answers() -> Iterator[None]:
     """Within, every answer that the client gets passes :func:`_check_answer` before the client acts on it."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # where all versions have it
 
     session: Any = get_session()
     # requests has hooks, httpx event hooks; both are called with every answer, those that redirect among them.
@@ -234,7 +232,7 @@ def _check_answer(response: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _check_cache(folder: Path) -> None:
-    """Raise PermissionError if what the cache has of a repository cannot be looked at; the client takes it for absent."""
+    """Raise PermissionError if what the cache has of a repository is closed to us; the client takes it for absent."""
 
     def closed(error: OSError) -> None:
         if isinstance(error, PermissionError):
