@@ -328,7 +328,7 @@ def _convert_plain(value: Any, hint: type, where: str) -> Any:
         return number
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where}={_show(value)} must be of type {hint.__name__}")
-    if hint is int and not -(2**63) <= value < 2**63:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{where}={_show(value)} has more than 64 bits")
     return value
 
