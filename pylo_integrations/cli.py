@@ -96,6 +96,8 @@ def _writing_to_stdout() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         yield
+    except BrokenPipeError as error:  # where there is no buffer
+        raise _OutputClosed(error.strerror) from error
     finally:
         try:
             sys.stdout.flush()
@@ -552,7 +554,7 @@ def _metatrain(args: argparse.Namespace) -> int:
     output = args.output or Path("runs", "metatrain", path.stem)
     overrides = {name: getattr(args, name) for name in ("seed", "device", "threads")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    if not path.exists():
+    if not os.path.lexists(path):
         args.parser.error(f"{path}: No such file; the configs in the package are {', '.join(configs)}")
     with _launched_ranks() as leads:
         try:

@@ -36,7 +36,7 @@ _MOST_CURVES = 20  # that can be told apart in a panel
 _MOST_RUNS = 12  # whose telemetry has panels of its own
 _MOST_STEPS = 2000  # columns of a heat map, more than it has pixels
 _LONGEST_NAME = 60
-_LARGEST_VALUE = 1e150  # whose square is finite
+_LEAST_VALUE, _LARGEST_VALUE = 1e-150, 1e150  # whose products are neither zero nor infinite
 _LARGEST_STEP = 2**53  # beyond, neighbours are the same float
 _USUAL_LOSSES = ("train_loss", "loss", "val_loss", "validation_loss", "eval_loss", "test_loss")
 _PANELS_ABREAST = 4
@@ -354,7 +354,7 @@ def _save(figure: Figure, output: Path) -> None:
     _check_output(output)
     try:
         figure.savefig(output, dpi=110)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise PlotError(f"{output}: {error}") from None
 
 
@@ -383,7 +383,7 @@ def _label(name: str) -> str:
 
 def _bounded(value: float) -> float:
     """A value whose axis matplotlib can compute; beyond, a gap."""
-    return value if abs(value) < _LARGEST_VALUE else math.nan
+    return value if value == 0 or _LEAST_VALUE < abs(value) < _LARGEST_VALUE else math.nan
 
 
 def _scale(axes: Axes, values: Iterable[float]) -> None:
@@ -402,8 +402,7 @@ def _draw_heat_map(axes: Axes, rows: Mapping[str, Series], title: str) -> None:
     names = sorted(rows, key=_natural)
     steps = sorted({step for row in rows.values() for step in row})
     steps = steps[:: math.ceil(len(steps) / _MOST_STEPS)]
-    table = numpy.array([[rows[name].get(step, math.nan) for step in steps] for name in names])
-    table[~(abs(table) < _LARGEST_VALUE)] = math.nan
+    table = numpy.array([[_bounded(rows[name].get(step, math.nan)) for step in steps] for name in names])
     positive = table[table > 0]
     is_signed = bool((table < 0).any()) or not positive.size
     norm = Normalize() if is_signed else LogNorm(positive.min(), positive.max())

@@ -56,9 +56,20 @@ def written(tmp_path):
     return {path for path in tmp_path.rglob("*") if "cache" not in path.parts and path.name not in ("a", "b", "c")}
 
 
-# -- hostile answers ---------------------------------------------------------------------------------------------------
+# -- hostile answers -------------------------------------------------------------------------------------------------
 
-OUTSIDE = ["../../../../../escaped", "/tmp/pylo_escaped", "..", ".", "a/b", "a\\b", "C:escaped", ".hidden", "a" * 300, " "]
+OUTSIDE = [
+    "../../../../../escaped",
+    "/tmp/pylo_escaped",
+    "..",
+    ".",
+    "a/b",
+    "a\\b",
+    "C:escaped",
+    ".hidden",
+    "a" * 300,
+    " ",
+]
 
 
 def _cases():
@@ -72,7 +83,9 @@ def _cases():
 
 
 @pytest.mark.parametrize("file", ["theta.safetensors", "README.md"], ids=["found", "not found"])
-def test_an_answer_that_would_leave_the_cache_is_refused_before_anything_is_written(file, hub, data, point_to, tmp_path):
+def test_an_answer_that_would_leave_the_cache_is_refused_before_anything_is_written(
+    file, hub, data, point_to, tmp_path
+):
     point_to(hub.url)
     for index, answer in enumerate(_cases()):
         if file == "README.md" and "X_Repo_Commit" not in answer:
@@ -122,7 +135,7 @@ def test_usual_answers_pass(hub, data, point_to):
     assert client._check_answer not in hooks["response"], "the user's own requests are not looked at"
 
 
-# -- no answers ----------------------------------------------------------------------------------------------------------
+# -- no answers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
