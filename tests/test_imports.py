@@ -17,7 +17,7 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files"},
+    {"sharding", "files", "paths"},
     {"rules"},
     {"weights", "decay", "progress", "rounding", "fitting"},
     {"ops", "telemetry", "options", "hints"},

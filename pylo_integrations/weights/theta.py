@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.files import write_whole
+from pylo_integrations.paths import check_file
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
 from pylo_integrations.rules.celo2 import Celo2
@@ -193,11 +194,14 @@ class Theta:
 
         Raises:
             FileNotFoundError: No such file.
+            OSError: The file cannot be read: permissions, or it is a folder, a FIFO or a device.
             ValueError: Not a theta file, a newer version, another feature list, or damaged contents.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no theta file {str(path)!r}; give the path of a .safetensors file")
+        try:
+            check_file(path, "theta file")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; give the path of a .safetensors file") from None
         try:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
