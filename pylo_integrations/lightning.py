@@ -182,6 +182,8 @@ class _PlanKeeper(Callback):
                     stacklevel=2,
                 )
         optimizer.set_num_steps(planned)
+        if isinstance(plan.scheduler, _Decay):
+            plan.scheduler.apply()  # the checkpoint has the learning rates of its horizon
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was."""
@@ -411,6 +413,12 @@ class _Decay(LRScheduler):
         horizon = self.optimizer.num_steps  # type: ignore[attr-defined]
         factor = self._shape(min(1.0, self.last_epoch / horizon))
         return [lr * factor for lr in self.base_lrs]
+
+    def apply(self) -> None:
+        """Set the learning rates of now, for another horizon than they were computed for."""
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, without functions."""
