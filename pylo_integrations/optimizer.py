@@ -29,7 +29,7 @@ from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
-from pylo_integrations.options import check_group
+from pylo_integrations.options import MOMENTUM, check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
@@ -158,6 +158,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "axes": "out_in",
             "rule": "learned",
+            MOMENTUM: 0.0,
         }
         super().__init__(params, defaults)
 
@@ -535,8 +536,11 @@ class LearnedOptimizer(Optimizer):
             ValueError: An option of the group is out of range.
             TypeError: A parameter is complex or not floating point.
         """
+        has_momentum = MOMENTUM in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if not has_momentum:
+            del group[MOMENTUM]
         try:
             check_group(group, self.rule.choices)
         except (TypeError, ValueError):
