@@ -123,8 +123,8 @@ def _mend_schedules(accelerator: Accelerator, num_steps: int) -> None:
             prepared.split_batches = True
             warnings.warn(
                 f"the prepared {type(prepared.scheduler).__name__} has the {num_steps} steps of the run, but would "
-                f"step {accelerator.num_processes} times with each optimizer step, as Accelerate does for every process; "
-                "it now steps once. To say so, prepare it with pylo_integrations.accelerate.prepare_scheduler()",
+                "step once for every process with each optimizer step. That was changed to once; to say so, prepare "
+                "it with pylo_integrations.accelerate.prepare_scheduler(accelerator, scheduler)",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -358,6 +358,8 @@ class LearnedOptimizer(Optimizer):
         if loss is None and self._is_state_probe():
             self.init_state()
             return True
+        if loss is None and not recalled and self.rule.needs_loss and not self._has_gradients():
+            return True
         self._check_needs(loss)
         if not recalled:
             self.init_state()
@@ -396,6 +398,9 @@ class LearnedOptimizer(Optimizer):
                         f"the gradient of parameter {name} is {kind}; learned optimizers need dense real gradients "
                         "(for nn.Embedding, pass sparse=False)"
                     )
+
+    def _has_gradients(self) -> bool:
+        return any(param.grad is not None for group in self.param_groups for param in group["params"])
 
     def _check_needs(self, loss: Tensor | None) -> None:
         name = type(self).__name__

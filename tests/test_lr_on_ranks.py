@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from launched_cases import RATES, rates_case
 from test_schedulers import MAKERS, start, step
@@ -16,6 +18,7 @@ KINDS = {
 }
 
 
+@functools.cache
 def alone(kind: str) -> list[float]:
     """What a plain loop without a framework takes its six steps with."""
     model, optimizer, scheduler = start("celo2", MAKERS[kind])
