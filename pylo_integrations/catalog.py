@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch.optim
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
@@ -110,9 +111,28 @@ def get_optimizer_info(name: str) -> OptimizerSpec:
     try:
         return _CATALOG[name]
     except (KeyError, TypeError):
-        near = difflib.get_close_matches(str(name), _CATALOG, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {list_optimizers()}"
-        raise ValueError(f"unknown learned optimizer {name!r}; {hint}") from None
+        raise ValueError(f"unknown learned optimizer {name!r}; {_advise(str(name))}") from None
+
+
+_DESIGNED = {
+    name.lower(): f"torch.optim.{name}"
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and cls is not torch.optim.Optimizer
+}
+_DESIGNED.setdefault("muon", "Muon")  # torch has it from 2.9, and it is spelt almost like mulo
+
+
+def _advise(name: str) -> str:
+    """What whoever asked for a name that is not in the catalogue may have meant."""
+    if not (near := difflib.get_close_matches(name.lower(), _CATALOG, n=3, cutoff=0.8)):
+        words = (word.rstrip("0123456789") for word in name.lower().replace("-", "_").split("_"))
+        if home := next((_DESIGNED[word] for word in words if word in _DESIGNED), None):
+            return (
+                f"it is no learned one: use {home} where any optimizer can stand (configure_optimizers() of a module, "
+                f"TrainingArguments(optim=...), a plain loop); learned ones are {list_optimizers()}"
+            )
+        near = difflib.get_close_matches(name.lower(), _CATALOG, n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {list_optimizers()}"
 
 
 def register_optimizer(spec: OptimizerSpec) -> None:

@@ -30,7 +30,7 @@ from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
-from pylo_integrations.options import check_group
+from pylo_integrations.options import MOMENTUM, check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import DisagreementError
@@ -173,6 +173,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "axes": "out_in",
             "rule": "learned",
+            MOMENTUM: 0.0,
         }
         super().__init__(params, defaults)
         self._tell(self._watch.look_at_start(self.param_groups))
@@ -381,6 +382,8 @@ class LearnedOptimizer(Optimizer):
             if loss is None and self._is_state_probe():
                 self.init_state()
                 return True
+            if loss is None and not recalled and self.rule.needs_loss and not self._has_gradients():
+                return True
             self._check_needs(loss)
             if not recalled:
                 self.init_state()
@@ -424,6 +427,9 @@ class LearnedOptimizer(Optimizer):
                         f"the gradient of parameter {name} is {kind}; learned optimizers need dense real gradients "
                         "(for nn.Embedding, pass sparse=False)"
                     )
+
+    def _has_gradients(self) -> bool:
+        return any(param.grad is not None for group in self.param_groups for param in group["params"])
 
     def _check_needs(self, loss: Tensor | None) -> None:
         name = type(self).__name__
@@ -573,8 +579,11 @@ class LearnedOptimizer(Optimizer):
             ValueError: An option of the group is out of range.
             TypeError: A parameter is complex or not floating point.
         """
+        has_momentum = MOMENTUM in param_group
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if not has_momentum:
+            del group[MOMENTUM]
         try:
             check_group(group, self.rule.choices)
         except (TypeError, ValueError):

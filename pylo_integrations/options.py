@@ -14,6 +14,11 @@ from pylo_integrations.sharding.layout import AxisOrder
 OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule")
 """What every parameter group has."""
 
+MOMENTUM = "momentum"
+"""A default that nothing reads, and that groups have only once something writes it. It stands there because schedulers
+that cycle the momentum (``OneCycleLR`` and ``CyclicLR`` do, unless told not to) refuse an optimizer without one; in
+groups from the start, distributed checkpoints of optimizers without it would lack a key."""
+
 
 def check_group(group: Mapping[str, Any], choices: Collection[str]) -> None:
     """Raise unless a parameter group can be stepped.
