@@ -18,7 +18,7 @@ PACKAGE = ROOT.name
 # Each layer may import those before it.
 LAYERS = [
     {"sharding", "files"},
-    {"rules"},
+    {"rules", "sealed"},
     {"weights", "decay", "progress", "rounding"},
     {"ops", "telemetry", "options"},
     {"engine", "checkpoints"},
