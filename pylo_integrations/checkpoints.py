@@ -286,7 +286,7 @@ def read_progress(
     if along is None or progress is None:
         return along or progress, theta
     if along.iteration == progress.iteration:
-        progress.memory |= along.memory
+        progress.memory = along.memory | progress.memory
         return progress, theta
     # Whoever takes the groups, or the states, from a new optimizer, leaves one of the two at the beginning.
     if progress.iteration == 0:

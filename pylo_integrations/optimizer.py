@@ -577,7 +577,7 @@ class LearnedOptimizer(Optimizer):
                     created[param] = self._fresh_state(param, group)
         self.state.update(created)
         if not self._progress.memory:
-            self._progress.memory.update(self._placed(self.rule.initial_memory()))
+            self._progress.memory.update(self._placed(self.rule.initial_memory(), fresh=True))
         self._progress.has_begun = True
 
     def _check_flattening(self, index: int, position: int) -> None:
@@ -808,10 +808,17 @@ class LearnedOptimizer(Optimizer):
         if not self._progress.has_begun and any(self.state.values()) and self._states(self._members()):
             warnings.warn(_WITHOUT_PROGRESS.format(iteration=self._progress.iteration), RuntimeWarning, stacklevel=3)
 
-    def _placed(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Memory of the run on the device of the first parameter: torch's loaders want all tensors on one device."""
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        return {name: value if device.type == "meta" else value.to(device) for name, value in memory.items()}
+    def _placed(self, memory: Mapping[str, Tensor], fresh: bool = False) -> dict[str, Tensor]:
+        """Memory of the run where the first parameter is: torch's loaders want all tensors on one device.
+
+        What is ``fresh`` is also made as wide as the widest parameter, as the first step would; others may be loaded
+        into it in place.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not memory or not params or params[0].is_meta:
+            return dict(memory)
+        dtype = max(map(state_dtype, params), key=lambda dtype: dtype.itemsize) if fresh else None
+        return {name: value.to(params[0].device, dtype) for name, value in memory.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
