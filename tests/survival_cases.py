@@ -33,9 +33,8 @@ def start(name: str, wrapper: str, world: int, num_steps: int | None) -> tuple[n
 
 
 def progress(optimizer: Any) -> tuple[Any, dict[str, Any]]:
-    own = optimizer._progress
-    memory = {key: value.double().flatten().tolist() for key, value in own.memory.items()}
-    return (optimizer.iteration, optimizer.num_steps, optimizer.nonfinite_steps), memory
+    counts = (optimizer.iteration, optimizer.num_steps, optimizer.nonfinite_steps)
+    return counts, {key: value.double().flatten().tolist() for key, value in optimizer._progress.memory.items()}
 
 
 def flattened(model: nn.Module, optimizer: Any) -> dict[str, Any]:
