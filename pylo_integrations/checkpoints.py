@@ -240,11 +240,11 @@ def check_groups(
                 raise CheckpointError(f"{option}={value!r:.50} is not a number")
         if not isinstance(theirs["maximize"], bool):
             raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
-        if not (math.isfinite(base_lr := float(theirs.get("base_lr", 0.0))) and base_lr >= 0):
-            raise CheckpointError(f"base_lr={base_lr} must be a finite number >= 0")
         try:
+            if not (math.isfinite(base_lr := float(theirs.get("base_lr", 0.0))) and base_lr >= 0):
+                raise ValueError(f"base_lr={base_lr} must be a finite number >= 0")
             check_group({**theirs, "params": group["params"]}, choices)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(str(error)) from error
 
 

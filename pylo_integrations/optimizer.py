@@ -193,6 +193,7 @@ class LearnedOptimizer(Optimizer):
     @property
     def nonfinite_steps(self) -> int:
         """Steps that met non-finite gradients or loss, whatever was done about them."""
+        self._settle()
         return self._progress.nonfinite_steps
 
     @property

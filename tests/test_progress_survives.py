@@ -37,7 +37,9 @@ def test_flattened_state_dicts_of_ranks(workers, tmp_path, name, wrapper):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "toy_loss"])  # whose memory is made by its first step
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "toy_loss"]
+)  # whose memory is made by its first step
 def test_loading_in_place(workers, tmp_path, name):
     check(workers.run(1, in_place_case, name=name, wrapper="plain", folder=str(tmp_path)))
 
