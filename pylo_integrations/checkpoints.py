@@ -116,15 +116,20 @@ def run_tensors(progress: Progress) -> dict[str, Tensor]:
 
 
 def pack_states(
-    states: Mapping[Any, Any], members: Sequence[Member], progress: Progress
+    states: Mapping[Any, Any], members: Sequence[Member], progress: Progress, *, is_whole: bool
 ) -> tuple[dict[Any, Any], bytes | None]:
     """States in the form that checkpoint paths carry, and, of FSDP1's slices, what has to travel apart.
 
     FSDP takes every tensor in the state of a slice to be shaped like it, so row and column statistics are serialised.
+
+    Args:
+        states: By the number of their parameter; what has other keys is left as it is.
+        members: Of the optimizer.
+        progress: Of the run.
+        is_whole: Whether states are whole where ranks share the steps.
     """
     run = run_tensors(progress)
-    packed = {index: {**own, **run} if own and index in range(len(members)) else own for index, own in states.items()}
-    packed = {index: own for index, own in packed.items() if own}  # an empty state was only looked at
+    packed = {index: {**own, **run} if index in range(len(members)) else own for index, own in states.items()}
     slices = {index: member for index, member in enumerate(members) if member.is_slice and index in packed}
     small: dict[str, Tensor] = {}
     # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
@@ -142,7 +147,8 @@ def pack_states(
             RuntimeWarning,
             stacklevel=2,
         )
-    if any(members[index].held.share is not None for index in packed if index in range(len(members))):
+    shared = (members[index].held.share is not None for index in packed if index in range(len(members)))
+    if not is_whole and any(shared):
         packed = _Shares(packed)
     return packed, sealed.to_bytes(SMALL, {}, small) if slices else None
 

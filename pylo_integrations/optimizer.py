@@ -658,9 +658,12 @@ class LearnedOptimizer(Optimizer):
         """Our form of the state dict that torch made of an optimizer."""
         groups = [dict(group) for group in state_dict["param_groups"]]
         groups[0][PROGRESS] = optimizer._progress.to_bytes(**optimizer._origin())
-        state: dict[Any, Any] = {**state_dict["state"], **optimizer._whole}
-        if any(state.values()):  # without state, parameters need not be ready to be looked at
-            state, small = pack_states(state, optimizer._members(), optimizer._progress)
+        # An empty state was only looked at.
+        state = {key: own for key, own in state_dict["state"].items() if not (isinstance(own, dict) and not own)}
+        state |= {index: {**state.get(index, {}), **whole} for index, whole in optimizer._whole.items()}
+        if state:  # without state, parameters need not be ready to be looked at
+            members, progress = optimizer._members(), optimizer._progress
+            state, small = pack_states(state, members, progress, is_whole=bool(optimizer._whole))
             if small is not None:
                 groups[0][SMALL] = small
         return {**state_dict, "state": state, "param_groups": groups}

@@ -10,7 +10,6 @@ import torch
 from sharded_cases import loss_of, make, net, wrap
 from torch import nn
 
-
 STEPS = 3
 
 
