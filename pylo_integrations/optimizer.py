@@ -14,15 +14,20 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.checkpoints import (
+    ITERATION,
     PROGRESS,
     SMALL,
     Checkpoint,
     CheckpointError,
     Member,
+    check_form,
     check_groups,
     has_states,
     pack_states,
-    read_state_dict,
+    read_progress,
+    read_run,
+    read_states,
+    split_run,
     whole_states,
 )
 from pylo_integrations.decay import DecayPolicy
@@ -42,6 +47,12 @@ from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
+
+
+_WITHOUT_PROGRESS = (
+    "states were loaded without the iteration, horizon and loss memory of their run, which state_dict() has in the "
+    "first parameter group and among the states: training goes on from iteration {iteration}"
+)
 
 
 class _Twins(NamedTuple):
@@ -193,16 +204,19 @@ class LearnedOptimizer(Optimizer):
     @property
     def iteration(self) -> int:
         """Steps taken; skipped steps do not count."""
+        self._settle()
         return self._progress.iteration
 
     @property
     def nonfinite_steps(self) -> int:
         """Steps that met non-finite gradients or loss, whatever was done about them."""
+        self._settle()
         return self._progress.nonfinite_steps
 
     @property
     def num_steps(self) -> int | None:
         """The horizon; see :meth:`set_num_steps`."""
+        self._settle()
         return self._progress.num_steps
 
     def set_num_steps(self, num_steps: int | None) -> None:
@@ -314,6 +328,7 @@ class LearnedOptimizer(Optimizer):
         self._holdings.names.clear()
         self._holdings.names.update(names)
         if any(param in slices for group in self.param_groups for param in group["params"]):
+            self._reserve_progress()
             self.init_state()
 
     # -- stepping --------------------------------------------------------------------------------------------------
@@ -590,6 +605,8 @@ class LearnedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         group.setdefault("base_lr", float(group["lr"]))
+        group.pop(PROGRESS, None)  # of a group that was copied
+        self._reserve_progress()
         self._born.append([param.dim() for param in group["params"]])
 
     def init_state(self) -> None:
@@ -598,6 +615,8 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
         """
+        self._settle()
+        self._check_arrival()
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
@@ -606,7 +625,8 @@ class LearnedOptimizer(Optimizer):
                     created[param] = self._fresh_state(param, group)
         self.state.update(created)
         if not self._progress.memory:
-            self._progress.memory.update(self.rule.initial_memory())
+            self._progress.memory.update(self._placed(self.rule.initial_memory(), fresh=True))
+        self._progress.has_begun = True
 
     def _check_flattening(self, index: int, position: int) -> None:
         """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
@@ -653,28 +673,44 @@ class LearnedOptimizer(Optimizer):
         return members
 
     def _states(self, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
-        return {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+        known = {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+        return {i: own for i, own in known.items() if members[i].shapes.keys() <= own.keys()}
 
     def _origin(self) -> dict[str, str | None]:
         """What checkpoints tell about who wrote them."""
         return {"theta": self.theta.sha256 if self.theta else None, "rule": type(self.rule).__name__}
 
     def state_dict(self) -> StateDict:
-        """As torch's; what is global to the run is a string of bytes in the first parameter group.
+        """As torch's; what is global to the run is a string of bytes in the first parameter group, and also among the
+        states of every parameter, as tensors whose names begin with ``run_``.
 
-        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the
-        row and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice.
+        The former is what every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the row
+        and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice. The
+        latter go where states go: ``torch.distributed.checkpoint.load(optimizer.state_dict(), ...)`` loads in place,
+        once there is state to load into, and ``ZeroRedundancyOptimizer`` hands them over.
 
         With ``shard_step`` states are ``DTensor`` s, of which a rank has its share: torch.distributed.checkpoint saves
         and reshards them. To pickle such a state dict raises CheckpointError, as it would lose the other shares; call
         :meth:`consolidate_state_dict` before.
         """
-        state_dict = super().state_dict()
+        self._settle()
+        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before all of the user's
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _pack(optimizer: Any, state_dict: StateDict) -> StateDict:
+        """Our form of the state dict that torch made of an optimizer."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0][PROGRESS] = self._progress.to_bytes(**self._origin())
-        state: dict[Any, Any] = {**state_dict["state"], **self._whole}
-        if state and not self._whole:  # without state, parameters need not be ready to be looked at
-            state, small = pack_states(state, self._members())
+        groups[0][PROGRESS] = optimizer._progress.to_bytes(**optimizer._origin())
+        # An empty state was only looked at.
+        state = {key: own for key, own in state_dict["state"].items() if not (isinstance(own, dict) and not own)}
+        state |= {index: {**state.get(index, {}), **whole} for index, whole in optimizer._whole.items()}
+        if state:  # without state, parameters need not be ready to be looked at
+            members, progress = optimizer._members(), optimizer._progress
+            state, small = pack_states(state, members, progress, is_whole=bool(optimizer._whole))
             if small is not None:
                 groups[0][SMALL] = small
         return {**state_dict, "state": state, "param_groups": groups}
@@ -702,36 +738,41 @@ class LearnedOptimizer(Optimizer):
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
         A horizon set on this optimizer is kept, with a warning if the checkpoint has another. State of whole tensors,
-        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part.
+        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part. Entries that
+        are not the rule's, as wrappers keep them among the states, are copied as they are. When the hooks of
+        ``register_load_state_dict_post_hook`` run, everything is loaded.
 
         Raises:
-            CheckpointError: The rule, the groups or the states are not those of this optimizer; nothing was changed.
+            CheckpointError: The rule, the groups or the states are not those of this optimizer, or they are damaged;
+                nothing was changed.
         """
+        if not isinstance(state_dict, dict):
+            raise CheckpointError(f"state_dict is {type(state_dict).__name__}, not what state_dict() returned")
         found: list[Checkpoint] = []
+        remarks: list[str] = []
 
         def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
             found.append(self._read(state_dict))
-            indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-            state = dict(state_dict["state"])
-            for index in indices:
-                state.pop(index, None)
-            return {**state_dict, "state": state | {indices[i]: own for i, own in found[0].states.items()}}
+            indices = {index for group in state_dict["param_groups"] for index in group["params"]}
+            others = {key: value for key, value in state_dict["state"].items() if key not in indices}
+            return {**state_dict, "state": others}
 
-        # The hook sees, after all of the user's, what is loaded. Whole tensors never reach the device of their shards.
-        handle = self.register_load_state_dict_pre_hook(check)
+        def load(optimizer: Optimizer) -> None:
+            remarks.extend(self._take_over(found[0]))
+
+        # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
+        # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(load, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        self._whole.clear()
-        params = [param for group in self.param_groups for param in group["params"]]
-        # torch casts states to their parameter's dtype.
-        self.state.update({params[number]: own for number, own in found[0].states.items()})
-        for group in self.param_groups:
-            group.setdefault("base_lr", float(group["lr"]))
-            group.pop(SMALL, None)
-            group.pop(PROGRESS, None)
-        self._assume(found[0])
+            for handle in handles:
+                handle.remove()
+        for remark in remarks:
+            warnings.warn(remark, RuntimeWarning, stacklevel=2)
 
     def _read(self, state_dict: StateDict) -> Checkpoint:
         """What a state dict has for this optimizer.
@@ -740,34 +781,95 @@ class LearnedOptimizer(Optimizer):
             CheckpointError: It does not fit.
         """
         try:
-            check_groups(state_dict["param_groups"], self.param_groups, self.rule.choices)
+            check_form(state_dict)
+            groups = state_dict["param_groups"]
+            indices = [index for group in groups for index in group["params"]]
+            runs, rest = split_run({i: state_dict["state"][i] for i in indices if i in state_dict["state"]}, self.rule)
+            progress, theta = read_progress(groups, runs, self.rule)
+            check_groups(groups, self.param_groups, self.rule.choices)
             # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
-            members = self._members(state_dict["param_groups"]) if has_states(state_dict) else []
-            return read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
+            states = {}
+            if has_states(state_dict):
+                states = read_states(groups, rest, self._members(groups), self._holdings, progress)
+            return Checkpoint(states, progress, theta)
         except CheckpointError as error:
             raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
 
-    def _assume(self, checkpoint: Checkpoint) -> None:
-        """Take over the progress of a checkpoint."""
+    def _take_over(self, checkpoint: Checkpoint) -> list[str]:
+        """Load what was read, where torch has loaded the groups; what there is to tell of it."""
+        self._whole.clear()
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.state.update({params[number]: own for number, own in checkpoint.states.items()})
+        for group in self.param_groups:
+            group.setdefault("base_lr", float(group["lr"]))
+            group.pop(SMALL, None)
+            group.pop(PROGRESS, None)
+        self._reserve_progress()
+        self._progress.has_begun = True
+        if checkpoint.progress is None and checkpoint.states:
+            return [_WITHOUT_PROGRESS.format(iteration=self._progress.iteration)]
+        return self._assume(checkpoint)
+
+    def _reserve_progress(self) -> None:
+        """Have the first group show that it has progress: some loaders take only options that are there already.
+
+        Those of torch.distributed.checkpoint do with ``flatten_optimizer_state_dict=True``.
+        """
+        self.param_groups[0].setdefault(PROGRESS, b"")
+        if self._holdings.flat_slices:
+            self.param_groups[0].setdefault(SMALL, b"")
+
+    def _assume(self, checkpoint: Checkpoint) -> list[str]:
+        """Take over the progress of a checkpoint; what there is to tell of it."""
         if checkpoint.progress is None:
-            return
-        horizon = self.num_steps
+            return []
+        remarks, horizon = [], self._progress.num_steps
+        checkpoint.progress.memory = self._placed(checkpoint.progress.memory)
         self._progress.assign(checkpoint.progress)
         if self.theta is not None and checkpoint.theta not in (None, self.theta.sha256):
-            warnings.warn(
+            remarks.append(
                 f"the checkpoint was written with other weights (theta sha256 {str(checkpoint.theta)[:12]}, here "
-                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer"
             )
         if horizon is not None:
-            if self.num_steps not in (None, horizon):
-                warnings.warn(
-                    f"the checkpoint was written with num_steps={self.num_steps}; keeping this optimizer's {horizon}",
-                    RuntimeWarning,
-                    stacklevel=3,
+            if self._progress.num_steps not in (None, horizon):
+                remarks.append(
+                    f"the checkpoint was written with num_steps={self._progress.num_steps}; keeping this optimizer's "
+                    f"{horizon}"
                 )
             self.set_num_steps(horizon)
+        return remarks
+
+    def _settle(self) -> None:
+        """Take over the progress among the states, where a wrapper has put them there without telling us."""
+        first = next(iter(self.state.values()), None)
+        if not isinstance(first, dict) or ITERATION not in first:
+            return
+        runs, _ = split_run(dict(enumerate(self.state.values())), self.rule)
+        progress = read_run(runs, self.rule)
+        for i, own in enumerate(self.state.values()):
+            for name in runs.get(i, ()):
+                del own[name]
+        self._progress.has_begun = True
+        for remark in self._assume(Checkpoint({}, progress, None)):
+            warnings.warn(remark, RuntimeWarning, stacklevel=3)
+
+    def _check_arrival(self) -> None:
+        """Warn if states are there that were neither made nor loaded by this optimizer, and no progress with them."""
+        if not self._progress.has_begun and any(self.state.values()) and self._states(self._members()):
+            warnings.warn(_WITHOUT_PROGRESS.format(iteration=self._progress.iteration), RuntimeWarning, stacklevel=3)
+
+    def _placed(self, memory: Mapping[str, Tensor], fresh: bool = False) -> dict[str, Tensor]:
+        """Memory of the run where the first parameter is: torch's loaders want all tensors on one device.
+
+        What is ``fresh`` is also made as wide as the widest parameter, as the first step would; others may be loaded
+        into it in place.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not memory or not params or params[0].is_meta:
+            return dict(memory)
+        dtype = max(map(state_dtype, params), key=lambda dtype: dtype.itemsize) if fresh else None
+        return {name: value.to(params[0].device, dtype) for name, value in memory.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")

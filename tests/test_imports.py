@@ -18,7 +18,7 @@ PACKAGE = ROOT.name
 # Each layer may import those before it.
 LAYERS = [
     {"sharding", "files", "paths"},
-    {"rules"},
+    {"rules", "sealed"},
     {"weights", "decay", "progress", "rounding", "fitting"},
     {"ops", "telemetry", "options", "hints"},
     {"engine", "checkpoints"},

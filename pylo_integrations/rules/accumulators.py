@@ -17,6 +17,8 @@ MOMENTUM = ("momentum_0", "momentum_1", "momentum_2")
 RMS = ("rms",)
 DIAGONAL = ("diagonal_0", "diagonal_1", "diagonal_2")
 """Full-size stand-ins for row and column statistics of tensors below rank 2."""
+SECOND_MOMENTS = (*RMS, *DIAGONAL, "row", "col")
+"""States that are averages of squares, so never negative."""
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,6 @@ class Theta:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
         record = {
             "name": self.name,
             "architecture": self.architecture,
@@ -184,8 +182,15 @@ class Theta:
             "sha256": self.sha256,
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "theta": json.dumps(record, sort_keys=True)}
+
+        def write(temporary: Path) -> None:
+            safetensors.torch.save_file(dict(self.arrays), str(temporary), metadata)
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: safetensors.torch.save_file(dict(self.arrays), str(temporary), metadata))
+        try:
+            write_whole(path, write, overwrite=overwrite)
+        except FileExistsError as error:
+            raise FileExistsError(f"{error}; pass overwrite=True to replace it") from None
         return path
 
     @classmethod
