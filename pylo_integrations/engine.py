@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ops.native import NativeStages
@@ -57,6 +58,9 @@ CACHE_NUMEL = 32_768
 
 
 _gradient = operator.attrgetter("grad")
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Types whose norm torch computes in any type that states have."""
 
 
 @functools.cache
@@ -172,7 +176,12 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def _check_state(
     shapes: Mapping[str, tuple[int, ...] | None], state: Mapping[str, Tensor], param: Tensor, held: Held
 ) -> None:
-    """Raise ShardingError if the state is not that of what is here of its parameter."""
+    """Raise ShardingError if the state is not that of what is here of its parameter, ValueError if some is missing."""
+    if missing := [name for name in shapes if name not in state]:
+        raise ValueError(
+            f"the state of a parameter of shape {tuple(param.shape)} lacks {missing}: remove all of its state with "
+            "optimizer.state.pop(p), and it begins anew, or load a checkpoint"
+        )
     found = {name: local_part(state[name]).numel() for name, shape in shapes.items() if shape is None}
     if any(numel != held.numel for numel in found.values()):
         raise ShardingError(
@@ -181,6 +190,28 @@ def _check_state(
             "torch.distributed and call bind_model() before the first step, and carry state from one number of ranks "
             "to another in a checkpoint"
         )
+
+
+def _may_be_stepped(param: Tensor) -> bool:
+    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+
+
+def _overlapping(params: Iterable[Tensor]) -> set[int]:
+    """Which parameters share memory with others, as views of one tensor do, by ``id``."""
+    spans: list[tuple[int, int, int]] = []
+    for param in params:
+        local = local_part(param)
+        if local.numel() and local.device.type != "meta":
+            size = 1 + sum((n - 1) * step for n, step in zip(local.shape, local.stride(), strict=True))
+            spans.append((local.data_ptr(), local.data_ptr() + size * local.element_size(), id(param)))
+    found: set[int] = set()
+    reach, last = 0, 0  # how far memory is taken, and by whom
+    for start, stop, number in sorted(spans):
+        if start < reach:
+            found |= {number, last}
+        if stop > reach:
+            reach, last = stop, number
+    return found
 
 
 class Engine:
@@ -239,7 +270,9 @@ class Engine:
             ShardingError: A parameter is distributed in an unsupported way.
         """
         plan = self._plan if recalled else self._planned(groups, state)
-        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
+        # A copy, so that a step which fails halfway has not been remembered.
+        memory = dict(progress.memory)
+        context = StepContext(progress.iteration, progress.num_steps, loss, memory=memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
         while plan.buckets or self._exchanges(plan, loss):
@@ -275,6 +308,7 @@ class Engine:
             context.grad_scale = max_grad_norm / facts.squares.sqrt()
             collected = collected and self._rescaled(plan, collected, context)
         self._run(plan, collected or self._collect(plan, context), context)
+        progress.memory.update(memory)
         progress.iteration += 1
         return True
 
@@ -330,7 +364,7 @@ class Engine:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
         params = [param for group in groups for param in group["params"]]
         key = self._key(groups, state, params, list(map(_gradient, params)))
-        formats = [(param.dtype, param.device, param.shape) for param in params]
+        formats = [(param.dtype, param.device, param.shape) for param in params if not is_lazy(param)]
         is_current = key == self._plan.key and formats == self._plan.formats
         if not is_current or not all(native.is_current() for native in self._plan.native.values()):
             self._plan = self._build(key, groups, state)
@@ -346,7 +380,8 @@ class Engine:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
-        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        every = {p: group for group in groups for p in group["params"]}  # a tied parameter may come twice
+        candidates = [(group, p) for p, group in every.items() if _may_be_stepped(p)]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates
@@ -359,6 +394,7 @@ class Engine:
         # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
         absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
         number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
+        overlapping = _overlapping([param for _, param, _, _ in located if param.grad is not None])
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
@@ -367,7 +403,7 @@ class Engine:
             rule = self._rule.member(layout, group)
             _check_state(rule.state_shapes(layout), state[param], param, held)
             _, bucket = members.setdefault(
-                (id(group), rule, layout, held.parts, param.dtype, param.device),
+                (id(group), rule, layout, held.parts, param.dtype, param.device, id(param) in overlapping),
                 (rule, Bucket(layout, [], [], group, state_dtype(param), held.parts)),
             )
             bucket.params.append(param)
@@ -379,7 +415,8 @@ class Engine:
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
         blocks = [bucket.blocks(self._block_numel(rule, bucket)) for rule, bucket in members.values()]
-        able, unable = find_native(self._backend, rules, buckets)
+        together = [i for i, bucket in enumerate(buckets) if id(bucket.params[0]) in overlapping]
+        able, unable = find_native(self._backend, rules, buckets, together)
         unable_here = {param for i in unable for param in buckets[i].params}
         unable_there = {param for param, everywhere in zip(sharded, self._agreed.able, strict=True) if not everywhere}
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
@@ -417,7 +454,10 @@ class Engine:
             # In the round, tensors that several ranks hold must count once.
             copies = self._ranks.size // bucket.parts if exchanges else 1
             grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
-            alike.setdefault((bucket.dtype, copies, bucket.params[0].dtype, bucket.device), []).extend(grads)
+            for grad in grads:
+                # Gradients may be of another type than their parameters, and are then read as the state is.
+                grad = grad if grad.dtype in _NARROW or grad.dtype == bucket.dtype else grad.to(bucket.dtype)
+                alike.setdefault((bucket.dtype, copies, grad.dtype, bucket.device), []).append(grad)
         for (wide, copies, *_), tensors in alike.items():
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
@@ -461,7 +501,8 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
-        for indices, native in plan.native.items():
+        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
+        for indices, native in plan.native.items():  # from here on, parameters and state change
             native.prepare_([collected[i] for i in indices], context)
         prepared = [
             {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
@@ -478,7 +519,6 @@ class Engine:
 
         proposed = [propose(i) for i in range(len(rules))]
         record = None if self.telemetry is None else StepRecord(buckets)
-        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]

@@ -17,7 +17,7 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files"},
+    {"sharding", "files", "steplock"},
     {"rules"},
     {"weights", "decay", "progress", "rounding"},
     {"ops", "telemetry", "options"},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,8 @@ def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
             if factored and record_axes(bucket.layout, order, piece.box, _norm_axes(rule, bucket.layout)) is None:
                 return f"its shape {bucket.layout.shape} has too many axes of different roles"
-        for name, value in state.items():
+        for name in rule.state_shapes(bucket.layout):  # others may keep something beside it
+            value = state[name]
             if name.startswith(("momentum", "rms", "diagonal")):
                 fits = not local.numel() or same_format(local_part(value), local)
             else:
@@ -266,8 +268,13 @@ class NativeStages:
         self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
-        held = (tensors for bucket in buckets for tensors in (bucket.params, *map(dict.values, bucket.states)))
-        self._sharded = any(local_part(tensor) is not tensor for tensors in held for tensor in tensors)
+        # States by what the rule keeps in them: others may keep something beside it.
+        self._states: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for bucket in buckets:
+            self._states.setdefault(tuple(rule.state_shapes(bucket.layout)), []).extend(bucket.states)
+        self._params = [param for bucket in buckets for param in bucket.params]
+        self._count = len(self._params) + sum(len(names) * len(states) for names, states in self._states.items())
+        self._sharded = any(local_part(tensor) is not tensor for tensor in self._tensors_to_watch())
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._layers: list[_Layer] = []
         for number in itertools.count():
@@ -287,9 +294,6 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             layer.table.check()
-        self._params = [param for bucket in buckets for param in bucket.params]
-        self._states = [state for bucket in buckets for state in bucket.states]
-        self._count = len(self._params) + sum(map(len, self._states))
         self._memory = self._read_memory()
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: Memory | None = None  # which the kernels read as they are
@@ -338,16 +342,20 @@ class NativeStages:
             record[f"{name}_sums"] = sums.data_ptr()
             record[f"{name}_scale"] = self._scales[index][name][position].data_ptr()
 
+    def _tensors_to_watch(self) -> Iterator[Tensor]:
+        kept = (map(itemgetter(*names), states) for names, states in self._states.items() if names)
+        return itertools.chain(self._params, itertools.chain.from_iterable(itertools.chain.from_iterable(kept)))
+
     def _read_memory(self) -> Memory:
-        states: Iterator[Tensor] = itertools.chain.from_iterable(map(dict.values, self._states))
-        tensors = itertools.chain(self._params, states)
+        tensors = self._tensors_to_watch()
         return read_memory(map(local_part, tensors) if self._sharded else tensors, self._count)
 
     def is_current(self) -> bool:
         """Whether all memory is as it was when the table was built. Other code may give a parameter new storage."""
-        return sum(map(len, self._states)) + len(self._params) == self._count and np.array_equal(
-            self._read_memory(), self._memory
-        )
+        try:
+            return np.array_equal(self._read_memory(), self._memory)
+        except KeyError:  # a state is gone
+            return False
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.
@@ -521,12 +529,14 @@ class NativeStages:
                 start = self._tensors[index].start
                 rows = slice(*np.searchsorted(layer.owners, [start + tensors.start, start + tensors.stop]).tolist())
                 records = layer.table.tensors
-                for row in range(rows.start, rows.stop):
-                    position = int(layer.owners[row]) - start
-                    piece = pieces_of(bucket, position)[number]
-                    records["direction"][row] = _address(steps[position - tensors.start], piece)
-                layer.table.run_some("apply", rows)
-                records["direction"][rows] = 0
+                try:
+                    for row in range(rows.start, rows.stop):
+                        position = int(layer.owners[row]) - start
+                        piece = pieces_of(bucket, position)[number]
+                        records["direction"][row] = _address(steps[position - tensors.start], piece)
+                    layer.table.run_some("apply", rows)
+                finally:  # or the table would not be the one that was checked
+                    records["direction"][rows] = 0
             cuts = [block.cut(steps) for block in reversed(pieces)]
             del steps  # so that they are gone when whoever takes the last cut lets go of it
             while cuts:

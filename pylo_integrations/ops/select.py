@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -53,8 +53,16 @@ def select_local(backend: Backend) -> Local:
     return CompiledLocal() if backend == "compile" else as_written
 
 
-def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> tuple[list[int], list[int]]:
+def find_native(
+    backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket], overlapping: Collection[int] = ()
+) -> tuple[list[int], list[int]]:
     """Which buckets are for the native kernels.
+
+    Args:
+        backend: What was asked for.
+        rules: Of every bucket.
+        buckets: Of a step.
+        overlapping: Indices of buckets whose parameters share memory with others.
 
     Returns:
         The indices of those that they can step here, and of those that they could step but for what may differ between
@@ -74,6 +82,8 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
         common = obstacle(rule, bucket) or _reluctance(backend, bucket.device)
         reason = common or _why_no_library(bucket.device) or local_obstacle(cast(NativeRule, rule), bucket)
+        if reason is None and index in overlapping:
+            reason = "it shares memory with another parameter"
         if reason is None:
             able.append(index)
         elif backend == "native":
