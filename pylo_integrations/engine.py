@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
@@ -74,6 +75,9 @@ CACHE_NUMEL = 32_768
 
 
 _gradient, _device = operator.attrgetter("grad"), operator.attrgetter("device")
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Types whose norm torch computes in any type that states have."""
 
 
 @functools.cache
@@ -248,6 +252,10 @@ def _look_of(tensors: Sequence[Tensor]) -> Any:
     return [(id(tensor), tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], negated
 
 
+def _may_be_stepped(param: Tensor) -> bool:
+    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+
+
 class Engine:
     """Runs a rule's stages; holds nothing but caches, and what watches it.
 
@@ -321,7 +329,9 @@ class Engine:
             if not isinstance(error, (DisagreementError, RankError)):
                 self.tell(error, groups)
             raise
-        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
+        # A copy, so that a step which fails halfway has not been remembered.
+        memory = dict(progress.memory)
+        context = StepContext(progress.iteration, progress.num_steps, loss, memory=memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
         while plan.buckets or pledge is not None:
@@ -359,6 +369,7 @@ class Engine:
             context.grad_scale = max_grad_norm / facts.squares.sqrt()
             collected = collected and self._rescaled(plan, collected, context)
         self._run(plan, collected or self._collect(plan, context), context)
+        progress.memory.update(memory)
         progress.iteration += 1
         return True
 
@@ -570,7 +581,8 @@ class Engine:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
-        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        every = {p: group for group in groups for p in group["params"]}  # a tied parameter may come twice
+        candidates = [(group, p) for p, group in every.items() if _may_be_stepped(p)]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates
@@ -652,7 +664,10 @@ class Engine:
             # In the round, tensors that several ranks hold must count once.
             copies = self._ranks.size // bucket.parts if exchanges else 1
             grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
-            alike.setdefault((bucket.dtype, copies, bucket.params[0].dtype, bucket.device), []).extend(grads)
+            for grad in grads:
+                # Gradients may be of another type than their parameters, and are then read as the state is.
+                grad = grad if grad.dtype in _NARROW or grad.dtype == bucket.dtype else grad.to(bucket.dtype)
+                alike.setdefault((bucket.dtype, copies, grad.dtype, bucket.device), []).append(grad)
         for (wide, copies, *_), tensors in alike.items():
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
@@ -696,9 +711,13 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
+        numbers = [
+            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale)
+            for rule, bucket in zip(rules, buckets, strict=True)
+        ]
         if plan.wrappers:
             torch.autograd.graph.increment_version(plan.wrappers)
-        for indices, native in plan.native.items():
+        for indices, native in plan.native.items():  # from here on, parameters and state change
             native.prepare_([collected[i] for i in indices], context)
         prepared = [
             {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
@@ -715,10 +734,6 @@ class Engine:
 
         proposed = [propose(i) for i in range(len(rules))]
         record = None if self.telemetry is None else StepRecord(buckets)
-        numbers = [
-            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale)
-            for rule, bucket in zip(rules, buckets, strict=True)
-        ]
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, get_args
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.checkpoints import (
@@ -35,18 +40,46 @@ from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
-from pylo_integrations.options import MOMENTUM, check_group
+from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import DisagreementError
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_gradient, read_flat_slices
+from pylo_integrations.sharding.pieces import (
+    Held,
+    ShardingError,
+    is_sharded,
+    local_gradient,
+    parameter_names,
+    read_flat_slices,
+)
 from pylo_integrations.sharding.rounds import RankError
+from pylo_integrations.steplock import StepLock
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
+
+LONGEST_RUN = 2**53
+"""Up to here float64, in which fractions of a run are computed, has every integer."""
+
+_NONFINITE_POLICIES = get_args(NonFinitePolicy)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _between_steps(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have a method wait for steps that other threads take, and they for it."""
+
+    @functools.wraps(method)
+    def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        optimizer: Any = args[0]
+        with optimizer._steplock.between_steps:
+            return method(*args, **kwargs)
+
+    return waiting
 
 
 _WITHOUT_PROGRESS = (
@@ -107,7 +140,7 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: A parameter is complex or not floating point.
+        TypeError: A parameter that requires gradients is complex or not floating point. Others are left as they are.
     """
 
     _twins: _Twins | None  # of the last compiled step
@@ -151,14 +184,8 @@ class LearnedOptimizer(Optimizer):
         theta: Theta | None = None,
         usual_lrs: Sequence[float] = (),
     ) -> None:
-        if on_nonfinite not in get_args(NonFinitePolicy):
-            raise ValueError(
-                f"on_nonfinite={on_nonfinite!r} is unknown; choose one of {list(get_args(NonFinitePolicy))}"
-            )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive, or None for no clipping")
-        if chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes={chunk_bytes!r} must be positive")
+        if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
         self.rule = rule
         self.theta = theta
         self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
@@ -166,6 +193,7 @@ class LearnedOptimizer(Optimizer):
         self.chunk_bytes = chunk_bytes
         self.backend = backend
         self.stochastic_rounding = stochastic_rounding
+        self._check_settings()
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
@@ -223,12 +251,19 @@ class LearnedOptimizer(Optimizer):
         """Set how many optimizer steps the run takes in total, counted from iteration 0.
 
         Raises:
-            ValueError: Not a positive integer.
+            ValueError: Not a positive integer of at most 2**53.
         """
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-            raise ValueError(
-                f"num_steps={num_steps!r} must be a positive integer: the optimizer steps of the whole run"
-            )
+        if num_steps is not None:
+            try:
+                count = operator.index(num_steps)
+            except TypeError:
+                count = 0
+            if isinstance(num_steps, bool) or not 1 <= count <= LONGEST_RUN:
+                raise ValueError(
+                    f"num_steps={num_steps!r} must be a positive integer of at most 2**53: the optimizer steps of the "
+                    "whole run"
+                )
+            num_steps = count
         self._progress.num_steps = num_steps
 
     def observe_loss(self, loss: Tensor | float) -> None:
@@ -241,7 +276,8 @@ class LearnedOptimizer(Optimizer):
             TypeError: Not a tensor or number.
             ValueError: More than one element.
         """
-        self._progress.window.add(as_scalar_loss(loss))
+        with self._steplock.between_steps:
+            self._progress.window.add(as_scalar_loss(loss))
 
     def clear_observed_loss(self) -> None:
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
@@ -253,6 +289,12 @@ class LearnedOptimizer(Optimizer):
         return self._progress.window
 
     # -- seeing inside ---------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        head, groups = super().__repr__().split("\n", 1)
+        theta = "" if self.theta is None else f"    theta: {self.theta!r}\n"
+        run = f"    num_steps: {self.num_steps}\n    iteration: {self.iteration}\n"
+        return f"{head}\n{theta}{run}{groups}"
 
     def enable_telemetry(self, per_parameter: bool = False) -> None:
         """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
@@ -320,6 +362,8 @@ class LearnedOptimizer(Optimizer):
             ValueError: This process is not in ``process_group``.
         """
         slices = read_flat_slices(model)
+        self._models.clear()
+        self._models.add(model)
         self._holdings.ranks.bind(process_group)
         self._holdings.flat_slices.clear()
         self._holdings.flat_slices.update(slices)
@@ -348,14 +392,17 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
-            TypeError: A gradient is sparse or complex.
+            ValueError: An option of a parameter group, or of this optimizer, is not in range any more.
+            TypeError: A gradient is sparse, or not of real floating point; the loss is not a number.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
             DisagreementError: Ranks that train together do not do the same.
             RankError: Another rank raised in place of its step, or is gone.
 
-        Whatever is raised, parameters and state are unchanged. Where several processes train together, all of them
-        have to call it.
+        Whatever of these is raised, parameters and state are unchanged. Threads that share the optimizer step one after
+        the other, and signals such as that of Ctrl-C are handled when the step is over; the closure runs before, like
+        any other code. Where several processes train together, all of them have to call it. If no parameter has a
+        gradient there is nothing to step: neither loss nor horizon is asked for, and it does not count as a step.
         """
         if closure is not None and not callable(closure):
             if loss is not None:
@@ -365,27 +412,41 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if torch.compiler.is_compiling() and self._can_be_traced():
+            self._step_traced(self._take_loss(loss, result))
+        else:
+            self._step(loss, result)
+        return result
+
+    def _take_loss(self, loss: Tensor | float | None, result: Any) -> Tensor | None:
+        """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
         observed = self._progress.window.take()
         known = loss if loss is not None else observed
         if known is None and self.rule.needs_loss:
             known = result
-        known = None if known is None else as_scalar_loss(known)
-        if torch.compiler.is_compiling() and self._can_be_traced():
-            self._step_traced(known)
-        else:
-            self._step(known)
-        return result
+        return None if known is None else as_scalar_loss(known)
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
-    def _step(self, loss: Tensor | None) -> None:
-        self._whole.clear()
-        with torch.no_grad(), self._full_precision():
+    def _step(self, loss: Tensor | float | None, result: Any) -> None:
+        with self._steplock.stepping(), torch.no_grad(), self._full_precision():
+            self._check_settings()
+            self._options.check(self.param_groups)
+            known = self._take_loss(loss, result)
+            self._whole.clear()
             try:
-                taken = self._step_with(loss, self._engine.recall(self.param_groups, self.state))
+                taken = self._step_with(known, self._engine.recall(self.param_groups, self.state))
             finally:
                 self._engine.release_gradients()
         if not taken:
             self._warn_of_skip(self._progress)
+
+    def _check_settings(self) -> None:
+        """Raise ValueError unless what applies to all groups is in range; attributes may be set at any time."""
+        if self.on_nonfinite not in _NONFINITE_POLICIES:
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is unknown; choose one of {_NONFINITE_POLICIES}")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, Real) and norm > 0):
+            raise ValueError(f"max_grad_norm={norm!r} must be a positive number, or None for no clipping")
 
     def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
         """Check, and step if it was not a probe; False if the step was skipped."""
@@ -397,7 +458,9 @@ class LearnedOptimizer(Optimizer):
             if loss is None and self._is_state_probe():
                 self.init_state()
                 return True
-            if loss is None and not recalled and self.rule.needs_loss and not self._has_gradients():
+            # Where other ranks may have gradients, a loss here says that they are waiting.
+            alone = loss is None or self._holdings.ranks.size == 1
+            if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
                 return True
             self._check_needs(loss)
             if not recalled:
@@ -434,8 +497,9 @@ class LearnedOptimizer(Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided or grad.is_complex():
-                    kind = "complex" if grad.is_complex() else "sparse"
+                if grad.layout != torch.strided or not grad.is_floating_point():
+                    kind = "sparse" if grad.layout != torch.strided else f"of type {grad.dtype}"
+                    kind = "complex" if grad.is_complex() else kind
                     names = group.get("param_names")
                     name = names[position] if names else f"{position} of group {index}"
                     raise TypeError(
@@ -502,18 +566,27 @@ class LearnedOptimizer(Optimizer):
     def _can_be_traced(self) -> bool:
         """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
         stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if self._holdings.ranks.size > 1 or any(param not in self.state for param in stepped):
+        if self._holdings.ranks.size > 1:
+            return False
+        states = [(param, self.state.get(param, {})) for param in stepped]
+        if any(self._state_names.isdisjoint(state) for _, state in states):
             return False
         # A step casts other states, and what stands for them in a compiled function would not be what it cast.
-        dtypes = [(state_dtype(p), v.dtype) for p in stepped for v in self.state[p].values() if isinstance(v, Tensor)]
-        return all(wanted == found for wanted, found in dtypes)
+        return all(
+            isinstance(value, Tensor) and value.dtype == state_dtype(param)
+            for param, state in states
+            for name, value in state.items()
+            if name in self._state_names
+        )
 
     def _step_traced(self, loss: Tensor | None) -> None:
         """Have the compiler see one operator, see :mod:`pylo_integrations.ops.step`."""
         everything = [param for group in self.param_groups for param in group["params"]]
-        numbers = [i for i, param in enumerate(everything) if param.grad is not None]
+        first = {param: i for i, param in reversed(list(enumerate(everything)))}  # a tied one may come twice
+        numbers = [i for i, param in enumerate(everything) if param.grad is not None and first[param] == i]
         params = [everything[i] for i in numbers]
-        state = [value for param in params for value in self.state[param].values()]
+        names = self._state_names
+        state = [value for param in params for name, value in self.state[param].items() if name in names]
         memory = self._progress.memory
         run = [self._progress.clock, *[memory[name] for name in sorted(memory)]]
         with torch.no_grad():
@@ -533,6 +606,20 @@ class LearnedOptimizer(Optimizer):
 
         For the arguments see :class:`~pylo_integrations.ops.step.Stepper`. Raises as :meth:`step` does.
         """
+        with self._steplock.stepping():
+            self._options.check(self.param_groups)
+            self._check_settings()
+            self._step_twins(numbers, params, grads, state, run, loss)
+
+    def _step_twins(
+        self,
+        numbers: Sequence[int],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Sequence[Tensor],
+        run: Sequence[Tensor],
+        loss: Tensor | None,
+    ) -> None:
         self._whole.clear()
         self._check_needs(loss)
         own = self._progress
@@ -573,12 +660,14 @@ class LearnedOptimizer(Optimizer):
         key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in (*params, *state)])
         if self._twins is None or self._twins.key != key:
             everything: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
-            twins, values = [param.detach() for param in params], iter(state)
+            twins, values, names = [param.detach() for param in params], iter(state), self._state_names
             states: dict[Tensor, dict[str, Any]] = {}
+            twin_of: dict[Tensor, Tensor] = {}
             for twin, number in zip(twins, numbers, strict=True):
-                states[twin] = {name: next(values) for name in self.state[everything[number]]}
-                everything[number] = twin
-            rest = iter(everything)
+                param = everything[number]
+                states[twin] = {name: next(values) for name in self.state[param] if name in names}
+                twin_of[param] = twin
+            rest = iter([twin_of.get(param, param) for param in everything])
             groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in self.param_groups]
             self._twins = _Twins(key, groups, states, twins)
         for twin_group, group in zip(self._twins.groups, self.param_groups, strict=True):
@@ -587,28 +676,57 @@ class LearnedOptimizer(Optimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
+    @_between_steps
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also after steps were taken.
 
+        torch wants all parameters to have names or none. If only some have been given names, the others get those that
+        they have in the model of :meth:`bind_model`, or such as ``group1.0``: the first parameter of the group 1.
+
         Raises:
             ValueError: An option of the group is out of range.
-            TypeError: A parameter is complex or not floating point.
+            TypeError: A parameter that requires gradients is complex or not floating point.
         """
-        has_momentum = MOMENTUM in param_group
-        super().add_param_group(param_group)
+        groups, has_momentum = list(self.param_groups), MOMENTUM in param_group
+        nameless = self._name_all(param_group)
+        try:
+            super().add_param_group(param_group)
+            check_group(self.param_groups[-1], self.rule.choices, len(groups))
+        except (TypeError, ValueError):
+            self.param_groups[:] = groups
+            for group in nameless:
+                group.pop("param_names", None)
+            raise
         group = self.param_groups[-1]
+        group.setdefault("base_lr", float(group["lr"]))
         if not has_momentum:
             del group[MOMENTUM]
-        try:
-            check_group(group, self.rule.choices)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        group.setdefault("base_lr", float(group["lr"]))
         group.pop(PROGRESS, None)  # of a group that was copied
         self._reserve_progress()
-        self._born.append([param.dim() for param in group["params"]])
+        self._born.append([1 if is_lazy(param) else param.dim() for param in group["params"]])
 
+    def _name_all(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give names to all groups, if this new one or those before have them; returns those that had none."""
+        if not isinstance(param_group, dict) or "params" not in param_group or not self.param_groups:
+            return []  # nothing to agree with, or for torch to refuse
+        params = param_group["params"]
+        params = param_group["params"] = [params] if isinstance(params, Tensor) else params
+        if not isinstance(params, set):  # which torch refuses
+            params = param_group["params"] = list(params)
+        groups = [*self.param_groups, param_group]
+        named = ["param_names" in group or any(isinstance(p, tuple) for p in group["params"]) for group in groups]
+        if all(named) or not any(named):
+            return []
+        known = {param: name for model in self._models for param, name in parameter_names(model).items()}
+        nameless = [group for group, has_names in zip(groups, named, strict=True) if not has_names]
+        for index, group in enumerate(groups):
+            if not named[index]:
+                group["param_names"] = [
+                    known.get(param, f"group{index}.{position}") for position, param in enumerate(group["params"])
+                ]
+        return nameless
+
+    @_between_steps
     def init_state(self) -> None:
         """Create the state of every parameter that has none yet; steps do so by themselves.
 
@@ -620,17 +738,20 @@ class LearnedOptimizer(Optimizer):
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param not in self.state and (param.requires_grad or param.grad is not None):
+                # Others may have made an empty entry, or keep something of theirs there.
+                known = not self._state_names.isdisjoint(self.state.get(param, ()))
+                if not known and (param.requires_grad or param.grad is not None) and not is_lazy(param):
                     self._check_flattening(index, position)
                     created[param] = self._fresh_state(param, group)
-        self.state.update(created)
+        for param, state in created.items():
+            self.state.setdefault(param, {}).update(state)
         if not self._progress.memory:
             self._progress.memory.update(self._placed(self.rule.initial_memory(), fresh=True))
         self._progress.has_begun = True
 
     def _check_flattening(self, index: int, position: int) -> None:
         """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
-        group, born = self.param_groups[index], self._born[index]
+        group, born = self.param_groups[index], self._born[index] if index < len(self._born) else []
         param = group["params"][position]
         replaced = len(group["params"]) != len(born) or born[position] != 1
         if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
@@ -664,6 +785,9 @@ class LearnedOptimizer(Optimizer):
         for group, options in zip(self.param_groups, saved or self.param_groups, strict=True):
             names = group.get("param_names") or [None] * len(group["params"])
             for param, name in zip(group["params"], names, strict=True):
+                if is_lazy(param):
+                    members.append(Member(param, name, (), Held(()), {}, state_dtype(param), False))
+                    continue
                 shape, held = self._holdings.locate(param)
                 rule, layout = self._rule_of(shape, options)
                 flat = self._holdings.flat_slices.get(param)
@@ -680,6 +804,7 @@ class LearnedOptimizer(Optimizer):
         """What checkpoints tell about who wrote them."""
         return {"theta": self.theta.sha256 if self.theta else None, "rule": type(self.rule).__name__}
 
+    @_between_steps
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group, and also among the
         states of every parameter, as tensors whose names begin with ``run_``.
@@ -715,6 +840,7 @@ class LearnedOptimizer(Optimizer):
                 groups[0][SMALL] = small
         return {**state_dict, "state": state, "param_groups": groups}
 
+    @_between_steps
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make :meth:`state_dict` of rank ``to`` whole until the next step, as one device would have it.
 
@@ -734,6 +860,7 @@ class LearnedOptimizer(Optimizer):
         if any(member.held.parts > 1 for member in members):
             self._whole.update(whole_states(self._states(members), members, self._holdings, to, "cpu"))
 
+    @_between_steps
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
@@ -890,6 +1017,10 @@ class LearnedOptimizer(Optimizer):
         self._traced_engine = Engine(*fixed, Holdings(), *more)
         self._twins = None
         self._handle = register(self)
+        self._steplock = StepLock()
+        self._options = OptionCheck(self.rule.choices)
+        self._state_names = self.rule.state_names
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -179,11 +180,13 @@ def as_scalar_loss(loss: Tensor | float) -> Tensor:
         ValueError: ``loss`` has more than one element.
     """
     if isinstance(loss, Tensor):
+        if loss.is_complex():
+            raise TypeError("loss is complex; pass the real scalar that was given to backward()")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss has shape {tuple(loss.shape)}; pass the scalar that was given to backward(), e.g. loss.mean()"
             )
         return loss.detach().reshape(()).float()
-    if isinstance(loss, (int, float)):
+    if isinstance(loss, Real):  # Python's numbers and numpy's
         return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
     raise TypeError(f"loss must be a scalar tensor or a number, not {type(loss).__name__}")

@@ -41,31 +41,13 @@ from pylo_integrations import sealed
 from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, foreign_names, whole_states
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.progress import Progress
-from pylo_integrations.sharding.pieces import read_flat_slices
+from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 
 VERSION = 1
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
 _KEYS = {"version", "rule", "progress", "memory", "groups", "state"}
 _PLAIN = (bool, int, float, str, type(None))
 _HEADER = "canonical"  # key of the plain values in the metadata of a file
-
-
-def parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Names of a model's parameters, without what FSDP1, DDP, ``torch.compile`` and other wrappers put into them.
-
-    Parameters that are tied have the first of their names.
-    """
-    names: dict[Tensor, str] = {}
-    for path, param in model.named_parameters():
-        parts, module = [], model
-        for part in path.split("."):
-            replica = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            if part not in _WRAPPERS and not (replica and part == "module"):
-                parts.append(part)
-            module = getattr(module, part, module)
-        names[param] = ".".join(parts)
-    return names
 
 
 def to_canonical(

@@ -17,7 +17,7 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files", "paths"},
+    {"sharding", "files", "paths", "steplock"},
     {"rules", "sealed"},
     {"weights", "decay", "progress", "rounding", "fitting"},
     {"ops", "telemetry", "options", "hints"},

@@ -241,14 +241,14 @@ class Table:
         if isinstance(value, int | float):
             if self._entered.get(key) == value:
                 return
-            self._entered[key] = value
-        else:
-            self._entered.pop(key, None)
+        self._entered.pop(key, None)
         self._on_device.pop(key, None)
         if isinstance(value, Tensor) and value.device.type != "cpu":
             self._on_device[key] = value
         else:
             self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) else value
+        if isinstance(value, int | float):  # last, so that an interrupted call is not taken for a finished one
+            self._entered[key] = value
 
     def check(self) -> None:
         """Have the library look at all records.
