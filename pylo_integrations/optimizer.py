@@ -368,9 +368,8 @@ class LearnedOptimizer(Optimizer):
         self._holdings.flat_slices.clear()
         self._holdings.flat_slices.update(slices)
         ours = {param for group in self.param_groups for param in group["params"]}
-        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters() if param in ours}
         self._holdings.names.clear()
-        self._holdings.names.update(names)
+        self._holdings.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
         if any(param in slices for group in self.param_groups for param in group["params"]):
             self._reserve_progress()
             self.init_state()

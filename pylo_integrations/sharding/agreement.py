@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.pieces import unwrapped_name
 from pylo_integrations.sharding.rounds import RankError, Ranks
 
 Statement = Mapping[str, str]
@@ -262,7 +261,7 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
 
 def _describe(param: Tensor, names: Sequence[str] | None, position: int, holdings: Holdings) -> str:
     name = names[position] if names else holdings.name(param)
-    told = [] if name is None else [unwrapped_name(name)]
+    told = [] if name is None else [name]
     if not (param.requires_grad or param.grad is not None):
         return " ".join([*told, "frozen"])
     return " ".join([*told, str(param.dtype).removeprefix("torch."), holdings.describe(param)])
