@@ -125,9 +125,10 @@ class ThetaOptimizer(LearnedOptimizer):
         """Learning rates that can be meant: with theta or a ``step_mult`` of the user's, those for its scale too."""
         if is_default:
             return [cls.default_lr]
-        recorded = theta.training.get("config", {}).get("lr")
-        step_mult = getattr(rule, "step_mult", 0.0)
-        return [cls.default_lr, *([recorded] if recorded else []), *([cls.adamw_lr / step_mult] if step_mult else [])]
+        config, step_mult = theta.training.get("config"), getattr(rule, "step_mult", 0.0)
+        trained = config.get("lr") if isinstance(config, Mapping) else None  # a file may record anything
+        lrs = [cls.default_lr, trained, cls.adamw_lr / step_mult if step_mult else None]
+        return [lr for lr in lrs if isinstance(lr, (float, int)) and lr > 0]
 
 
 class SmallFCLOpt(ThetaOptimizer):

@@ -125,6 +125,8 @@ def test_weights_and_scales_of_the_users_own_have_learning_rates_of_their_own(na
     create([parameter()], name, adamw_lr / 100, step_mult=100.0)
     create([parameter()], name, 1000 * natural, weights=recorded)
     assert told() == []
+    strange = Theta(theta.architecture, theta.arrays, theta.hyper, training={"config": ["?"]})
+    create([parameter()], name, natural, weights=strange)
     create([parameter()], name, 1e-6 * adamw_lr, weights=scaled)
     assert "below" in told()[0]
 
