@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -523,6 +524,11 @@ def names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[
         return names
 
     return parse
+
+
+def plain(doc: str | None) -> str:
+    """A docstring for a terminal, without markup."""
+    return re.sub(r"(:\w+:)?(``?)~?(.*?)\2", r"\3", doc or "")
 
 
 def at_most(most: int) -> Callable[[str], int]:

@@ -30,6 +30,7 @@ from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optim
 from pylo_integrations.ops.select import native_report
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.options import OPTIONS
+from pylo_integrations.paths import check_file
 from pylo_integrations.weights import builtin_names, load_theta
 from pylo_integrations.weights.convert import OPTIMIZERS, convert
 from pylo_integrations.weights.hub import PUBLISHED
@@ -147,7 +148,12 @@ def _make_parser() -> argparse.ArgumentParser:
     action = actions.add_parser("convert", help="make a theta of files in a published layout")
     action.add_argument("sources", nargs="+", metavar="SRC", help="a file, a folder or hub:<owner>/<repo>[@revision]")
     action.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
-    action.add_argument("--architecture", choices=OPTIMIZERS, help="where the arrays do not tell")
+    action.add_argument(
+        "--architecture",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+        help=f"where the arrays do not tell: {', '.join(OPTIMIZERS)}",
+    )
     action.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     action.set_defaults(run=_weights_convert, parser=action)
 
@@ -195,12 +201,14 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_evaluate, parser=command)
 
-    command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
+    command = commands.add_parser("plot", help="a picture of what runs logged", description=bench.plain(plot.__doc__))
     command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
     command.add_argument("--output", type=Path, help="picture to write; by default plot.png in the folder")
     command.set_defaults(run=_plot, parser=command)
 
-    command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
+    command = commands.add_parser(
+        "bench", help="time and memory of a step beside AdamW's", description=bench.plain(bench.__doc__)
+    )
     bench.add_arguments(command)
     bench_distributed.add_arguments(command)
     bench_figures.add_arguments(command)
@@ -236,7 +244,7 @@ def _info(args: argparse.Namespace) -> int:
         ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
         ("needs", " and ".join(needs) or "gradients only"),
     ]
-    if getattr(spec, "wants_schedule", False):
+    if getattr(spec, "wants_schedule", False):  # an attribute of every entry, once the catalogue has it
         rows.append(("wants", "a learning rate that falls to zero over the run: give it a scheduler"))
     rows += _describe_theta(spec)
     rows.append(("options", f"of create_optimizer(model, {spec.name!r}, ...), with their defaults"))
@@ -317,10 +325,11 @@ def _weights_list(args: argparse.Namespace) -> int:
     for name in builtin_names():
         theta = load_theta(f"builtin:{name}", name)
         users = [
-            spec for spec in map(get_optimizer_info, list_optimizers()) if _architecture(spec) == theta.architecture
+            user
+            for user in list_optimizers()
+            if getattr(get_optimizer_info(user).cls, "default_weights", None) == f"builtin:{name}"
         ]
-        default = [spec.name for spec in users if getattr(spec.cls, "default_weights", None) == f"builtin:{name}"]
-        use = f"default of {', '.join(default)}" if default else f"for {', '.join(spec.name for spec in users)}"
+        use = f"default of {', '.join(users)}" if users else f"for {theta.name}"
         rows.append((f"  builtin:{name}", f"{theta.provenance}; {use}"))
     rows.append(("published by their authors", ""))
     for entry in PUBLISHED:
@@ -330,10 +339,6 @@ def _weights_list(args: argparse.Namespace) -> int:
         rows.append(("", f"  {repositories} ({entry.repositories[0].filename})"))
     _print_table(rows)
     return 0
-
-
-def _architecture(spec: OptimizerSpec) -> str | None:
-    return getattr(spec.cls, "architecture", None)
 
 
 def _weights_info(args: argparse.Namespace) -> int:
@@ -554,7 +559,9 @@ def _metatrain(args: argparse.Namespace) -> int:
     output = args.output or Path("runs", "metatrain", path.stem)
     overrides = {name: getattr(args, name) for name in ("seed", "device", "threads")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    if not os.path.lexists(path):
+    try:
+        check_file(path, "config")
+    except FileNotFoundError:
         args.parser.error(f"{path}: No such file; the configs in the package are {', '.join(configs)}")
     with _launched_ranks() as leads:
         try:
