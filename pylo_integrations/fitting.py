@@ -191,7 +191,8 @@ def _fitted(value: Any, what: str, shape: tuple[int, ...] | None, one: Stepped) 
     if fault := _missing_memory(local):
         raise StateError(f"{what} {fault}")
     if is_lazy(local) or _write_protection(local):
-        value = value.clone()
+        in_format_of_param = shape is None and local is value
+        value = torch.empty_like(param, dtype=value.dtype).copy_(value) if in_format_of_param else value.clone()
     fitted: Tensor = value.to(one.dtype)
     return fitted
 

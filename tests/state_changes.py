@@ -10,6 +10,7 @@ from thetas import create
 from torch import Tensor, nn
 
 from pylo_integrations import LearnedOptimizer
+from pylo_integrations.ops.records import bytes_from
 
 SHAPES = [(6, 5), (5,), (3, 2, 2, 2), ()]
 
@@ -63,9 +64,9 @@ def named(params: Sequence[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
 def bits_of(tensor: Any) -> bytes:
     if not isinstance(tensor, Tensor):
         return repr(tensor).encode()
-    if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.untyped_storage().nbytes():
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or bytes_from(tensor) < tensor.nbytes:
         return b""
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    return tensor.detach().clone().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_equal_runs(run: Run, other: Run) -> None:

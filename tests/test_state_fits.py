@@ -1,4 +1,4 @@
-"""What does a step do with states, gradients and parameters that do not fit each other? It casts, or refuses them all."""
+"""Does a step cast or refuse states, gradients and parameters that do not fit each other, before it writes anything?"""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def expand_a_state(params, optimizer):
 
 
 def overlapping_state(params, optimizer):
-    optimizer.state[params[1]]["rms"] = torch.rand(5).as_strided((5,), (0,)) + 0
     optimizer.state[params[0]]["rms"] = torch.rand(20).as_strided((6, 5), (1, 2))
 
 
@@ -386,7 +385,8 @@ def test_compiled_steps_cast_and_refuse_too():
         step()
         grow_state(run.params, run.optimizer)
         before = run.bits()
-        with pytest.raises(StateError, match="'rms' of parameter 'layer.1'"):
+        # Whatever raises in a compiled function, torch leaves gradients switched off that it had switched off there.
+        with torch.enable_grad(), pytest.raises(StateError, match="'rms' of parameter 'layer.1'"):
             step()
         assert run.bits() == before
     torch._dynamo.reset()
