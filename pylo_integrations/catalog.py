@@ -57,6 +57,11 @@ class OptimizerSpec:
         return self.cls.rule_type.needs_horizon
 
     @property
+    def wants_schedule(self) -> bool:
+        """Whether a run ends well only under a learning rate that falls to zero, which the caller has to bring."""
+        return self.cls.wants_schedule
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Keyword arguments of ``cls``."""
         return tuple(inspect.signature(self.cls).parameters)[1:]
@@ -170,8 +175,9 @@ def create_optimizer(
         model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups` and bound
             (:meth:`LearnedOptimizer.bind_model`); or parameters; or groups.
         name: One of :func:`list_optimizers`.
-        lr: Factor on the whole update; by default that of the entry.
-        weight_decay: Decoupled weight decay; by default that of the entry: 0, but for ``elo_celo2`` 0.1.
+        lr: Factor on the whole update; by default that of the entry. More than 10 times off is warned of.
+        weight_decay: As in AdamW's recipes, 0.01 to 0.1, see :data:`~pylo_integrations.decay.DecayPolicy`; by default
+            that of the entry: 0, but for ``elo_celo2`` 0.1.
         weights: Theta, see :data:`~pylo_integrations.weights.Weights`; by default that of the entry.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         num_steps: The horizon: optimizer steps of the whole run.

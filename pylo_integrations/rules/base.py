@@ -134,6 +134,13 @@ class Rule(ABC):
         """Temporaries of the hungriest stage, in elements of the compute dtype per parameter element."""
         return 16
 
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Names of all states that this rule and its members keep; what else is in an optimizer's state is others'."""
+        layouts = [TensorLayout.whole((2,) * rank, "out_in") for rank in range(4)]
+        members = [(self.member(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
+        return frozenset(name for member, layout in members for name in member.state_shapes(layout))
+
     @abstractmethod
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Names and shapes of a tensor's state; None stands for "shaped (and sharded) like the parameter"."""

@@ -1,0 +1,80 @@
+"""If one rank differs from the others, do all of them say so, and has none changed anything?"""
+
+from __future__ import annotations
+
+import pytest
+from disagreement_cases import (
+    BUILT,
+    LAYOUTS,
+    RAISING,
+    RULES,
+    SPOILT,
+    built_case,
+    gradient_case,
+    is_allowed,
+    raising_case,
+    spoilt_case,
+    without,
+)
+
+from pylo_integrations import get_optimizer_info
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+
+WAIT = 60
+
+
+def alike(results, steps):
+    """The messages of ranks that went on together."""
+    told, iterations, digests = zip(*results, strict=True)
+    assert set(iterations) == {steps} and len(set(digests)) == 1
+    return told
+
+
+def check(told, said, world=2):
+    assert len(set(told)) == 1
+    assert told[0].startswith("DisagreementError") and f"on rank {world - 1}" in told[0]
+    for words in said:
+        assert words in told[0]
+
+
+@pytest.mark.parametrize("what", BUILT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_optimizers_that_were_built_otherwise(workers, layout, what):
+    if without(layout, what):
+        pytest.skip("no such difference")
+    results = workers.run(2, built_case, layout=layout, what=what, timeout=WAIT)
+    check(alike(results, 2), BUILT[what].said)
+
+
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_optimizers_that_were_changed(workers, layout, what, first):
+    told = alike(workers.run(2, spoilt_case, layout=layout, what=what, first=first, timeout=WAIT), 1 if first else 3)
+    if is_allowed(layout, what):
+        assert set(told) == {"it stepped"}
+    else:
+        check(told, SPOILT[what][1])
+
+
+@pytest.mark.parametrize("what", RAISING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_that_raises_tells_the_others(workers, layout, what, first):
+    if what == "sparse gradient" and layout.startswith("fsdp"):
+        pytest.skip("shards are dense")
+    if what == "no horizon" and not get_optimizer_info(RULES[layout]).needs_horizon:
+        pytest.skip("needs none")
+    results = workers.run(2, raising_case, layout=layout, what=what, first=first, timeout=WAIT)
+    *others, own = alike(results, 1 if first else 3)
+    assert RAISING[what][1] in own and not own.startswith("RankError")
+    assert all(told.startswith("RankError") and f"rank 1: {own}" in told for told in others)
+
+
+def test_gradients_of_replicas_that_share_their_steps_are_alike(workers):
+    """Each rank would step its rows by its own; and tensors of equal values have no other mark."""
+    for what in ("apart", "swapped"):
+        told = workers.run(2, gradient_case, what=what, timeout=WAIT)
+        assert len(set(told)) == 1 and "norm of the gradient of parameter 0 of group 0" in told[0]
+    assert workers.run(2, gradient_case, what="alike", timeout=WAIT) == ["it stepped"] * 2
