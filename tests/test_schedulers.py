@@ -137,3 +137,34 @@ def test_momentum_is_a_default_that_no_group_has_and_nothing_reads(small_thetas,
     for index in range(2):
         step(*plain, index), step(*cycled, index)
     assert all(torch.equal(*pair) for pair in zip(plain[0].parameters(), cycled[0].parameters(), strict=True))
+
+
+TIMM = {
+    "CosineLRScheduler": {"t_initial": STEPS, "warmup_t": 2, "warmup_lr_init": 0.01},
+    "MultiStepLRScheduler": {"decay_t": [2, 4], "decay_rate": 0.5},
+    "PolyLRScheduler": {"t_initial": STEPS},
+    "StepLRScheduler": {"decay_t": 2, "decay_rate": 0.5},
+    "TanhLRScheduler": {"t_initial": STEPS},
+}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timms_schedulers_drive_it_as_they_drive_sgd(kind):
+    timm = pytest.importorskip("timm.scheduler")
+
+    def make(optimizer):
+        return getattr(timm, kind)(optimizer, **TIMM[kind])
+
+    rates = []
+    for name in ("celo2", lambda params: torch.optim.SGD(params, 3e-4)):
+        model, optimizer, scheduler = start(name, make)
+        for group in optimizer.param_groups:
+            assert group["initial_lr"] == pytest.approx(3e-4)
+        rates.append([])
+        for index in range(STEPS):
+            scheduler.step(index + 1, 1.0)
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+            loss = model(torch.ones(2, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+    assert rates[0] == pytest.approx(rates[1]) and len(set(rates[0])) > 1
