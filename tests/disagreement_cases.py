@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -347,3 +349,14 @@ def gradient_case(rank: int, world: int, what: str) -> str:
         assert not any(p.any() for p in params) and not optimizer.state
         return str(error)
     return "it stepped"
+
+
+def lost_case(rank: int, world: int, how: str) -> None:
+    """The last rank takes no third step."""
+    optimizer = make("velo", [nn.Parameter(torch.ones(6, 3))], shard_step=True)
+    for step in range(3):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        if rank == world - 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else os._exit(1)
+        optimizer.step(loss=1.0)

@@ -261,7 +261,7 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
 
 
 def _describe(param: Tensor, names: Sequence[str] | None, position: int, holdings: Holdings) -> str:
-    name = names[position] if names else holdings.name(param)
+    name = names[position] if names and position < len(names) else holdings.name(param)
     told = [] if name is None else [unwrapped_name(name)]
     if not (param.requires_grad or param.grad is not None):
         return " ".join([*told, "frozen"])
