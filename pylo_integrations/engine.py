@@ -466,7 +466,7 @@ class Engine:
 
     def _statement(self, groups: Sequence[Mapping[str, Any]], values: tuple[Any, ...]) -> dict[str, str]:
         """All that ranks must have alike, in words; reads every parameter whose step they share."""
-        *run, options, idle = values
+        *run, _, idle = values
         subjects = ("steps taken", "num_steps", "max_grad_norm", "on_nonfinite", "telemetry")
         labels = [
             f"{position} of group {i}" for i, group in enumerate(groups) for position in range(len(group["params"]))
@@ -477,7 +477,7 @@ class Engine:
         return {
             **self._contract(groups),
             **{subject: repr(value) for subject, value in zip(subjects, run, strict=True)},
-            **named_options(options),
+            **named_options(groups),
             "parameters without a gradient": ", ".join(labels[number] for number in idle) or "none",
             **{f"checksum of parameter {labels[i]}": str(number) for i, number in zip(shared, sums, strict=True)},
         }

@@ -272,22 +272,22 @@ VARYING = ("lr", "weight_decay", "weight_decay_policy", "maximize", "base_lr")
 """Options of groups that schedules change, which are compared at every step."""
 
 
-def options_of(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """:data:`VARYING` of every group; a tensor on a device is not read, as that would wait for it."""
-    return [[_plain(group.get(option)) for option in VARYING] for group in groups]
+def options_of(groups: Sequence[Mapping[str, Any]], waits: bool = False) -> list[list[Any]]:
+    """:data:`VARYING` of every group; tensors on a device are read only by who ``waits`` for it."""
+    return [[_plain(group.get(option), waits) for option in VARYING] for group in groups]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, waits: bool) -> Any:
     if isinstance(value, Tensor):
-        return float(value) if value.device.type == "cpu" else "on a device"
+        return float(value) if waits or value.device.type == "cpu" else "on a device"
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def named_options(options: Sequence[Sequence[Any]]) -> dict[str, str]:
-    """What :func:`options_of` returned, as statements."""
+def named_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """:data:`VARYING` of every group, to be read by people."""
     return {
         f"{option} of group {index}": repr(value)
-        for index, values in enumerate(options)
+        for index, values in enumerate(options_of(groups, waits=True))
         for option, value in zip(VARYING, values, strict=True)
     }
 
