@@ -46,6 +46,7 @@ from pylo_integrations.sharding.agreement import (
     contract_of,
     digest_of,
     header,
+    may_step,
     named_options,
     options_of,
 )
@@ -387,7 +388,7 @@ class Engine:
             self._holdings.divides(param) and self._holdings.locate(param)[1].parts > 1
             for group in groups
             for param in group["params"]
-            if param.requires_grad or param.grad is not None
+            if may_step(param)
         )
         return self._agreement.contract is not None or any(divided)
 
@@ -472,7 +473,7 @@ class Engine:
             f"{position} of group {i}" for i, group in enumerate(groups) for position in range(len(group["params"]))
         ]
         params = [param for group in groups for param in group["params"]]
-        shared = [number for number, param in enumerate(params) if self._holdings.shares(param)]
+        shared = [number for number, param in enumerate(params) if may_step(param) and self._holdings.shares(param)]
         sums = checksums([params[number] for number in shared])
         return {
             **self._contract(groups),
@@ -541,7 +542,7 @@ class Engine:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
-        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        candidates = [(group, p) for group in groups for p in group["params"] if may_step(p)]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates

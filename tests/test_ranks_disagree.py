@@ -9,6 +9,7 @@ from disagreement_cases import (
     RAISING,
     RULES,
     SPOILT,
+    allowed_case,
     built_case,
     gradient_case,
     is_allowed,
@@ -57,6 +58,14 @@ def test_optimizers_that_were_changed(workers, layout, what, first):
         assert set(told) == {"it stepped"}
     else:
         check(told, SPOILT[what][1])
+
+
+def test_what_ranks_may_do_differently_or_change_together(workers):
+    """Replicas that exchange nothing never talk; where a rule runs and in what chunks is each rank's own affair."""
+    first, second = workers.run(2, allowed_case, timeout=WAIT)
+    assert first[0] == [[]] and second[0] == [[], []]
+    assert first[1:] == second[1:]
+    assert first[1] == 5  # steps without anything to step do not count
 
 
 def test_ranks_that_agree_among_themselves_are_told_together(workers):

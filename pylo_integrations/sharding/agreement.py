@@ -260,10 +260,15 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     return contract
 
 
+def may_step(param: Tensor) -> bool:
+    """Whether a parameter is not frozen."""
+    return param.requires_grad or param.grad is not None
+
+
 def _describe(param: Tensor, names: Sequence[str] | None, position: int, holdings: Holdings) -> str:
     name = names[position] if names and position < len(names) else holdings.name(param)
     told = [] if name is None else [unwrapped_name(name)]
-    if not (param.requires_grad or param.grad is not None):
+    if not may_step(param):
         return " ".join([*told, "frozen"])
     return " ".join([*told, str(param.dtype).removeprefix("torch."), holdings.describe(param)])
 
@@ -280,7 +285,7 @@ def options_of(groups: Sequence[Mapping[str, Any]], waits: bool = False) -> list
 def _plain(value: Any, waits: bool) -> Any:
     if isinstance(value, Tensor):
         return float(value) if waits or value.device.type == "cpu" else "on a device"
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def named_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
