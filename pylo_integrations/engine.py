@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
@@ -50,6 +49,7 @@ from pylo_integrations.sharding.agreement import (
     contract_of,
     digest_of,
     header,
+    may_step,
     named_options,
     options_of,
 )
@@ -252,10 +252,6 @@ def _look_of(tensors: Sequence[Tensor]) -> Any:
     return [(id(tensor), tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], negated
 
 
-def _may_be_stepped(param: Tensor) -> bool:
-    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
-
-
 class Engine:
     """Runs a rule's stages; holds nothing but caches, and what watches it.
 
@@ -427,7 +423,7 @@ class Engine:
             self._holdings.divides(param) and self._holdings.locate(param)[1].parts > 1
             for group in groups
             for param in group["params"]
-            if param.requires_grad or param.grad is not None
+            if may_step(param)
         )
         return self._agreement.contract is not None or any(divided)
 
@@ -506,18 +502,18 @@ class Engine:
 
     def _statement(self, groups: Sequence[Mapping[str, Any]], values: tuple[Any, ...]) -> dict[str, str]:
         """All that ranks must have alike, in words; reads every parameter whose step they share."""
-        *run, options, idle = values
+        *run, _, idle = values
         subjects = ("steps taken", "num_steps", "max_grad_norm", "on_nonfinite", "telemetry")
         labels = [
             f"{position} of group {i}" for i, group in enumerate(groups) for position in range(len(group["params"]))
         ]
         params = [param for group in groups for param in group["params"]]
-        shared = [number for number, param in enumerate(params) if self._holdings.shares(param)]
+        shared = [number for number, param in enumerate(params) if may_step(param) and self._holdings.shares(param)]
         sums = checksums([params[number] for number in shared])
         return {
             **self._contract(groups),
             **{subject: repr(value) for subject, value in zip(subjects, run, strict=True)},
-            **named_options(options),
+            **named_options(groups),
             "parameters without a gradient": ", ".join(labels[number] for number in idle) or "none",
             **{f"checksum of parameter {labels[i]}": str(number) for i, number in zip(shared, sums, strict=True)},
         }
@@ -582,7 +578,7 @@ class Engine:
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
         every = {p: group for group in groups for p in group["params"]}  # a tied parameter may come twice
-        candidates = [(group, p) for p, group in every.items() if _may_be_stepped(p)]
+        candidates = [(group, p) for p, group in every.items() if may_step(p)]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from sharded_cases import digest, full_tensors, loss_of, make, net, wrap
+from sharded_cases import collectives, digest, full_tensors, loss_of, make, net, wrap
 from thetas import theta_for
 from torch import Tensor, nn
 
@@ -347,3 +349,39 @@ def gradient_case(rank: int, world: int, what: str) -> str:
         assert not any(p.any() for p in params) and not optimizer.state
         return str(error)
     return "it stepped"
+
+
+def lost_case(rank: int, world: int, how: str) -> None:
+    """The last rank takes no third step."""
+    optimizer = make("velo", [nn.Parameter(torch.ones(6, 3))], shard_step=True)
+    for step in range(3):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        if rank == world - 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else os._exit(1)
+        optimizer.step(loss=1.0)
+
+
+def allowed_case(rank: int, world: int) -> tuple[list[list[str]], int, str]:
+    """What ranks may do differently, and what all of them may change at any time."""
+    alone = [nn.Parameter(torch.full((2 + rank, 3), 1.0 + rank))]
+    replicas = make("celo2" if rank else "small_fc_lopt", alone, lr=0.5 + rank, shard_step=False)
+    counted = []
+    for _ in range(1 + rank):
+        alone[0].grad = torch.ones_like(alone[0])
+        with collectives() as names:
+            replicas.step()
+        counted.append(names)
+    training = Training("fsdp2", rank, world)
+    pairs = pairs_of(training.model)
+    options = {"backend": "reference" if rank else "auto", "chunk_bytes": 2**20 + rank}
+    optimizer = training.optimizer("small_fc_lopt", pairs[:4], **options)
+    optimizer.step(loss=training.backward())
+    optimizer.add_param_group({"params": pairs[4:], "lr": 0.5})
+    for frozen_at in (False, True, False):
+        training.model.requires_grad_(not frozen_at)
+        training.model.zero_grad()
+        loss = training.backward() if not frozen_at else torch.zeros(())
+        for _ in range(2):
+            optimizer.step(loss=loss)
+    return counted, optimizer.iteration, training.digest()

@@ -9,9 +9,11 @@ from disagreement_cases import (
     RAISING,
     RULES,
     SPOILT,
+    allowed_case,
     built_case,
     gradient_case,
     is_allowed,
+    lost_case,
     raising_case,
     spoilt_case,
     without,
@@ -58,6 +60,20 @@ def test_optimizers_that_were_changed(workers, layout, what, first):
         check(told, SPOILT[what][1])
 
 
+def test_what_ranks_may_do_differently_or_change_together(workers):
+    """Replicas that exchange nothing never talk; where a rule runs and in what chunks is each rank's own affair."""
+    first, second = workers.run(2, allowed_case, timeout=WAIT)
+    assert first[0] == [[]] and second[0] == [[], []]
+    assert first[1:] == second[1:]
+    assert first[1] == 5  # steps without anything to step do not count
+
+
+def test_ranks_that_agree_among_themselves_are_told_together(workers):
+    case = {"layout": "fsdp2", "what": "lr", "first": False, "timeout": WAIT}
+    told = alike(workers.run(3, spoilt_case, **case), 3)
+    check(told, ["lr of group 0: 1.0 on ranks 0 to 1; 0.75 on rank 2"], world=3)
+
+
 @pytest.mark.parametrize("what", RAISING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", [True, False])
@@ -78,3 +94,14 @@ def test_gradients_of_replicas_that_share_their_steps_are_alike(workers):
         told = workers.run(2, gradient_case, what=what, timeout=WAIT)
         assert len(set(told)) == 1 and "norm of the gradient of parameter 0 of group 0" in told[0]
     assert workers.run(2, gradient_case, what="alike", timeout=WAIT) == ["it stepped"] * 2
+
+
+@pytest.mark.parametrize("how", ["killed", "exited"])
+def test_the_others_are_told_what_is_likely_behind_a_lost_connection(workers, how):
+    with pytest.raises(RuntimeError) as failed:
+        workers.run(2, lost_case, how=how, timeout=WAIT)
+    told = str(failed.value)
+    assert "RankError: rank 0 could not exchange anything with the other rank" in told
+    for hint in ("another rank raised, was killed", "look for the first error in the logs", "last checkpoint"):
+        assert hint in told
+    assert "direct cause" in told  # what the backend says

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.rounds import RankError, Ranks
@@ -259,10 +260,15 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     return contract
 
 
+def may_step(param: Tensor) -> bool:
+    """Whether a parameter is neither frozen nor without a shape yet, as those of lazy modules are."""
+    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+
+
 def _describe(param: Tensor, names: Sequence[str] | None, position: int, holdings: Holdings) -> str:
-    name = names[position] if names else holdings.name(param)
+    name = names[position] if names and position < len(names) else holdings.name(param)
     told = [] if name is None else [name]
-    if not (param.requires_grad or param.grad is not None):
+    if not may_step(param):
         return " ".join([*told, "frozen"])
     return " ".join([*told, str(param.dtype).removeprefix("torch."), holdings.describe(param)])
 
@@ -271,22 +277,22 @@ VARYING = ("lr", "weight_decay", "weight_decay_policy", "maximize", "base_lr")
 """Options of groups that schedules change, which are compared at every step."""
 
 
-def options_of(groups: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """:data:`VARYING` of every group; a tensor on a device is not read, as that would wait for it."""
-    return [[_plain(group.get(option)) for option in VARYING] for group in groups]
+def options_of(groups: Sequence[Mapping[str, Any]], waits: bool = False) -> list[list[Any]]:
+    """:data:`VARYING` of every group; tensors on a device are read only by who ``waits`` for it."""
+    return [[_plain(group.get(option), waits) for option in VARYING] for group in groups]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, waits: bool) -> Any:
     if isinstance(value, Tensor):
-        return float(value) if value.device.type == "cpu" else "on a device"
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return float(value) if waits or value.device.type == "cpu" else "on a device"
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-def named_options(options: Sequence[Sequence[Any]]) -> dict[str, str]:
-    """What :func:`options_of` returned, as statements."""
+def named_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """:data:`VARYING` of every group, to be read by people."""
     return {
         f"{option} of group {index}": repr(value)
-        for index, values in enumerate(options)
+        for index, values in enumerate(options_of(groups, waits=True))
         for option, value in zip(VARYING, values, strict=True)
     }
 

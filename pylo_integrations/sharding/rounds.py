@@ -68,11 +68,12 @@ class Ranks:
             yield
         except RuntimeError as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            others = "other rank that trains" if self.size == 2 else f"{self.size - 1} other ranks that train"
             raise RankError(
-                f"rank {self.rank} could not exchange anything with the {self.size - 1} other ranks that train with it "
-                f"({first}). Most likely another rank raised, was killed (by the system when memory ran out, for "
-                "instance), or did not take the same step: look for the first error in the logs of all ranks. What a "
-                "step had written by then may be incomplete; restart all ranks from the last checkpoint"
+                f"rank {self.rank} could not exchange anything with the {others} with it ({first}). Most likely "
+                "another rank raised, was killed (by the system when memory ran out, for instance), or did not take "
+                "the same step: look for the first error in the logs of all ranks. What a step had written by then may "
+                "be incomplete; restart all ranks from the last checkpoint"
             ) from error
 
     def mesh(self, device_type: str) -> DeviceMesh:
