@@ -1,9 +1,10 @@
-"""Random things that users do to an optimizer between steps, and steps compared with those of an optimizer without a past.
+"""Random things that users do between steps, and steps compared with those of an optimizer without a past.
 
 A :class:`Session` trains a few small tensors. Between steps it does what training code, frameworks and mistakes do to
-parameters, gradients, state, groups and checkpoints. Every step is also taken by a *twin*: an optimizer that is made anew
-from copies of everything and has never cached anything. Both end with the same bits, or both raise the same kind of error
-and the session's tensors are what they were. Parameters and their state lie between guards that nobody may overwrite.
+parameters, gradients, state, groups and checkpoints. Every step is also taken by a *twin*: an optimizer that is made
+anew from copies of everything and has never cached anything. Both end with the same bits, or both raise the same kind
+of error and the session's tensors are what they were. Parameters and their state lie between guards that nobody may
+overwrite.
 
 As a program it goes on for as long as one likes, under sanitizers too, see "Sanitizers" in docs/contributing.md.
 """
@@ -230,7 +231,7 @@ class Session:
                 self.check(bool(param.isfinite().all()), f"parameter {i} was finite")
 
     def unchanged(self, before: list[tuple[tuple[int, ...], bytes]]) -> bool:
-        # A state may have been created, or cast to the dtype that it has to have: compare the parameters' bits, and those
+        # A state may have been created, or cast to the dtype that it has to have: parameters are compared, and those
         # states that are as long as before.
         after = self.everything()
         count = len(self.params)
@@ -272,7 +273,7 @@ class Session:
             self.step()
 
 
-# -- what users do --------------------------------------------------------------------------------------------------------
+# -- what users do -----------------------------------------------------------------------------------------------------
 
 Action = Callable[[Session], None]
 ACTIONS: list[Action] = []
@@ -588,7 +589,7 @@ def loss_observed(s: Session) -> None:
     s.optimizer.clear_observed_loss()
 
 
-# -- as a program ---------------------------------------------------------------------------------------------------------
+# -- as a program ------------------------------------------------------------------------------------------------------
 
 
 def run_session(seed: int, steps: int = 25) -> int:
