@@ -244,7 +244,7 @@ def _info(args: argparse.Namespace) -> int:
         ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
         ("needs", " and ".join(needs) or "gradients only"),
     ]
-    if getattr(spec, "wants_schedule", False):  # an attribute of every entry, once the catalogue has it
+    if spec.wants_schedule:
         rows.append(("wants", "a learning rate that falls to zero over the run: give it a scheduler"))
     rows += _describe_theta(spec)
     rows.append(("options", f"of create_optimizer(model, {spec.name!r}, ...), with their defaults"))
