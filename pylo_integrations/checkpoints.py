@@ -256,7 +256,13 @@ def check_groups(
 
 def has_states(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict holds the state of any parameter."""
-    return any(state_dict["state"].values()) or any(group.get(SMALL) for group in state_dict["param_groups"])
+    return any(state_dict["state"].values()) or _blob(state_dict["param_groups"], SMALL) is not None
+
+
+def _blob(groups: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """What groups have under a key of ours, but for an empty string, which only keeps its place."""
+    values = [group[key] for group in groups if key in group]
+    return next((value for value in values if not (value is None or (type(value) is bytes and not value))), None)
 
 
 def split_run(states: Mapping[Any, Any], rule: Rule) -> tuple[dict[Any, dict[str, Any]], dict[Any, Any]]:
@@ -286,7 +292,7 @@ def read_progress(
         CheckpointError: It is damaged, of another rule, or of several runs.
     """
     progress, theta = None, None
-    if blob := next((group[PROGRESS] for group in groups if group.get(PROGRESS)), None):
+    if (blob := _blob(groups, PROGRESS)) is not None:
         progress, theta = _read_blob(blob, rule)
     along = read_run(runs, rule)
     if along is None or progress is None:
@@ -342,8 +348,8 @@ def _number(value: Any) -> Any:
 
 
 def _remembers_anything(rule: Rule) -> bool:
-    """Whether a rule may have a memory that it does not declare."""
-    return not rule.initial_memory() and type(rule).control is not Rule.control
+    """Whether a rule may have a memory that it does not declare: one that sees losses, made by its first step."""
+    return rule.needs_loss and not rule.initial_memory()
 
 
 def _check_memory(progress: Progress, rule: Rule) -> None:
@@ -376,27 +382,23 @@ def read_states(
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
-    small = _read_small(next((group[SMALL] for group in groups if group.get(SMALL)), None), members)
-    is_of_slices = any(group.get(SMALL) for group in groups)
+    blob = _blob(groups, SMALL)
+    small = {} if blob is None else _read_small(blob, members)
     states: dict[int, dict[str, Any]] = {}
     indices = [index for group in groups for index in group["params"]]
-    is_known = False  # whether any state has a name that the rule knows
+    has_stepped = progress is None or progress.iteration > 0
     for number, (index, member) in enumerate(zip(indices, members, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
         own = {name: value for name, value in found.items() if name in member.shapes}
-        others = {} if is_of_slices else {name: value for name, value in found.items() if name not in member.shapes}
+        others = {} if blob is not None else {name: value for name, value in found.items() if name not in member.shapes}
         if own and not member.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
             own = (absent if member.is_slice else {}) | own
-        is_known = is_known or bool(own) or not member.shapes
-        if own:
-            states[number] = _fit(own, index, member, holdings)
+        # Other code may have come first; but once a step was taken, what is trained has the rule's state.
+        if own or (others and has_stepped and member.shapes and member.param.requires_grad):
+            states[number] = _fit(own, others, index, member, holdings)
         if others:
             states[number] = {**states.get(number, {}), **_copied(others, member.param.device)}
-    if states and not is_known and not (progress is not None and progress.iteration == 0):
-        names = sorted({str(name) for own in states.values() for name in own})
-        expected = sorted({name for member in members for name in member.shapes})
-        raise CheckpointError(f"its states are {names}, expected {expected}. Was it written by another optimizer?")
     return states
 
 
@@ -426,10 +428,8 @@ def _read_blob(blob: bytes, rule: Rule) -> tuple[Progress, str | None]:
     return progress, origin.get("theta")
 
 
-def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
+def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
     """Row and column statistics that were saved apart, see :func:`pack_states`."""
-    if blob is None:
-        return {}
     try:
         _, tensors = sealed.from_bytes(SMALL, blob)
     except ValueError as error:
@@ -447,17 +447,20 @@ def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict
     return {number: by_name[name] for number, name in enumerate(names) if name in by_name}
 
 
-def _fit(tensors: Mapping[str, Any], index: Any, member: Member, holdings: Holdings) -> dict[str, Tensor]:
-    """Saved states of a parameter as this rank keeps them, copied."""
+def _fit(
+    tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, member: Member, holdings: Holdings
+) -> dict[str, Tensor]:
+    """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
     param, held = member.param, member.held
     admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
     if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
         expected = {name: choices[-1] for name, choices in admitted.items()}
         named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
+        besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
-            f"{named} of shape {member.shape} has state {found}, expected {expected}. Was it written by another "
-            "optimizer, or for a model with other shapes or parameter order?"
+            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
+            "another optimizer, or for a model with other shapes or parameter order?"
         )
     for name, value in tensors.items():
         flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)
