@@ -208,7 +208,8 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
         indices = group.get("params") if isinstance(group, Mapping) else None
         if not isinstance(indices, (list, tuple)) or not all(isinstance(index, (int, str)) for index in indices):
             raise CheckpointError("its 'param_groups' are not dicts with a list of numbers or names, 'params'")
-    if wrong := [index for index, own in state.items() if not isinstance(own, Mapping | None) and _is_index(index)]:
+    indices = [index for index in state if isinstance(index, (int, str))]
+    if wrong := [index for index in indices if not isinstance(state[index], Mapping | None)]:
         raise CheckpointError(f"the states of parameters {wrong[:10]} are not dicts")
     if lacking := [option for option in OPTIONS if any(option not in group for group in groups)]:
         names = sorted({str(name) for own in state.values() if isinstance(own, Mapping) for name in own})
@@ -216,10 +217,6 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
             f"its groups have no {lacking}, and its states are {names[:10]}: another kind of optimizer wrote it. "
             "Create the optimizer that wrote it, or start this one without its state"
         )
-
-
-def _is_index(key: Any) -> bool:
-    return isinstance(key, (int, str))
 
 
 def check_groups(
@@ -242,7 +239,7 @@ def check_groups(
     for theirs, group in zip(saved, groups, strict=True):
         for option in ("lr", "weight_decay", "base_lr"):
             value = theirs.get(option, 0.0)
-            if not isinstance(value, (Real, Tensor)) or isinstance(value, bool) or value is None:
+            if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
                 raise CheckpointError(f"{option}={value!r:.50} is not a number")
         if not isinstance(theirs["maximize"], bool):
             raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
@@ -256,7 +253,8 @@ def check_groups(
 
 def has_states(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict holds the state of any parameter."""
-    return any(state_dict["state"].values()) or _blob(state_dict["param_groups"], SMALL) is not None
+    states = [own for own in state_dict["state"].values() if isinstance(own, Mapping)]
+    return any(states) or _blob(state_dict["param_groups"], SMALL) is not None
 
 
 def _blob(groups: Sequence[Mapping[str, Any]], key: str) -> Any:

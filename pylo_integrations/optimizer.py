@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
 from pylo_integrations.options import check_group
-from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
+from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
@@ -208,7 +209,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: Not a positive integer.
         """
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
+        if num_steps is not None and not (isinstance(num_steps, int) and 1 <= num_steps <= LARGEST_COUNT):
             raise ValueError(
                 f"num_steps={num_steps!r} must be a positive integer: the optimizer steps of the whole run"
             )
@@ -568,7 +569,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
         """
-        self._settle()
+        self._settle(everywhere=True)
         self._check_arrival()
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
@@ -793,10 +794,13 @@ class LearnedOptimizer(Optimizer):
             self.set_num_steps(horizon)
         return remarks
 
-    def _settle(self) -> None:
-        """Take over the progress among the states, where a wrapper has put them there without telling us."""
-        first = next(iter(self.state.values()), None)
-        if not isinstance(first, dict) or ITERATION not in first:
+    def _settle(self, everywhere: bool = False) -> None:
+        """Take over the progress among the states, where a wrapper has put them there without telling us.
+
+        Looks at the first state only, or ``everywhere``.
+        """
+        states = self.state.values() if everywhere else itertools.islice(self.state.values(), 1)
+        if not any(isinstance(own, dict) and ITERATION in own for own in states):
             return
         runs, _ = split_run(dict(enumerate(self.state.values())), self.rule)
         progress = read_run(runs, self.rule)
