@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -647,12 +648,13 @@ class LearnedOptimizer(Optimizer):
         and reshards them. To pickle such a state dict raises CheckpointError, as it would lose the other shares; call
         :meth:`consolidate_state_dict` before.
         """
-        self._settle()
-        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before all of the user's
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        with self._own_hooks:
+            self._settle()
+            handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before the user's
+            try:
+                return super().state_dict()
+            finally:
+                handle.remove()
 
     @staticmethod
     def _pack(optimizer: Any, state_dict: StateDict) -> StateDict:
@@ -716,15 +718,16 @@ class LearnedOptimizer(Optimizer):
 
         # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
         # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(load, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with self._own_hooks:
+            handles = [
+                self.register_load_state_dict_pre_hook(check),
+                self.register_load_state_dict_post_hook(load, prepend=True),
+            ]
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                for handle in handles:
+                    handle.remove()
         for remark in remarks:
             warnings.warn(remark, RuntimeWarning, stacklevel=2)
 
@@ -840,7 +843,8 @@ class LearnedOptimizer(Optimizer):
             self._start_engines()
 
     def _start_engines(self) -> None:
-        """Make what holds nothing but caches."""
+        """Make what is of this object, and not of its copies."""
+        self._own_hooks = threading.RLock()  # while hooks of ours are among the user's
         fixed = self.rule, self.backend, self.chunk_bytes
         self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding)
         self._traced_engine = Engine(*fixed, Holdings(), self.stochastic_rounding)
