@@ -208,7 +208,8 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
         indices = group.get("params") if isinstance(group, Mapping) else None
         if not isinstance(indices, (list, tuple)) or not all(isinstance(index, (int, str)) for index in indices):
             raise CheckpointError("its 'param_groups' are not dicts with a list of numbers or names, 'params'")
-    if wrong := [index for index, own in state.items() if not isinstance(own, Mapping | None) and _is_index(index)]:
+    indices = [index for index in state if isinstance(index, (int, str))]
+    if wrong := [index for index in indices if not isinstance(state[index], Mapping | None)]:
         raise CheckpointError(f"the states of parameters {wrong[:10]} are not dicts")
     if lacking := [option for option in OPTIONS if any(option not in group for group in groups)]:
         names = sorted({str(name) for own in state.values() if isinstance(own, Mapping) for name in own})
@@ -216,10 +217,6 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
             f"its groups have no {lacking}, and its states are {names[:10]}: another kind of optimizer wrote it. "
             "Create the optimizer that wrote it, or start this one without its state"
         )
-
-
-def _is_index(key: Any) -> bool:
-    return isinstance(key, (int, str))
 
 
 def check_groups(
@@ -242,7 +239,7 @@ def check_groups(
     for theirs, group in zip(saved, groups, strict=True):
         for option in ("lr", "weight_decay", "base_lr"):
             value = theirs.get(option, 0.0)
-            if not isinstance(value, (Real, Tensor)) or isinstance(value, bool) or value is None:
+            if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
                 raise CheckpointError(f"{option}={value!r:.50} is not a number")
         if not isinstance(theirs["maximize"], bool):
             raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
@@ -256,7 +253,14 @@ def check_groups(
 
 def has_states(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict holds the state of any parameter."""
-    return any(state_dict["state"].values()) or any(group.get(SMALL) for group in state_dict["param_groups"])
+    states = [own for own in state_dict["state"].values() if isinstance(own, Mapping)]
+    return any(states) or _blob(state_dict["param_groups"], SMALL) is not None
+
+
+def _blob(groups: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """What groups have under a key of ours, but for an empty string, which only keeps its place."""
+    values = [group[key] for group in groups if key in group]
+    return next((value for value in values if not (value is None or (type(value) is bytes and not value))), None)
 
 
 def split_run(states: Mapping[Any, Any], rule: Rule) -> tuple[dict[Any, dict[str, Any]], dict[Any, Any]]:
@@ -286,7 +290,7 @@ def read_progress(
         CheckpointError: It is damaged, of another rule, or of several runs.
     """
     progress, theta = None, None
-    if blob := next((group[PROGRESS] for group in groups if group.get(PROGRESS)), None):
+    if (blob := _blob(groups, PROGRESS)) is not None:
         progress, theta = _read_blob(blob, rule)
     along = read_run(runs, rule)
     if along is None or progress is None:
@@ -342,8 +346,8 @@ def _number(value: Any) -> Any:
 
 
 def _remembers_anything(rule: Rule) -> bool:
-    """Whether a rule may have a memory that it does not declare."""
-    return not rule.initial_memory() and type(rule).control is not Rule.control
+    """Whether a rule may have a memory that it does not declare: one that sees losses, made by its first step."""
+    return rule.needs_loss and not rule.initial_memory()
 
 
 def _check_memory(progress: Progress, rule: Rule) -> None:
@@ -376,27 +380,23 @@ def read_states(
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
-    small = _read_small(next((group[SMALL] for group in groups if group.get(SMALL)), None), members)
-    is_of_slices = any(group.get(SMALL) for group in groups)
+    blob = _blob(groups, SMALL)
+    small = {} if blob is None else _read_small(blob, members)
     states: dict[int, dict[str, Any]] = {}
     indices = [index for group in groups for index in group["params"]]
-    is_known = False  # whether any state has a name that the rule knows
+    has_stepped = progress is None or progress.iteration > 0
     for number, (index, member) in enumerate(zip(indices, members, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
         own = {name: value for name, value in found.items() if name in member.shapes}
-        others = {} if is_of_slices else {name: value for name, value in found.items() if name not in member.shapes}
+        others = {} if blob is not None else {name: value for name, value in found.items() if name not in member.shapes}
         if own and not member.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
             own = (absent if member.is_slice else {}) | own
-        is_known = is_known or bool(own) or not member.shapes
-        if own:
-            states[number] = _fit(own, index, member, holdings)
+        # Other code may have come first; but once a step was taken, what is trained has the rule's state.
+        if own or (others and has_stepped and member.shapes and member.param.requires_grad):
+            states[number] = _fit(own, others, index, member, holdings)
         if others:
             states[number] = {**states.get(number, {}), **_copied(others, member.param.device)}
-    if states and not is_known and not (progress is not None and progress.iteration == 0):
-        names = sorted({str(name) for own in states.values() for name in own})
-        expected = sorted({name for member in members for name in member.shapes})
-        raise CheckpointError(f"its states are {names}, expected {expected}. Was it written by another optimizer?")
     return states
 
 
@@ -426,10 +426,8 @@ def _read_blob(blob: bytes, rule: Rule) -> tuple[Progress, str | None]:
     return progress, origin.get("theta")
 
 
-def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
+def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
     """Row and column statistics that were saved apart, see :func:`pack_states`."""
-    if blob is None:
-        return {}
     try:
         _, tensors = sealed.from_bytes(SMALL, blob)
     except ValueError as error:
@@ -447,17 +445,20 @@ def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict
     return {number: by_name[name] for number, name in enumerate(names) if name in by_name}
 
 
-def _fit(tensors: Mapping[str, Any], index: Any, member: Member, holdings: Holdings) -> dict[str, Tensor]:
-    """Saved states of a parameter as this rank keeps them, copied."""
+def _fit(
+    tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, member: Member, holdings: Holdings
+) -> dict[str, Tensor]:
+    """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
     param, held = member.param, member.held
     admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
     if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
         expected = {name: choices[-1] for name, choices in admitted.items()}
         named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
+        besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
-            f"{named} of shape {member.shape} has state {found}, expected {expected}. Was it written by another "
-            "optimizer, or for a model with other shapes or parameter order?"
+            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
+            "another optimizer, or for a model with other shapes or parameter order?"
         )
     for name, value in tensors.items():
         flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import warnings
@@ -41,7 +42,7 @@ from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
-from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
+from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import DisagreementError
 from pylo_integrations.sharding.holdings import Holdings
@@ -60,9 +61,6 @@ from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
-
-LONGEST_RUN = 2**53
-"""Up to here float64, in which fractions of a run are computed, has every integer."""
 
 _NONFINITE_POLICIES = get_args(NonFinitePolicy)
 
@@ -258,7 +256,7 @@ class LearnedOptimizer(Optimizer):
                 count = operator.index(num_steps)
             except TypeError:
                 count = 0
-            if isinstance(num_steps, bool) or not 1 <= count <= LONGEST_RUN:
+            if isinstance(num_steps, bool) or not 1 <= count <= LARGEST_COUNT:
                 raise ValueError(
                     f"num_steps={num_steps!r} must be a positive integer of at most 2**53: the optimizer steps of the "
                     "whole run"
@@ -732,7 +730,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
         """
-        self._settle()
+        self._settle(everywhere=True)
         self._check_arrival()
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
@@ -818,7 +816,7 @@ class LearnedOptimizer(Optimizer):
         :meth:`consolidate_state_dict` before.
         """
         self._settle()
-        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before all of the user's
+        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before the user's
         try:
             return super().state_dict()
         finally:
@@ -966,10 +964,13 @@ class LearnedOptimizer(Optimizer):
             self.set_num_steps(horizon)
         return remarks
 
-    def _settle(self) -> None:
-        """Take over the progress among the states, where a wrapper has put them there without telling us."""
-        first = next(iter(self.state.values()), None)
-        if not isinstance(first, dict) or ITERATION not in first:
+    def _settle(self, everywhere: bool = False) -> None:
+        """Take over the progress among the states, where a wrapper has put them there without telling us.
+
+        Looks at the first state only, or ``everywhere``.
+        """
+        states = self.state.values() if everywhere else itertools.islice(self.state.values(), 1)
+        if not any(isinstance(own, dict) and ITERATION in own for own in states):
             return
         runs, _ = split_run(dict(enumerate(self.state.values())), self.rule)
         progress = read_run(runs, self.rule)
@@ -1009,7 +1010,7 @@ class LearnedOptimizer(Optimizer):
             self._start_engines()
 
     def _start_engines(self) -> None:
-        """Make what holds nothing but caches."""
+        """Make what is of this object, and not of its copies."""
         fixed = self.rule, self.backend, self.chunk_bytes
         more = self.stochastic_rounding, self.theta, self.adamw_lr / self.default_lr
         self._engine = Engine(*fixed, self._holdings, *more)

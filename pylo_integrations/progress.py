@@ -17,7 +17,8 @@ COUNTS = ("iteration", "num_steps", "nonfinite_steps")
 ORIGIN = ("theta", "rule")
 """What a record of progress may say besides, of who made it."""
 
-LARGEST_COUNT = 2**63 - 1
+LARGEST_COUNT = 2**53
+"""Of steps: up to here float64, in which fractions of a run are computed, has every integer."""
 
 
 class LossWindow:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from pylo_integrations import sealed
-from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, foreign_names, whole_states
+from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, check_groups, foreign_names, whole_states
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
@@ -143,6 +143,14 @@ def from_canonical(
         for group in learned.param_groups
     ]
     groups[0][PROGRESS] = blob
+    check_groups(groups, learned.param_groups, learned.rule.choices)
+    for member in learned._members(groups):
+        found, expected = canonical["state"].get(name := names[member.param], member.shapes), member.shapes
+        if found.keys() != expected.keys():
+            raise CheckpointError(
+                f"parameter {name} has state {sorted(found)} in canonical, expected {sorted(expected)}. Was it "
+                "written by another optimizer?"
+            )
     state = {
         index: dict(canonical["state"][names[member.param]])
         for index, member in enumerate(members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from thetas import create
@@ -109,3 +111,20 @@ def test_an_error_in_a_hook_leaves_no_hook_of_ours():
     handle.remove()
     assert not reader._optimizer_load_state_dict_pre_hooks and not reader._optimizer_load_state_dict_post_hooks
     assert not reader._optimizer_state_dict_post_hooks
+
+
+@pytest.mark.timeout(60)
+def test_threads_may_save_at_once():
+    optimizer, found = trained("celo"), []
+    want = optimizer.state_dict()["param_groups"]
+
+    def save():
+        for _ in range(20):
+            found.append(optimizer.state_dict()["param_groups"] == want)
+
+    threads = [threading.Thread(target=save) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert found == [True] * 120

@@ -213,6 +213,23 @@ def test_flattened_state_dicts_of_the_first_version_load():
     assert facts(optimizer)[:2] == (3, 9)
 
 
+def test_distributed_checkpoints_of_the_first_version_load_in_part(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    model, writer = trained("celo")
+    saved = without_tensors(writer.state_dict())
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path)
+    optimizer = fresh("celo")
+    optimizer.init_state()
+    state = {"optimizer": optimizer.state_dict()}
+    with pytest.raises(dcp.api.CheckpointException, match="run_iteration"):
+        dcp.load(state, checkpoint_id=tmp_path)
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    optimizer.load_state_dict(state["optimizer"])
+    assert facts(optimizer) == facts(writer)
+
+
 def test_canonical_files_of_the_first_version_load():
     model, optimizer = trained("velo", 0)
     optimizer.set_num_steps(None)

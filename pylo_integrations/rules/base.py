@@ -150,7 +150,10 @@ class Rule(ABC):
         return {}
 
     def initial_memory(self) -> dict[str, Tensor]:
-        """What ``ctx.memory`` is like before the first step, where a rule has one."""
+        """What ``ctx.memory`` is like before the first step, where a rule has one: the names and shapes never change.
+
+        Checkpoints of a rule that needs no loss are checked against it.
+        """
         return {}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
