@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 _FAULTS = ("SIGILL", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGKILL", "SIGSTOP")  # which cannot wait, or not be handled
-_NUMBERS = tuple(sorted(signal.valid_signals() - {getattr(signal, name, None) for name in _FAULTS}))
+_NUMBERS: tuple[int, ...] = tuple(sorted(signal.valid_signals() - {getattr(signal, name, None) for name in _FAULTS}))
 
 # The functions of C: those around them make enumerations of everything, which takes ten times as long as the rest.
 _set_handler: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
@@ -83,7 +83,7 @@ def _held_back(pending: _Pending) -> Iterator[None]:
         yield
         return
     process = os.getpid()
-    handlers = {number: handler for number in _NUMBERS if callable(handler := _handler_of(number))}
+    handlers: dict[int, Any] = {number: handler for number in _NUMBERS if callable(handler := _handler_of(number))}
     left = dict(handlers)
 
     def note(number: int, frame: FrameType | None) -> None:

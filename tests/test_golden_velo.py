@@ -169,9 +169,10 @@ def test_controller_and_loss_memory_match(case, dtype, trajectory, watch):
             assert not frozen or torch.equal(kept[0], golden.theta[f"lstm_init_state/{part}"][0].to(dtype))
         buffer = f"{prefix}/state/loss_buffer"
         assert golden[f"{buffer}/iteration"].item() == optimizer.iteration
-        for name, recorded in (("loss_means", "means"), ("loss_minima", "running_min")):
-            kept = memory[name].to(dtype)
-            torch.testing.assert_close(kept, golden[f"{buffer}/{recorded}"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(memory["loss_means"], golden[f"{buffer}/means"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            memory["loss_minima"], golden[f"{buffer}/running_min"], rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -227,15 +228,14 @@ def test_loss_memory_matches_over_sixty_losses(dtype, num_steps):
     # half-life, is then off by 1 in 100 in float32 and by 2e-11 in float64, and features divide by it.
     tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 1e-5}
     like = torch.zeros((), dtype=dtype)
-    rates = control.loss_rates(num_steps, like)
-    decays = torch.exp(-rates).to(dtype)
+    decays = control.loss_decays(num_steps, like)
     torch.testing.assert_close(decays, tables[f"{prefix}/decays"], rtol=2e-7 if precision == "f32" else 1e-15, atol=0)
     memory = control.LossMemory.recall({}, like)
     for seen, loss in enumerate(tables[f"{precision}/loss_buffer/losses"]):
-        memory = memory.observe(loss, rates, seen)
-        torch.testing.assert_close(memory.means.to(dtype), tables[f"{prefix}/means"][seen], **tolerance)
-        torch.testing.assert_close(memory.minima.to(dtype), tables[f"{prefix}/running_min"][seen], **tolerance)
-        features = memory.features(rates, seen + 1).to(dtype)
+        memory = memory.observe(loss, decays, seen)
+        torch.testing.assert_close(memory.means, tables[f"{prefix}/means"][seen], **tolerance)
+        torch.testing.assert_close(memory.minima, tables[f"{prefix}/running_min"][seen], **tolerance)
+        features = memory.features(decays, seen + 1)
         torch.testing.assert_close(features, tables[f"{prefix}/features"][seen], **tolerance)
 
 

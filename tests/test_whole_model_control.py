@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylo_integrations import Celo, Theta, VeLO, create_optimizer
 from pylo_integrations.rules import velo as velo_module
-from pylo_integrations.rules.control import LossMemory, loss_rates
+from pylo_integrations.rules.control import LossMemory, loss_decays
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
@@ -128,12 +128,12 @@ def test_maximising_is_minimising_the_negated_loss(name):
 
 def test_an_outlier_counts_as_at_most_twice_the_largest_average():
     like = torch.zeros((), dtype=torch.float64)
-    rates = loss_rates(1000, like)
+    decays = loss_decays(1000, like)
     calm = outlier = LossMemory.recall({}, like)
     for seen in range(5):
-        calm, outlier = (memory.observe(torch.tensor(2.0), rates, seen) for memory in (calm, outlier))
-    ceiling = 2 * (calm.means / -torch.expm1(-6 * rates)).max()
-    calm, outlier = calm.observe(ceiling, rates, 5), outlier.observe(torch.tensor(1e6), rates, 5)
+        calm, outlier = (memory.observe(torch.tensor(2.0), decays, seen) for memory in (calm, outlier))
+    ceiling = 2 * (calm.means / (1 - decays**6)).max()
+    calm, outlier = calm.observe(ceiling, decays, 5), outlier.observe(torch.tensor(1e6), decays, 5)
     assert_same(calm, outlier)
 
 

@@ -21,6 +21,13 @@ LOSS_AVERAGES = 10
 SHORTEST_HALF_LIFE = 10
 """Of the averages of the loss, in steps."""
 
+LONGEST_IN_FLOAT32 = 300_000
+"""Half-life in steps up to which averages are made in float32, as the reference does. Of a longer one the decay is so
+near to 1 that rounding it would change its complement, and with it the half-life, by more than 1 %."""
+
+LONGEST_IN_FLOAT64 = 2**50
+"""Likewise, to be safe; no run is longer."""
+
 HORIZON_MARKS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 """Fractions of the run around which the horizon features change."""
 
@@ -34,7 +41,7 @@ SCHEDULE_FEATURES = len(HORIZON_MARKS) + LOSS_AVERAGES - 1
 
 
 class LossMemory(NamedTuple):
-    """Exponential averages of the loss, the fastest first, in float64: float32 cannot tell a long half-life from none.
+    """Exponential averages of the loss, the fastest first.
 
     Attributes:
         means: ``(10,)``, not bias-corrected.
@@ -46,11 +53,15 @@ class LossMemory(NamedTuple):
 
     @classmethod
     def recall(cls, memory: Mapping[str, Tensor], like: Tensor) -> LossMemory:
-        """What :meth:`store_` put into ``memory``, else a fresh one; on the device of ``like``."""
-        wide = _widest(like)
+        """What :meth:`store_` put into ``memory``, else a fresh one; on the device and in the dtype of ``like``.
+
+        Args:
+            memory: Of the rule.
+            like: Decays, whose dtype is wide enough.
+        """
         if "loss_means" in memory:
-            return cls(memory["loss_means"].to(wide), memory["loss_minima"].to(wide))
-        return cls(wide.new_zeros(LOSS_AVERAGES), wide.new_full((LOSS_AVERAGES,), 999_999_999_999))
+            return cls(memory["loss_means"].to(like), memory["loss_minima"].to(like))
+        return cls(like.new_zeros(LOSS_AVERAGES), like.new_full((LOSS_AVERAGES,), 999_999_999_999))
 
     @classmethod
     def initial(cls) -> dict[str, Tensor]:
@@ -64,47 +75,47 @@ class LossMemory(NamedTuple):
         """Put it into a rule's memory."""
         memory.update(loss_means=self.means, loss_minima=self.minima)
 
-    def observe(self, loss: Tensor, rates: Tensor, seen: int) -> LossMemory:
+    def observe(self, loss: Tensor, decays: Tensor, seen: int) -> LossMemory:
         """The memory after one more loss, which counts as at most twice the largest average.
 
         Args:
             loss: 0-d.
-            rates: ``(10,)``, see :func:`loss_rates`.
+            decays: ``(10,)``, see :func:`loss_decays`.
             seen: Losses observed before this one.
         """
-        loss, correction = loss.to(self.means), _seen_part(rates, seen + 1)
+        loss, correction = loss.to(self.means), _seen_part(decays, seen + 1)
         if seen:
             # By the count that includes the new loss, as the reference has it.
             loss = torch.minimum(loss, 2 * (self.means / correction).max().abs())
-        means = torch.lerp(self.means, loss, _seen_part(rates, 1))
+        means = decays * self.means + (1 - decays) * loss
         return LossMemory(means, torch.minimum(self.minima, means / correction))
 
-    def features(self, rates: Tensor, seen: int) -> Tensor:
+    def features(self, decays: Tensor, seen: int) -> Tensor:
         """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses."""
         if seen <= 2:
             return torch.zeros_like(self.means[1:])
-        means, floor = self.means / _seen_part(rates, seen), self.minima[:-1]
+        means, floor = self.means / _seen_part(decays, seen), self.minima[:-1]
         return ((means[:-1] - floor) / (means[1:] - floor).clamp_min(1e-8) - 1).clamp(-1, 1)
 
 
-def loss_rates(longest: int, like: Tensor) -> Tensor:
-    """Of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps the inverses, ``(10,)``, in float64.
+def loss_decays(longest: int, like: Tensor) -> Tensor:
+    """EMA coefficients of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps, ``(10,)``.
 
-    An average decays by ``exp(-rate)`` a step; the name half-life is the reference's.
+    They are like ``like``, but in float64 where float32 cannot tell them from 1.
     """
     ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
     half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
-    return half_lives.reciprocal().to(_widest(like))
+    is_wide = longest > LONGEST_IN_FLOAT32 and like.device.type != "mps"  # which has no float64
+    dtype = torch.float64 if is_wide else like.dtype
+    longest = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
+    return torch.exp(-1 / half_lives.clamp(max=longest)).to(like.device, dtype)
 
 
-def _seen_part(rates: Tensor, count: int) -> Tensor:
-    """``1 - decay ** count``, what of an average is made of the last ``count`` losses, without cancelling."""
-    return -torch.expm1(-rates * float(count))
-
-
-def _widest(like: Tensor) -> Tensor:
-    """Nothing, in float64, on the device of ``like``; float32 on the only kind of device that has no float64."""
-    return like.new_empty(0, dtype=torch.float32 if like.device.type == "mps" else torch.float64)
+def _seen_part(decays: Tensor, count: int) -> Tensor:
+    """``1 - decays ** count``: what of an average is made of the last ``count`` values."""
+    if decays.dtype == torch.float64:
+        return -torch.expm1(decays.log() * count)  # without cancelling
+    return 1 - decays**count
 
 
 def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
@@ -145,10 +156,10 @@ def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = Non
         longest: The longest half-life of the loss memory in steps; by default the horizon.
     """
     assert ctx.num_steps is not None
-    rates = loss_rates(longest or ctx.num_steps, loss)
-    memory = LossMemory.recall(ctx.memory, loss).observe(loss, rates, ctx.iteration)
+    decays = loss_decays(longest or ctx.num_steps, loss)
+    memory = LossMemory.recall(ctx.memory, decays).observe(loss, decays, ctx.iteration)
     memory.store_(ctx.memory)
-    features = memory.features(rates, ctx.iteration + 1).to(loss)
+    features = memory.features(decays, ctx.iteration + 1).to(loss)
     ctx.memory["loss_features"] = features
     return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
 
