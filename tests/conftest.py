@@ -9,34 +9,15 @@ from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 from pylo_integrations.workers import Workers
 
-# Modules whose tests run once with the native kernels behind backend="auto" and once as if there were none.
-BOTH_BACKENDS = {
-    "test_adapter_accelerate",
-    "test_adapter_hf",
-    "test_adapter_lightning",
-    "test_adapter_timm",
-    "test_golden",
-    "test_golden_celo2",
-    "test_golden_elo",
-    "test_golden_velo",
-    "test_optimizer_contract",
-    "test_torch_optimizer_checks",
-}
 
-
-def pytest_generate_tests(metafunc):
-    if metafunc.module.__name__ in BOTH_BACKENDS:
-        metafunc.parametrize("auto_backend", ["native", "reference"], indirect=True)
-
-
-@pytest.fixture(autouse=True)  # or pytest would not set it up for tests that do not ask for it
-def auto_backend(request, monkeypatch):
-    """What ``backend="auto"`` finds."""
-    choice = getattr(request, "param", None)
-    if choice == "native":
+@pytest.fixture(params=["native", "reference"])
+def auto_backend(request, monkeypatch) -> str:
+    """What ``backend="auto"`` finds: tests that ask for this run once with the kernels, once as if there were none."""
+    if request.param == "native":
         library_or_skip()
-    elif choice == "reference":
+    else:
         monkeypatch.setattr(loader, "load", lambda: "left out by the test")
+    return request.param
 
 
 @pytest.fixture

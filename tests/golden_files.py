@@ -70,6 +70,25 @@ NAMES: list[str] = json.loads(INPUTS.metadata["names"])
 TRAJECTORIES = ("wild", "smooth")
 STEPS = 12
 
+PRECISIONS = {torch.float32: "f32", torch.float64: "f64"}
+BY_EITHER_BACKEND = pytest.mark.parametrize(
+    ("dtype", "auto_backend"),
+    [(torch.float32, "native"), (torch.float32, "reference"), (torch.float64, "reference")],
+    ids=str,
+    indirect=["auto_backend"],
+)
+"""The kernels leave float64 to the reference."""
+
+
+def in_chunks(chunk_bytes: int) -> pytest.MarkDecorator:
+    """By either backend, and by the reference in chunks: the kernels know none."""
+    return pytest.mark.parametrize(
+        ("auto_backend", "chunk_bytes"),
+        [("native", 2**28), ("reference", 2**28), ("reference", chunk_bytes)],
+        ids=["native", "reference", "chunked"],
+        indirect=["auto_backend"],
+    )
+
 
 def initial_params(trajectory: str, dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
     return {n: torch.nn.Parameter(to_torch(INPUTS[f"{trajectory}/params0/{n}"]).to(dtype)) for n in NAMES}

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from accelerate.tracking import GeneralTracker  # noqa: E402
 from accelerate.utils import DistributedType, GradientAccumulationPlugin  # noqa: E402
 
-from pylo_integrations import create_optimizer, list_optimizers, unwrap_optimizer  # noqa: E402
+from pylo_integrations import create_optimizer, unwrap_optimizer  # noqa: E402
 from pylo_integrations.accelerate import attach, count_steps, log_telemetry  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
@@ -295,7 +295,7 @@ def test_scheduler_steps_with_the_optimizer(toy_loss, size):
     assert run.raw.param_groups[0]["lr"] == 0
 
 
-@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
+@pytest.mark.parametrize("name", ["toy_loss", "velo", "celo2"])
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("size", [1, 4])
 def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, scaler, size):

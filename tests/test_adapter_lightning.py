@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-from pylo_integrations import SmallFCLOpt, create_optimizer, list_optimizers, unwrap_optimizer  # noqa: E402
+from pylo_integrations import SmallFCLOpt, create_optimizer, unwrap_optimizer  # noqa: E402
 from pylo_integrations.lightning import (  # noqa: E402
     LearnedOptimizerCallback,
     LearnedOptimizerMixin,
@@ -537,7 +537,7 @@ class StopAfter(Callback):
         trainer.should_stop = trainer.current_epoch == self.epoch
 
 
-@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
+@pytest.mark.parametrize("name", ["toy_loss", "velo", "celo2"])
 @pytest.mark.parametrize("plugin", [None, float16], ids=["32", "16-mixed"])
 def test_resumed_run_equals_an_uninterrupted_one(toy_loss, small_thetas, tmp_path, name, plugin):
     def run(callbacks=(), **options):

@@ -16,6 +16,7 @@ from golden_files import (
     Golden,
     expected_state,
     feed,
+    in_chunks,
     initial_params,
     largest,
     replay_float32,
@@ -37,8 +38,8 @@ def small_fc(golden: Golden, params, **options) -> SmallFCLOpt:
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC)
-@pytest.mark.parametrize("chunk_bytes", [2**28, 4000], ids=["whole", "chunked"])
-def test_float32_updates_match(case, trajectory, chunk_bytes):
+@in_chunks(4000)
+def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float32)
     optimizer = small_fc(golden, list(params.values()), chunk_bytes=chunk_bytes)
@@ -54,6 +55,7 @@ def test_float64_parameters_match(case, trajectory):
     replay_float64(golden, trajectory, params, small_fc(golden, list(params.values())))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC[1:])
 def test_accumulators_match(case, trajectory):
@@ -119,10 +121,10 @@ def test_decays_are_those_of_the_reference(case):
         torch.testing.assert_close(getattr(decays, ours), want, rtol=1e-12, atol=0)
 
 
-def test_either_backend_is_what_runs(request):
-    """As tests/conftest.py promises for this module and others."""
+def test_either_backend_is_what_runs(auto_backend):
+    """As tests/conftest.py promises."""
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
     optimizer = small_fc(Golden("small_fc_h32_pylo"), [param])
     optimizer.step()
-    assert bool(optimizer._engine._plan.native) == (request.node.callspec.params["auto_backend"] == "native")
+    assert bool(optimizer._engine._plan.native) == (auto_backend == "native")

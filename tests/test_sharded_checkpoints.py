@@ -5,21 +5,18 @@ Whoever loads is compared with a run on one device that was not interrupted, in 
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from sharded_cases import load_case, save_case
-
-from pylo_integrations import list_optimizers
+from thetas import distinct_rules
 
 pytestmark = pytest.mark.dist
 
-NAMES = [*list_optimizers(), "toy_loss"]
+NAMES = [*distinct_rules(), "toy_loss"]
 MANY = ["small_fc_lopt", "velo"]
 EXACT = 1e-12  # of the largest element of a tensor: the order of sums
 
-
-RANKS = list(itertools.product((1, 2, 3, 4), repeat=2))
+RANKS = [(2, 3), (3, 2), (1, 4), (4, 1), (3, 4)]
+"""More and fewer, from one and to one."""
 
 FSDP2 = [
     *((name, "dcp", 2, 3) for name in NAMES if name not in MANY),
@@ -46,7 +43,7 @@ def test_hsdp_and_fsdp2_share_checkpoints(workers, tmp_path, name):
 
 @pytest.mark.parametrize("wrapper", ["fsdp2", "fsdp1"])
 def test_ranks_may_save_for_themselves(workers, tmp_path, wrapper):
-    case = {"wrapper": wrapper, "name": NAMES[0], "folder": str(tmp_path), "how": "local"}
+    case = {"wrapper": wrapper, "name": MANY[0], "folder": str(tmp_path), "how": "local"}
     workers.run(2, save_case, **case)
     assert max(workers.run(2, load_case, **case)) <= EXACT
 
@@ -54,7 +51,7 @@ def test_ranks_may_save_for_themselves(workers, tmp_path, wrapper):
 FSDP1 = [
     *((name, "dcp", 2, 3) for name in NAMES if name not in MANY),
     # Not on four ranks, on which torch 2.14 cannot load this model, with its own AdamW neither.
-    *((name, "dcp", *ranks) for name in MANY for ranks in RANKS if max(ranks) < 4),
+    *((name, "dcp", *ranks) for name in MANY for ranks in ((2, 3), (3, 2), (1, 3), (3, 1))),
     *((name, "fsdp1", *ranks) for name in MANY for ranks in ((2, 2), (3, 2), (2, 1))),
 ]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info
+from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.rules.celo2 import Celo2
 from pylo_integrations.rules.control import SCHEDULE_FEATURES
 from pylo_integrations.rules.features import channel_counts
@@ -48,6 +48,15 @@ def create(params: Any, name: str, *args: Any, **options: Any) -> LearnedOptimiz
     if is_absent(spec.cls):
         options.setdefault("weights", theta_for(name))
     return create_optimizer(params, name, *args, **options)
+
+
+SAME_RULE = {"mulo": "small_fc_lopt", "elo": "small_fc_lopt", "elo_celo2": "celo2"}
+"""Entries that step as another does, but for weights and defaults: no question of layouts has another answer there."""
+
+
+def distinct_rules() -> list[str]:
+    """One catalogue entry for every rule."""
+    return [name for name in list_optimizers() if name not in SAME_RULE]
 
 
 def is_absent(cls: type[LearnedOptimizer]) -> bool:
