@@ -23,7 +23,7 @@ LARGEST_GRADIENT = 1e14
 """The square of this, summed over a billion elements, still fits float32."""
 
 CLIP = 1000.0
-"""VeLO and its descendants clip gradient elements to plus and minus this (spec §3 b)."""
+"""VeLO and its descendants clip gradient elements to plus and minus this (docs/mathematics.md)."""
 
 RuleChoice = Literal["learned", "adamw"]
 """Who steps the tensors of a parameter group; see :meth:`Rule.member`."""

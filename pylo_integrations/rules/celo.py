@@ -1,4 +1,4 @@
-"""Celo: VeLO's MLPs under one learned schedule for the whole model (spec §4).
+"""Celo: VeLO's MLPs under one learned schedule for the whole model (docs/mathematics.md).
 
 Moudgil et al., "Celo: Training Versatile Learned Optimizers on a Compute Diet", 2025.
 

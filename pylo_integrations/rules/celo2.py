@@ -1,4 +1,4 @@
-r"""CELO2, CELO2-base and ELO-CELO2: a small per-parameter MLP whose output is normalised (spec §6 and §7).
+r"""CELO2, CELO2-base and ELO-CELO2: a small per-parameter MLP whose output is normalised (docs/mathematics.md).
 
 30 features of every parameter (15 for vectors), each divided by its root mean square, enter an MLP with outputs
 ``(d, a, unused)``. Of a matrix, the steps ``u = d exp(a exp_mult)`` are then orthogonalised, where the rule does that.

@@ -1,4 +1,4 @@
-r"""Celo-Adam: Adam under Celo's learned schedule (spec §5).
+r"""Celo-Adam: Adam under Celo's learned schedule (docs/mathematics.md).
 
 Moudgil et al., "Celo: Training Versatile Learned Optimizers on a Compute Diet", 2025.
 

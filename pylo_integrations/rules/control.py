@@ -1,4 +1,6 @@
-"""Whole-model control: how the loss went, how much of the run is left, and the LSTM that decides by it (spec §3, §4).
+"""Whole-model control: how the loss went, how much of the run is left, and the LSTM that decides by it.
+
+The formulas are those of docs/mathematics.md, "VeLO" and "Celo".
 
 VeLO runs one LSTM row per tensor, the Celo family one for the whole model. The LSTM's weights go by the reference's
 names throughout, so ``weights["rnn_params/step_size/w"]`` is what it says.

@@ -1,4 +1,4 @@
-r"""small_fc_lopt: a per-parameter MLP over Adafactor-style features (spec §1).
+r"""small_fc_lopt: a per-parameter MLP over Adafactor-style features (docs/mathematics.md).
 
 Metz et al., "Practical tradeoffs between memory, compute, and performance in learned optimizers", CoLLAs 2022.
 

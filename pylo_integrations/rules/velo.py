@@ -1,4 +1,4 @@
-"""VeLO: an LSTM per tensor controls the MLP that steps it (spec §3).
+"""VeLO: an LSTM per tensor controls the MLP that steps it (docs/mathematics.md).
 
 Metz et al., "VeLO: Training Versatile Learned Optimizers by Scaling Up", 2022.
 

@@ -27,7 +27,7 @@ __all__ = ["OPTIMIZERS", "ConversionError", "Foreign", "check_config", "convert"
 
 CONFIG_FILE = "config.json"
 VELO_INPUTS, CELO_INPUTS = 30, 18
-"""Features that enter the LSTM (spec §3c, §4)."""
+"""Features that enter the LSTM (docs/mathematics.md, "VeLO", "Celo")."""
 
 _RECOGNISED = {("MetaMLP",): "mulo", ("CELO2MLP",): "celo2", ("VeLO_MLP", "VeLO_RNN"): "velo"}
 
