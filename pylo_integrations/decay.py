@@ -21,7 +21,7 @@ that a schedule still anneals the decay but the choice of learning rate does not
 "Decoupled Weight Decay Regularization", ICLR 2019). ``base_lr`` is the group's learning rate when it was added.
 
 ``"l2"`` is not decoupled: the rule sees the gradient plus ``weight_decay * p``, and a rule that uses the loss sees it
-plus ``weight_decay`` times the sum of all squared parameters, as Google's wrapper of VeLO does (docs/mathematics.md, "VeLO").
+plus ``weight_decay`` times the sum of all squared parameters, as Google's wrapper of VeLO does (docs/mathematics.md).
 """
 
 

@@ -181,7 +181,8 @@ class Session:
     def is_finite(self) -> bool:
         tensors = [t for p in self.params for t in (p, p.grad, *self.state_of(p).values()) if isinstance(t, Tensor)]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        sane = all(isinstance(lr, (int, float, Tensor)) and 0 <= float(lr) <= SANE_LR for lr in rates)
+        numbers = [lr for lr in rates if isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1)]
+        sane = len(numbers) == len(rates) and all(0 <= float(lr) <= SANE_LR for lr in numbers)
         return sane and all(bool(t.to_dense().double().abs().lt(1e4).all()) for t in tensors if not t.is_complex())
 
     def attempt(self, optimizer: LearnedOptimizer, loss: Any) -> type[BaseException] | None:

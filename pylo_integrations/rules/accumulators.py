@@ -52,7 +52,8 @@ class Decays:
 def decays_from_offsets(initial: Sequence[float], offsets: Tensor) -> Tensor:
     """EMA coefficients that meta-training moved away from ``initial`` by ``offsets``, float64.
 
-    ``1 - beta = (1 - initial) * exp(10 * offset)`` (docs/mathematics.md); ``initial`` is rounded to float32 as the reference's is.
+    ``1 - beta = (1 - initial) * exp(10 * offset)`` (docs/mathematics.md); ``initial`` is rounded to float32 as the
+    reference's is.
     """
     starts = torch.tensor(rounded_to_float32(initial), dtype=torch.float64, device=offsets.device)
     return 1 - (1 - starts) * torch.exp(10 * offsets.double())

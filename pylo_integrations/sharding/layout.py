@@ -76,8 +76,8 @@ class Box:
 class TensorLayout:
     """Roles of the axes of a whole (unsharded) parameter; the same on every rank.
 
-    A 0-d parameter is described as shape ``(1,)`` (docs/mathematics.md). What this process holds of it is another matter, see
-    :class:`~pylo_integrations.sharding.pieces.Held`.
+    A 0-d parameter is described as shape ``(1,)`` (docs/mathematics.md). What this process holds of it is another
+    matter, see :class:`~pylo_integrations.sharding.pieces.Held`.
 
     Attributes:
         shape: Shape of the whole tensor.
