@@ -110,8 +110,11 @@ def test_frameworks_are_imported_in_their_adapter_only():
             assert allowed is None or unit(name) in allowed, f"{name} imports {target}"
 
 
+LARGEST_IMPORT = 120
+"""Modules that importing the package may bring in, its own among them."""
+
 PROBE = """
-import json, logging, random, sys, time, warnings
+import json, logging, random, sys, warnings
 import torch
 before = set(sys.modules)
 state = lambda: [
@@ -120,32 +123,22 @@ state = lambda: [
     torch.are_deterministic_algorithms_enabled(),
 ]
 old = state()
-start = time.perf_counter()
 warnings_seen = []
 warnings.showwarning = lambda *a, **k: warnings_seen.append(str(a[0]))
 import pylo_integrations
-seconds = time.perf_counter() - start
 assert state() == old, "global state changed"
 assert not warnings_seen, warnings_seen
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({"seconds": seconds, "new": sorted(new)}))
+print(json.dumps({"modules": len(set(sys.modules) - before), "new": sorted(new)}))
 """
 
 
-@pytest.fixture(scope="module")
-def probe():
-    def run():
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "" and done.stdout.count("\n") == 1, "the import printed something"
-        return json.loads(done.stdout)
-
-    run()  # the first import after a change compiles bytecode
-    return [run() for _ in range(3)]
-
-
-def test_import_is_light(probe):
-    third_party = set(probe[0]["new"]) - set(sys.stdlib_module_names)
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and done.stdout.count("\n") == 1, "the import printed something"
+    probe = json.loads(done.stdout)
+    third_party = set(probe["new"]) - set(sys.stdlib_module_names)
     assert {name for name in third_party if not name.startswith("_")} <= {PACKAGE, "safetensors", "huggingface_hub"}
-    # A bound on what gets imported rather than a benchmark: the best of three is about a tenth of it.
-    assert min(run["seconds"] for run in probe) < 0.3
+    # Not seconds, which are other processes' too.
+    assert probe["modules"] < LARGEST_IMPORT
