@@ -254,3 +254,13 @@ def test_defaults_of_torch_are_not_ours(name, backend):
         torch.set_default_dtype(torch.float32)
     for mine, one, other in zip(plain, on_meta, in_double, strict=True):
         assert mine.dtype == one.dtype == other.dtype and torch.equal(mine, one) and torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("weights", ["builtin:small_fc_bootstrap", "builtin:mulo", "builtin:celo", "builtin:celo2"])
+def test_a_default_device_does_not_reach_the_weights(weights):
+    from pylo_integrations.weights.sources import load_theta
+
+    plain = load_theta(weights, "")
+    with torch.device("meta"):
+        on_meta = load_theta(weights, "")
+    assert on_meta == plain and all(array.device.type == "cpu" for array in on_meta.arrays.values())

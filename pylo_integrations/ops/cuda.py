@@ -81,7 +81,7 @@ class _Plan:
     def _copy(self, data: bytes) -> None:
         locked = self._steps.device.type == "cuda"
         # Torch gives this memory to somebody else only when the copy is done, and keeps it for the next step.
-        host = torch.empty(len(data), dtype=torch.uint8, pin_memory=locked)
+        host = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=locked)
         host.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         self._steps.view(-1).copy_(host, non_blocking=locked)
 
@@ -126,7 +126,7 @@ class CudaLibrary:
         plan_bytes, workspace_bytes = ctypes.c_int64(), ctypes.c_int64()
         sizes = ctypes.byref(plan_bytes), ctypes.byref(workspace_bytes)
         self._raise_for(self._dll.pylo_cuda_check(ctypes.byref(call), *sizes))
-        host = torch.empty(plan_bytes.value, dtype=torch.uint8)
+        host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu")
         address = ctypes.c_void_p(host.data_ptr())
         self._raise_for(self._dll.pylo_cuda_plan(ctypes.byref(call), address, plan_bytes))
         call.plan = _Plan(host, call.count, workspace_bytes.value, self.device)

@@ -88,7 +88,7 @@ def _rule_struct(rule: NativeRule, names: Sequence[str]) -> RuleStruct:
     constants = rule.constants(torch.device("cpu"), torch.float32)
     struct = RuleStruct(grad_clip=CLIP, grad_limit=LARGEST_GRADIENT)
     for kind in ("momentum", "factored"):
-        weights = constants.get(f"{kind}_weight", torch.empty(0))
+        weights = constants.get(f"{kind}_weight", torch.empty(0, device="cpu"))
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
     rms = constants["rms_weight"]

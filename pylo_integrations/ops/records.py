@@ -213,7 +213,7 @@ class Table:
         self.tensors = np.zeros(count, TENSOR)
         self.steps = np.zeros(count, STEP)
         self.grad_squares = torch.zeros(count, dtype=torch.float64, device=library.device)
-        self._workspace = torch.empty(0, dtype=torch.float64)
+        self._workspace = torch.empty(0, dtype=torch.float64, device="cpu")
         self.call = CallStruct(
             abi_version=ABI_VERSION,
             size=ctypes.sizeof(CallStruct),
@@ -257,7 +257,7 @@ class Table:
             NativeError: It refuses them.
         """
         self.call.token, size = self._library.check(self.call)
-        self._workspace = torch.empty(size // 8 + 8, dtype=torch.float64)
+        self._workspace = torch.empty(size // 8 + 8, dtype=torch.float64, device="cpu")
         self.call.workspace = -(-self._workspace.data_ptr() // 64) * 64
         self.call.workspace_bytes = size
 

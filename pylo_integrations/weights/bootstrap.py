@@ -21,18 +21,19 @@ def bootstrap() -> Theta:
     published networks, so time and memory are theirs too.
     """
     source = channel_count(SmallFC.features[: SmallFC.features.index("momentum_over_rms")])
-    arrays = {
-        "nn/~/w0": torch.zeros(channel_count(SmallFC.features) + len(TIME_SCALES), HIDDEN),
-        "nn/~/w1": torch.zeros(HIDDEN, HIDDEN),
-        "nn/~/w2": torch.zeros(HIDDEN, 2),
-        "nn/~/b0": torch.zeros(HIDDEN),
-        "nn/~/b1": torch.zeros(HIDDEN),
-        "nn/~/b2": torch.zeros(2),
-    }
-    signs = torch.tensor([1.0, -1.0])
-    arrays["nn/~/w0"][source, :2] = signs
-    arrays["nn/~/w1"][:2, :2] = torch.eye(2)
-    arrays["nn/~/w2"][:2, 0] = GAIN * signs
+    with torch.device("cpu"):  # whatever the default device is
+        arrays = {
+            "nn/~/w0": torch.zeros(channel_count(SmallFC.features) + len(TIME_SCALES), HIDDEN),
+            "nn/~/w1": torch.zeros(HIDDEN, HIDDEN),
+            "nn/~/w2": torch.zeros(HIDDEN, 2),
+            "nn/~/b0": torch.zeros(HIDDEN),
+            "nn/~/b1": torch.zeros(HIDDEN),
+            "nn/~/b2": torch.zeros(2),
+        }
+        signs = torch.tensor([1.0, -1.0])
+        arrays["nn/~/w0"][source, :2] = signs
+        arrays["nn/~/w1"][:2, :2] = torch.eye(2)
+        arrays["nn/~/w2"][:2, 0] = GAIN * signs
     return Theta(
         "small_fc",
         arrays,
