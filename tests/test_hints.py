@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 from pylo_integrations import Theta, get_optimizer_info, list_optimizers, mup_param_groups
 
-pytestmark = [pytest.mark.usefixtures("small_thetas"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("small_thetas"), pytest.mark.timeout(300)]
 
 WANT_SCHEDULES = {"celo2", "celo2_base", "elo", "elo_celo2"}
 
