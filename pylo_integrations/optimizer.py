@@ -313,6 +313,8 @@ class LearnedOptimizer(Optimizer):
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
             TypeError: A gradient is sparse or complex.
+            StateError: A parameter, its gradient and its state do not fit each other: other code changed the shape of
+                one of them, say. A state of another floating type is cast.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
 
