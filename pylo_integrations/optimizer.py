@@ -390,6 +390,8 @@ class LearnedOptimizer(Optimizer):
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
             ValueError: An option of a parameter group, or of this optimizer, is not in range any more.
+            StateError: A parameter, its gradient and its state do not fit each other: other code changed the shape of
+                one of them, say. A state of another floating type is cast.
             TypeError: A gradient is sparse, or not of real floating point; the loss is not a number.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.

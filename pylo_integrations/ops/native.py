@@ -321,7 +321,7 @@ class NativeStages:
             layer.table.check()
         self._memory = self._read_memory(self._written)
         if self._sharded:
-            self._written += map(local_part, self._written)
+            self._written += list(map(local_part, self._written))  # wrappers and what they wrap count by themselves
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: Memory | None = None  # which the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
