@@ -4,18 +4,23 @@
 the loss in every mode. :func:`attach` does it for loops that call a bare ``optimizer.step()``, and under gradient
 accumulation, where the loss of a step is spread over micro-batches.
 
+:func:`prepare_scheduler` has a schedule step once with every optimizer step, on however many processes.
+
 DDP, FSDP1 with ``fsdp_use_orig_params: true`` and FSDP2 are supported; DeepSpeed and Megatron-LM hide whole tensors.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sized
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.scheduler import AcceleratedScheduler  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from pylo_integrations.attach import Attachment, observe_before_backward, require_learned
@@ -32,7 +37,9 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
         accelerator: With one optimizer, else its ``backward`` raises RuntimeError. With several, e.g. in a GAN, call
             ``optimizer.step(lambda: loss)`` instead.
         optimizer: Before or after ``accelerator.prepare``; with FSDP1, after the model was prepared.
-        num_steps: The horizon, i.e. the optimizer steps of the whole run; see :func:`count_steps`.
+        num_steps: The horizon, i.e. the optimizer steps of the whole run; see :func:`count_steps`. A prepared scheduler
+            of exactly that length, which Accelerate would step once for every process, is stepped once, with a
+            RuntimeWarning; :func:`prepare_scheduler` is the way to say so.
 
     Returns:
         A handle with ``remove()``, which is a context manager as well.
@@ -50,6 +57,8 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
             "one device, DDP or FSDP"
         )
     learned.bind_model(nn.ModuleList(accelerator._models))
+    if num_steps is not None:
+        _mend_schedules(accelerator, num_steps)
 
     def observe(loss: Tensor) -> None:
         if (count := len(accelerator._optimizers)) > 1:
@@ -82,6 +91,52 @@ def count_steps(accelerator: Accelerator, dataloader: Sized, epochs: int = 1) ->
     if accelerator.gradient_state.sync_with_dataloader:
         return math.ceil(len(dataloader) / accumulation) * epochs
     return len(dataloader) * epochs // accumulation
+
+
+def prepare_scheduler(accelerator: Accelerator, scheduler: LRScheduler) -> AcceleratedScheduler:
+    """``accelerator.prepare(scheduler)``, but for a scheduler that counts optimizer steps.
+
+    Accelerate steps a scheduler once *for every process* with each optimizer step, so one as long as the run is over
+    after a part of it, and may rise again. This one steps once, so every scheduler gives the learning rates that it
+    gives on one process. In all else it is as Accelerate's: it waits for gradients to accumulate, does not step after
+    the ``GradScaler`` skipped a step, and is saved with ``accelerator.save_state``.
+
+    Args:
+        accelerator: After it prepared the optimizer.
+        scheduler: Any of torch, made for the number of optimizer steps, see :func:`count_steps`; prepared ones too.
+
+    Raises:
+        TypeError: ``accelerator`` does not prepare such a scheduler.
+    """
+    prepared = accelerator.prepare(scheduler)
+    if not isinstance(prepared, AcceleratedScheduler):
+        raise TypeError(f"scheduler must be one of torch.optim.lr_scheduler, not {type(scheduler).__name__}")
+    prepared.split_batches = True  # Accelerate's way to say that the number of processes does not matter
+    return prepared
+
+
+def _mend_schedules(accelerator: Accelerator, num_steps: int) -> None:
+    """Have schedulers that are as long as the run step as often as the optimizer does."""
+    for prepared in accelerator._schedulers:
+        is_multiplied = prepared.step_with_optimizer and not prepared.split_batches and accelerator.num_processes > 1
+        if is_multiplied and _length(prepared.scheduler) == num_steps:
+            prepared.split_batches = True
+            warnings.warn(
+                f"the prepared {type(prepared.scheduler).__name__} has the {num_steps} steps of the run, but would "
+                "step once for every process with each optimizer step. That was changed to once; to say so, prepare "
+                "it with pylo_integrations.accelerate.prepare_scheduler(accelerator, scheduler)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _length(scheduler: Any) -> int | None:
+    """How many steps a scheduler is for, where it tells."""
+    of_torch = (getattr(scheduler, name, None) for name in ("total_steps", "T_max", "total_iters"))
+    of_transformers = (
+        getattr(lr, "keywords", {}).get("num_training_steps") for lr in getattr(scheduler, "lr_lambdas", ())
+    )
+    return next((length for length in (*of_torch, *of_transformers) if length is not None), None)
 
 
 def log_telemetry(accelerator: Accelerator, optimizer: Optimizer, step: int | None = None) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -34,6 +35,7 @@ import pylo_integrations
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizers import ThetaOptimizer
+from pylo_integrations.paths import check_destination
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
 from pylo_integrations.sharding.pieces import local_part
@@ -47,6 +49,7 @@ BASELINES: Mapping[str, dict[str, Any]] = {"adamw_fused": {"fused": True}, "adam
 
 # No float16: torch's AdamW divides by zero in it, its epsilon being below the smallest float16.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MOST_THREADS = 1024
 SAMPLE_SECONDS = 0.05
 """A sample repeats steps for about this long, so that the clock's resolution does not matter."""
 
@@ -148,9 +151,9 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
 vectors, ``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours) are there to be
 simulated."""
 
-DEFAULTS = {
+DEFAULTS: Mapping[str, Any] = {
     "shapes": ("vit_ti", "vit_b16", "gpt2"),
-    "optimizers": ("small_fc_lopt",),
+    "optimizers": ("celo2", "celo", "small_fc_lopt"),
     "threads": (torch.get_num_threads(),),
     "repeats": 5,
     "dtype": "float32",
@@ -209,9 +212,8 @@ def make_contender(
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
         **options: Of learned optimizers.
     """
-    lr = 1e-4
     if name in BASELINES:
-        baseline = AdamW([param for param, _ in parameters], lr=lr, **BASELINES[name])
+        baseline = AdamW([param for param, _ in parameters], lr=1e-4, **BASELINES[name])
         return baseline, baseline.step
     name, _, backend = name.partition(":")
     spec = get_optimizer_info(name)
@@ -223,7 +225,8 @@ def make_contender(
     chosen = cast(Backend, backend or "auto")
     # Published weights may not be at hand, and no step's cost depends on their values.
     weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
-    optimizer = create_optimizer(groups, name, lr=lr, num_steps=num_steps, backend=chosen, weights=weights, **options)
+    small = spec.lr / 10  # so that parameters stay as they are
+    optimizer = create_optimizer(groups, name, small, num_steps=num_steps, backend=chosen, weights=weights, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)
 
@@ -434,12 +437,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers",
         type=names_of("optimizer", _contenders),
-        help="comma-separated catalogue names, with :reference, :native or :compile for one backend "
-        "(default: small_fc_lopt); AdamW always runs beside them",
+        help="comma-separated catalogue names, with :reference, :native or :compile for one backend (default: "
+        f"{','.join(DEFAULTS['optimizers'])}; with --distributed small_fc_lopt); AdamW always runs beside them",
     )
     parser.add_argument(
         "--threads",
-        type=counts,
+        type=thread_counts,
         help=f"comma-separated CPU thread counts (default: {torch.get_num_threads()}), each in its own process",
     )
     parser.add_argument("--repeats", type=positive, help="rounds (default: 5)")
@@ -523,11 +526,25 @@ def names_of(kind: str, known: Callable[[], list[str]]) -> Callable[[str], list[
     return parse
 
 
-def positive(text: str) -> int:
-    """Parse a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def plain(doc: str | None) -> str:
+    """A docstring for a terminal, without markup."""
+    return re.sub(r"(:\w+:)?(``?)~?(.*?)\2", r"\3", doc or "")
+
+
+def at_most(most: int) -> Callable[[str], int]:
+    """Parser of a positive integer that has an upper bound."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > 20 or not 1 <= int(text) <= most:
+            bound = f" up to {most}" if text.isdecimal() and text.strip("0") else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a positive integer{bound}")
+        return int(text)
+
+    return parse
+
+
+positive = at_most(2**31 - 1)
+"""Parse a positive integer."""
 
 
 def natural(text: str) -> int:
@@ -535,9 +552,14 @@ def natural(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def counts(text: str) -> list[int]:
+def counts(text: str, most: int = 2**31 - 1) -> list[int]:
     """Parse comma-separated positive integers."""
-    return list(dict.fromkeys(positive(count) for count in text.split(",")))
+    return list(dict.fromkeys(map(at_most(most), text.split(","))))
+
+
+def thread_counts(text: str) -> list[int]:
+    """Parse comma-separated numbers of threads."""
+    return counts(text, MOST_THREADS)
 
 
 def _device(text: str) -> str:
@@ -551,8 +573,9 @@ def _device(text: str) -> str:
 
 
 def new_file(text: str) -> Path:
-    """Parse the path of a file to write; its folder exists."""
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"folder {str(path.parent)!r} does not exist")
-    return path
+    """Parse the path of a file that can be written; measuring takes long."""
+    try:
+        check_destination(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)

@@ -462,7 +462,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``pylo bench`` that are about many ranks."""
-    group = parser.add_argument_group("where many ranks train together", description=__doc__)
+    group = parser.add_argument_group("where many ranks train together", description=bench.plain(__doc__))
     group.add_argument("--distributed", nargs="?", const="measure", choices=MODES, help="by default measure")
     group.add_argument(
         "--strategies",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch.optim
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
@@ -54,6 +55,11 @@ class OptimizerSpec:
     def needs_horizon(self) -> bool:
         """Whether the optimizer needs ``num_steps``."""
         return self.cls.rule_type.needs_horizon
+
+    @property
+    def wants_schedule(self) -> bool:
+        """Whether a run ends well only under a learning rate that falls to zero, which the caller has to bring."""
+        return self.cls.wants_schedule
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -105,9 +111,28 @@ def get_optimizer_info(name: str) -> OptimizerSpec:
     try:
         return _CATALOG[name]
     except (KeyError, TypeError):
-        near = difflib.get_close_matches(str(name), _CATALOG, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {list_optimizers()}"
-        raise ValueError(f"unknown learned optimizer {name!r}; {hint}") from None
+        raise ValueError(f"unknown learned optimizer {name!r}; {_advise(str(name))}") from None
+
+
+_DESIGNED = {
+    name.lower(): f"torch.optim.{name}"
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and cls is not torch.optim.Optimizer
+}
+_DESIGNED.setdefault("muon", "Muon")  # torch has it from 2.9, and it is spelt almost like mulo
+
+
+def _advise(name: str) -> str:
+    """What whoever asked for a name that is not in the catalogue may have meant."""
+    if not (near := difflib.get_close_matches(name.lower(), _CATALOG, n=3, cutoff=0.8)):
+        words = (word.rstrip("0123456789") for word in name.lower().replace("-", "_").split("_"))
+        if home := next((_DESIGNED[word] for word in words if word in _DESIGNED), None):
+            return (
+                f"it is no learned one: use {home} where any optimizer can stand (configure_optimizers() of a module, "
+                f"TrainingArguments(optim=...), a plain loop); learned ones are {list_optimizers()}"
+            )
+        near = difflib.get_close_matches(name.lower(), _CATALOG, n=3, cutoff=0.7)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {list_optimizers()}"
 
 
 def register_optimizer(spec: OptimizerSpec) -> None:
@@ -150,8 +175,9 @@ def create_optimizer(
         model_or_params: A model, grouped by :func:`~pylo_integrations.param_groups` and bound
             (:meth:`LearnedOptimizer.bind_model`); or parameters; or groups.
         name: One of :func:`list_optimizers`.
-        lr: Factor on the whole update; by default that of the entry.
-        weight_decay: Decoupled weight decay; by default that of the entry: 0, but for ``elo_celo2`` 0.1.
+        lr: Factor on the whole update; by default that of the entry. More than 10 times off is warned of.
+        weight_decay: As in AdamW's recipes, 0.01 to 0.1, see :data:`~pylo_integrations.decay.DecayPolicy`; by default
+            that of the entry: 0, but for ``elo_celo2`` 0.1.
         weights: Theta, see :data:`~pylo_integrations.weights.Weights`; by default that of the entry.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         num_steps: The horizon: optimizer steps of the whole run.

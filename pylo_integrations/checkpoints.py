@@ -1,23 +1,33 @@
 """State dicts: the forms that state takes in checkpoints, and whether a state dict fits an optimizer.
 
-The form is torch's, with what is global to the run as a string of bytes in the first parameter group: that is what
-every checkpoint path of torch, FSDP and the frameworks hands back unchanged. Reading checks everything before anything
-is changed.
+The form is torch's. What is global to the run is in it twice, since every path of a checkpoint drops something:
+
+* as a string of bytes in the first parameter group, which torch, FSDP and the frameworks hand back unchanged;
+* as tensors among the states of every parameter, as other optimizers keep ``step``: they go where states go, also where
+  tensors are loaded in place, or handed to an optimizer without its knowledge.
+
+What other code keeps among the states of a parameter travels untouched. Reading checks everything before anything is
+changed.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from pylo_integrations import sealed
 from pylo_integrations.options import OPTIONS, check_group
-from pylo_integrations.progress import Progress
+from pylo_integrations.progress import COUNTS, Progress, flaw_of
+from pylo_integrations.rules.accumulators import SECOND_MOMENTS
+from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.pieces import Held, local_part
 from pylo_integrations.sharding.wholes import gather_whole
@@ -28,7 +38,12 @@ PROGRESS = "progress"
 SMALL = "tensor_state"
 """Key, in the first parameter group, of statistics of FSDP1's slices that are not shaped like them."""
 
-States = Mapping[int, Mapping[str, Tensor]]
+RUN = "run_"
+"""Prefix of what is global to the run, among the states of a parameter."""
+
+ITERATION = f"{RUN}iteration"
+
+States = Mapping[int, Mapping[str, Any]]
 """States by the number of their parameter."""
 
 
@@ -69,7 +84,7 @@ class Checkpoint:
         theta: Which weights it was written with, if that is known.
     """
 
-    states: dict[int, dict[str, Tensor]]
+    states: dict[int, dict[str, Any]]
     progress: Progress | None
     theta: str | None
 
@@ -92,26 +107,56 @@ class _Shares(dict[int, Any]):
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def pack_states(states: States, members: Sequence[Member]) -> tuple[dict[int, Any], bytes | None]:
+def run_tensors(progress: Progress) -> dict[str, Tensor]:
+    """What is global to the run, as states. Loading into them in place is loading; but a horizon that is set stays."""
+    counts = dict(progress.counts)
+    if progress.num_steps is not None:
+        counts["num_steps"] = counts["num_steps"].clone()
+    return {f"{RUN}{name}": value for name, value in {**counts, **progress.memory}.items()}
+
+
+def pack_states(
+    states: Mapping[Any, Any], members: Sequence[Member], progress: Progress, *, is_whole: bool
+) -> tuple[dict[Any, Any], bytes | None]:
     """States in the form that checkpoint paths carry, and, of FSDP1's slices, what has to travel apart.
 
     FSDP takes every tensor in the state of a slice to be shaped like it, so row and column statistics are serialised.
+
+    Args:
+        states: By the number of their parameter; what has other keys is left as it is.
+        members: Of the optimizer.
+        progress: Of the run.
+        is_whole: Whether states are whole where ranks share the steps.
     """
-    packed: dict[int, Any] = dict(states)
-    slices = {index: member for index, member in enumerate(members) if member.is_slice and index in states}
+    run = run_tensors(progress)
+    packed = {index: {**own, **run} if index in range(len(members)) else own for index, own in states.items()}
+    slices = {index: member for index, member in enumerate(members) if member.is_slice and index in packed}
     small: dict[str, Tensor] = {}
     # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
     like_param = {key: None for member in slices.values() for key, shape in member.shapes.items() if shape is None}
     for index, member in slices.items():
         own, param = states[index], member.param
-        small |= {f"{member.name}/{key}": own[key].cpu() for key, shape in member.shapes.items() if shape is not None}
+        small |= {f"{member.name}/{key}": own[key] for key, shape in member.shapes.items() if shape is not None}
         packed[index] = {
             key: own[key] if key in own else torch.zeros(param.shape, dtype=member.dtype, device=param.device)
             for key in like_param
         }
-    if any(members[index].held.share is not None for index in states if index in range(len(members))):
+    if lost := foreign_names([states[index] for index in slices], [members[index] for index in slices]):
+        warnings.warn(
+            f"FSDP1 cannot save what other code keeps among the states of a parameter: {lost} are left out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    shared = (members[index].held.share is not None for index in packed if index in range(len(members)))
+    if not is_whole and any(shared):
         packed = _Shares(packed)
-    return packed, safetensors.torch.save(small) if slices else None
+    return packed, sealed.to_bytes(SMALL, {}, small) if slices else None
+
+
+def foreign_names(states: Sequence[Mapping[str, Any]], members: Sequence[Member]) -> list[str]:
+    """Names of entries that are not the rule's, but kept among its states by other code."""
+    pairs = zip(states, members, strict=True)
+    return sorted({str(name) for own, member in pairs for name in own if name not in member.shapes})
 
 
 def whole_states(
@@ -122,6 +167,8 @@ def whole_states(
     device: torch.device | str | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """States as one device would have them, copied. All ranks have to run through it together.
+
+    What other code keeps among them is left out.
 
     Args:
         states: Of this rank.
@@ -142,7 +189,7 @@ def whole_states(
     ]
     gathered = gather_whole(divided, holdings.ranks, to)
     for index, member in known:
-        whole = dict(states[index])
+        whole = {name: states[index][name] for name in member.shapes}
         if member.held.parts > 1 and names[index]:
             whole |= dict(zip(names[index], next(gathered), strict=False))
         if to in (None, holdings.ranks.rank):
@@ -152,13 +199,33 @@ def whole_states(
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+def check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless this is a state dict that an optimizer with our options wrote."""
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, (list, tuple)) or not isinstance(state, Mapping):
+        raise CheckpointError("it is no state dict of an optimizer, which has a dict 'state' and a list 'param_groups'")
+    for group in groups:
+        indices = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(indices, (list, tuple)) or not all(isinstance(index, (int, str)) for index in indices):
+            raise CheckpointError("its 'param_groups' are not dicts with a list of numbers or names, 'params'")
+    indices = [index for index in state if isinstance(index, (int, str))]
+    if wrong := [index for index in indices if not isinstance(state[index], Mapping | None)]:
+        raise CheckpointError(f"the states of parameters {wrong[:10]} are not dicts")
+    if lacking := [option for option in OPTIONS if any(option not in group for group in groups)]:
+        names = sorted({str(name) for own in state.values() if isinstance(own, Mapping) for name in own})
+        raise CheckpointError(
+            f"its groups have no {lacking}, and its states are {names[:10]}: another kind of optimizer wrote it. "
+            "Create the optimizer that wrote it, or start this one without its state"
+        )
+
+
 def check_groups(
     saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], choices: Collection[str]
 ) -> None:
     """Raise CheckpointError unless the groups of a state dict are those of an optimizer, with options it can have.
 
     Args:
-        saved: Groups of the state dict.
+        saved: Groups of the state dict, see :func:`check_form`.
         groups: Of the optimizer.
         choices: As for :func:`~pylo_integrations.options.check_group`.
     """
@@ -170,73 +237,203 @@ def check_groups(
             "from_canonical()"
         )
     for theirs, group in zip(saved, groups, strict=True):
-        if lacking := [option for option in OPTIONS if option not in theirs]:
-            raise CheckpointError(f"its groups have no {lacking}: another kind of optimizer wrote it")
+        for option in ("lr", "weight_decay", "base_lr"):
+            value = theirs.get(option, 0.0)
+            if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
+                raise CheckpointError(f"{option}={value!r:.50} is not a number")
+        if not isinstance(theirs["maximize"], bool):
+            raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
         try:
+            if not (math.isfinite(base_lr := float(theirs.get("base_lr", 0.0))) and base_lr >= 0):
+                raise ValueError(f"base_lr={base_lr} must be a finite number >= 0")
             check_group({**theirs, "params": group["params"]}, choices)
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(str(error)) from error
 
 
 def has_states(state_dict: Mapping[str, Any]) -> bool:
     """Whether a state dict holds the state of any parameter."""
-    return bool(state_dict["state"]) or any(SMALL in group for group in state_dict["param_groups"])
+    states = [own for own in state_dict["state"].values() if isinstance(own, Mapping)]
+    return any(states) or _blob(state_dict["param_groups"], SMALL) is not None
 
 
-def read_state_dict(
-    state_dict: Mapping[str, Any], members: Sequence[Member], holdings: Holdings, rule: str
-) -> Checkpoint:
-    """What a state dict holds for the optimizer of ``members``, checked, copied and cut to what this rank keeps.
+def _blob(groups: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """What groups have under a key of ours, but for an empty string, which only keeps its place."""
+    values = [group[key] for group in groups if key in group]
+    return next((value for value in values if not (value is None or (type(value) is bytes and not value))), None)
+
+
+def split_run(states: Mapping[Any, Any], rule: Rule) -> tuple[dict[Any, dict[str, Any]], dict[Any, Any]]:
+    """What :func:`run_tensors` put among states, where it did, and all else."""
+    known = {f"{RUN}{name}" for name in (*COUNTS, *rule.initial_memory())}
+    knows_all = not _remembers_anything(rule)
+    runs, rest = dict[Any, dict[str, Any]](), dict(states)
+    for index, own in states.items():
+        if isinstance(own, Mapping) and ITERATION in own:
+            mine = {n for n in own if n in known or (not knows_all and str(n).startswith(RUN))}
+            runs[index] = {name: own[name] for name in mine}
+            rest[index] = {name: value for name, value in own.items() if name not in mine}
+    return runs, rest
+
+
+def read_progress(
+    groups: Sequence[Mapping[str, Any]], runs: Mapping[Any, Mapping[str, Any]], rule: Rule
+) -> tuple[Progress | None, str | None]:
+    """What a state dict tells of the run as a whole, in either form; and of which theta it is, if that is known.
 
     Args:
-        state_dict: In torch's form, with as many parameters.
-        members: Of the optimizer; may be left empty if there is no state.
+        groups: Of the state dict.
+        runs: From :func:`split_run`.
+        rule: Of the optimizer.
+
+    Raises:
+        CheckpointError: It is damaged, of another rule, or of several runs.
+    """
+    progress, theta = None, None
+    if (blob := _blob(groups, PROGRESS)) is not None:
+        progress, theta = _read_blob(blob, rule)
+    along = read_run(runs, rule)
+    if along is None or progress is None:
+        return along or progress, theta
+    if along.iteration == progress.iteration:
+        progress.memory = along.memory | progress.memory
+        return progress, theta
+    # Whoever takes the groups, or the states, from a new optimizer, leaves one of the two at the beginning.
+    if progress.iteration == 0:
+        return along, None
+    if along.iteration == 0:
+        return progress, theta
+    raise CheckpointError(
+        f"its groups are of iteration {progress.iteration}, its states of {along.iteration}: take both from one run"
+    )
+
+
+def read_run(runs: Mapping[Any, Mapping[str, Any]], rule: Rule) -> Progress | None:
+    """The progress that :func:`split_run` found, copied; None if there is none.
+
+    Raises:
+        CheckpointError: It is damaged, or that of several runs.
+    """
+    if not runs:
+        return None
+    first, run = next(iter(runs.items()))
+    for index, other in runs.items():
+        if not (run.keys() == other.keys() and all(_is_same(value, other[name]) for name, value in run.items())):
+            raise CheckpointError(
+                f"the states of parameters {first} and {index} are of different runs, or of different times of one, "
+                f"iteration {run[ITERATION]} and {other[ITERATION]}: load those of one checkpoint"
+            )
+    try:
+        counts = {name: _number(run[f"{RUN}{name}"]) for name in COUNTS}
+        rest = {name.removeprefix(RUN): value for name, value in run.items()}
+        memory = {name: value for name, value in rest.items() if name not in COUNTS}
+        progress = Progress.from_record({**counts, "num_steps": counts["num_steps"] or None}, memory)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"what the state of parameter {first} says of the run is damaged: {error}") from error
+    _check_memory(progress, rule)
+    return progress
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one.cpu(), other.cpu())
+    return type(one) is type(other) and bool(one == other)
+
+
+def _number(value: Any) -> Any:
+    is_number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+    return value.item() if is_number else value
+
+
+def _remembers_anything(rule: Rule) -> bool:
+    """Whether a rule may have a memory that it does not declare: one that sees losses, made by its first step."""
+    return rule.needs_loss and not rule.initial_memory()
+
+
+def _check_memory(progress: Progress, rule: Rule) -> None:
+    found = {name: tuple(value.shape) for name, value in progress.memory.items()}
+    expected = {name: tuple(value.shape) for name, value in rule.initial_memory().items()}
+    if _remembers_anything(rule) or (not found and progress.iteration == 0):
+        return
+    if found != expected:
+        raise CheckpointError(
+            f"the memory of the run is {found}, expected {expected}: it is damaged, or of other weights of the rule"
+        )
+
+
+def read_states(
+    groups: Sequence[Mapping[str, Any]],
+    saved: Mapping[Any, Mapping[str, Any]],
+    members: Sequence[Member],
+    holdings: Holdings,
+    progress: Progress | None,
+) -> dict[int, dict[str, Any]]:
+    """The states in a state dict for ``members``, by number, checked, copied and cut to what this rank keeps.
+
+    Args:
+        groups: Of the state dict, with as many parameters.
+        saved: Its states, but for what :func:`split_run` found.
+        members: Of the optimizer.
         holdings: What is here of their parameters.
-        rule: Class of the optimizer's rule.
+        progress: What the state dict tells of the run.
 
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
-    groups = state_dict["param_groups"]
-    progress, theta = None, None
-    if blob := next((group[PROGRESS] for group in groups if group.get(PROGRESS)), None):
-        progress, theta = _read_progress(blob, rule)
-    small = _read_small(next((group[SMALL] for group in groups if SMALL in group), None), members)
-    is_of_slices = any(SMALL in group for group in groups)
-    states = {}
-    indices = [index for group in groups for index in group["params"]] if members else []
+    blob = _blob(groups, SMALL)
+    small = {} if blob is None else _read_small(blob, members)
+    states: dict[int, dict[str, Any]] = {}
+    indices = [index for group in groups for index in group["params"]]
+    has_stepped = progress is None or progress.iteration > 0
     for number, (index, member) in enumerate(zip(indices, members, strict=True)):
-        tensors = {**state_dict["state"].get(index, {}), **small.get(number, {})}
-        if is_of_slices:
-            tensors = {name: value for name, value in tensors.items() if name in member.shapes}
-        if tensors and not member.held.numel:  # FSDP1 drops the state of what is not here
+        found = {**(saved.get(index) or {}), **small.get(number, {})}
+        own = {name: value for name, value in found.items() if name in member.shapes}
+        others = {} if blob is not None else {name: value for name, value in found.items() if name not in member.shapes}
+        if own and not member.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
-            tensors = (absent if member.is_slice else {}) | tensors
-        if tensors:
-            states[number] = _fit(tensors, index, member, holdings)
-    return Checkpoint(states, progress, theta)
+            own = (absent if member.is_slice else {}) | own
+        # Other code may have come first; but once a step was taken, what is trained has the rule's state.
+        if own or (others and has_stepped and member.shapes and member.param.requires_grad):
+            states[number] = _fit(own, others, index, member, holdings)
+        if others:
+            states[number] = {**states.get(number, {}), **_copied(others, member.param.device)}
+    return states
 
 
-def _read_progress(blob: bytes, rule: str) -> tuple[Progress, str | None]:
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy of what other code keeps among states: tensors are brought to a device, but keep their type."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device if value.dim() else value.device, copy=True)
+    if type(value) is dict:
+        return {key: _copied(inner, device) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(inner, device) for inner in value)
+    return copy.deepcopy(value)
+
+
+def _read_blob(blob: bytes, rule: Rule) -> tuple[Progress, str | None]:
     try:
         progress, origin = Progress.from_bytes(blob)
     except ValueError as error:
         raise CheckpointError(f"{error}: the checkpoint is damaged or was not written by this package") from error
-    written = origin.get("rule")  # not in the first checkpoints
-    if written not in (None, rule):
+    written, name = origin.get("rule"), type(rule).__name__  # not in the first checkpoints
+    if written not in (None, name):
         raise CheckpointError(
-            f"it was written by an optimizer with the rule {written}, and this one has {rule}: create the optimizer "
+            f"it was written by an optimizer with the rule {written}, and this one has {name}: create the optimizer "
             "that wrote it, or start this one without its state"
         )
+    _check_memory(progress, rule)
     return progress, origin.get("theta")
 
 
-def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
+def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
     """Row and column statistics that were saved apart, see :func:`pack_states`."""
-    if blob is None:
-        return {}
+    try:
+        _, tensors = sealed.from_bytes(SMALL, blob)
+    except ValueError as error:
+        raise CheckpointError(f"its row and column statistics cannot be read ({error})") from error
     by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in safetensors.torch.load(blob).items():
+    for key, tensor in tensors.items():
         owner, _, name = key.rpartition("/")
         by_name.setdefault(owner, {})[name] = tensor
     names = [member.name for member in members]
@@ -248,18 +445,30 @@ def _read_small(blob: bytes | None, members: Sequence[Member]) -> dict[int, dict
     return {number: by_name[name] for number, name in enumerate(names) if name in by_name}
 
 
-def _fit(tensors: Mapping[str, Any], index: Any, member: Member, holdings: Holdings) -> dict[str, Tensor]:
-    """Saved states of a parameter as this rank keeps them, copied."""
+def _fit(
+    tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, member: Member, holdings: Holdings
+) -> dict[str, Tensor]:
+    """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
     param, held = member.param, member.held
     admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
     if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
         expected = {name: choices[-1] for name, choices in admitted.items()}
         named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
+        besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
-            f"{named} of shape {member.shape} has state {found}, expected {expected}. Was it written by another "
-            "optimizer, or for a model with other shapes or parameter order?"
+            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
+            "another optimizer, or for a model with other shapes or parameter order?"
         )
+    for name, value in tensors.items():
+        flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)
+        if flaw is None and name in SECOND_MOMENTS and (local_part(value) < 0).any():
+            flaw = "is an average of squares and holds negative values"
+        if flaw:
+            raise CheckpointError(
+                f"state {name} of parameter {index} {flaw}: the checkpoint is damaged, or of a run that went wrong; "
+                "load an earlier one"
+            )
     fitted = {}
     for name, shape in member.shapes.items():
         if shape is None:

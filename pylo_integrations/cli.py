@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,24 +29,99 @@ from pylo_integrations import bench, bench_distributed, bench_figures, plot
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.ops.select import native_report
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.weights import Theta, builtin_names, load_theta
+from pylo_integrations.options import OPTIONS
+from pylo_integrations.paths import check_file
+from pylo_integrations.weights import builtin_names, load_theta
 from pylo_integrations.weights.convert import OPTIMIZERS, convert
 from pylo_integrations.weights.hub import PUBLISHED
 
 DISTRIBUTION = "pylo-integrations"
 USER_EXTRAS = ("hf", "lightning", "accelerate", "recipes")
+_LONGEST_LINE = 2000
+_LONGEST_VALUE = 60  # of an entry of theta's record, in what people read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``pylo``; returns the exit code: 0 for success, 1 if ``doctor`` found a defect, 2 for misuse."""
-    args = _make_parser().parse_args(argv)
-    code: int = args.run(args)
-    return code
+    """Run ``pylo``.
+
+    What the machine or a user's files are to blame for ends the program with one line on stderr; a traceback is a
+    defect of this package.
+
+    Returns:
+        The exit code: 0 for success, 1 if ``doctor`` found a defect or a measurement failed, 2 for misuse and whatever
+        else could not be done, 130 if interrupted, 141 if nobody reads the output any more.
+    """
+    parser = _make_parser()
+    try:
+        with _writing_to_stdout():
+            args = parser.parse_args(argv)
+            parser = args.parser
+            code: int = args.run(args)
+            return code
+    except _OutputClosed as closed:
+        if isinstance(closed.__cause__, BrokenPipeError):  # as of `pylo list | head`, which is nothing to report
+            return 141
+        parser.error(f"cannot write to stdout: {closed}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (explanation := _explain(error)) is None:
+            raise
+        parser.error(explanation)
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user can do something about; None for a defect of this package."""
+    if isinstance(error, BrokenExecutor):
+        return "a process that this one had started was killed, perhaps for want of memory"
+    # torch's allocator for the CPU raises a bare RuntimeError.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return f"not enough memory: {error}"
+    return str(error) if isinstance(error, (OSError, ValueError)) else None
+
+
+class _OutputClosed(Exception):
+    """Stdout is closed or full."""
+
+
+@contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Raises :class:`_OutputClosed` if what was printed within cannot be written.
+
+    Printing only fills a buffer. The interpreter would flush it when it exits, and print a traceback.
+    """
+    if sys.stdout is None:
+        raise _OutputClosed("it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    try:
+        yield
+    except BrokenPipeError as error:  # where there is no buffer
+        raise _OutputClosed(error.strerror) from error
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            if sys.stdout is sys.__stdout__:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise _OutputClosed(error.strerror) from error
+
+
+def _on_one_line(text: str) -> str:
+    """A message in one line, whatever a file or an argument brought into it."""
+    line = _printable(" ".join(text.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {_on_one_line(message)}\n")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -56,24 +135,30 @@ def _make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="all about one optimizer")
     command.add_argument("spec", type=_spec, metavar="NAME")
-    command.set_defaults(run=_info)
+    command.set_defaults(run=_info, parser=command)
 
     group = commands.add_parser("weights", help="theta: what is published, what a file holds, other people's files")
     actions = group.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("list", help="theta that their authors published")
-    action.set_defaults(run=_weights_list)
+    action = actions.add_parser("list", help="theta in the package, and those that their authors published")
+    action.set_defaults(run=_weights_list, parser=action)
     action = actions.add_parser("info", help="all about one theta")
     action.add_argument("weights", metavar="FILE", help="a file, builtin:<name> or hub:<owner>/<repo>[@revision]")
+    action.add_argument("--json", action="store_true", help="print all of it for programs, not some for people")
     action.set_defaults(run=_weights_info, parser=action)
     action = actions.add_parser("convert", help="make a theta of files in a published layout")
     action.add_argument("sources", nargs="+", metavar="SRC", help="a file, a folder or hub:<owner>/<repo>[@revision]")
     action.add_argument("destination", metavar="DST", type=Path, help="the .safetensors file to write")
-    action.add_argument("--architecture", choices=OPTIMIZERS, help="where the arrays do not tell")
+    action.add_argument(
+        "--architecture",
+        choices=OPTIMIZERS,
+        metavar="NAME",
+        help=f"where the arrays do not tell: {', '.join(OPTIMIZERS)}",
+    )
     action.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     action.set_defaults(run=_weights_convert, parser=action)
 
     command = commands.add_parser("doctor", help="versions, backends, weights, devices: does it work here?")
-    command.set_defaults(run=_doctor)
+    command.set_defaults(run=_doctor, parser=command)
 
     command = commands.add_parser("recipe", help="train a real model on real data")
     command.add_argument("name", choices=sorted(_recipes()), help="followed by the recipe's own options")
@@ -84,7 +169,7 @@ def _make_parser() -> argparse.ArgumentParser:
     command.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(_metatrain_configs())}")
     command.add_argument("--output", type=Path, help="folder of the run; by default runs/metatrain/<CONFIG>")
     command.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if it has one")
-    command.add_argument("--iterations", type=int, metavar="N", help="stop after N more")
+    command.add_argument("--iterations", type=bench.natural, metavar="N", help="stop after N more")
     command.add_argument("--seed", type=int, help="in place of the config's")
     command.add_argument("--device", help="in place of the config's")
     command.add_argument("--threads", type=int, help="in place of the config's")
@@ -104,7 +189,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--tasks", help="comma-separated names of held-out tasks, NAME:WIDTH at another width (default: all)"
     )
     command.add_argument("--steps", type=bench.counts, default=[1000], help="comma-separated horizons (default: 1000)")
-    command.add_argument("--seeds", type=bench.positive, default=3, help="how many (default: %(default)s)")
+    command.add_argument("--seeds", type=bench.at_most(1000), default=3, help="how many (default: %(default)s)")
     command.add_argument(
         "--tuning-seeds",
         type=bench.natural,
@@ -116,12 +201,14 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_evaluate, parser=command)
 
-    command = commands.add_parser("plot", help="a picture of what runs logged", description=plot.__doc__)
+    command = commands.add_parser("plot", help="a picture of what runs logged", description=bench.plain(plot.__doc__))
     command.add_argument("path", type=Path, metavar="RUN", help="folder of one or more runs, or a log file")
     command.add_argument("--output", type=Path, help="picture to write; by default plot.png in the folder")
     command.set_defaults(run=_plot, parser=command)
 
-    command = commands.add_parser("bench", help="time and memory of a step beside AdamW's", description=bench.__doc__)
+    command = commands.add_parser(
+        "bench", help="time and memory of a step beside AdamW's", description=bench.plain(bench.__doc__)
+    )
     bench.add_arguments(command)
     bench_distributed.add_arguments(command)
     bench_figures.add_arguments(command)
@@ -151,22 +238,41 @@ def _spec(name: str) -> OptimizerSpec:
 def _info(args: argparse.Namespace) -> int:
     spec: OptimizerSpec = args.spec
     needs = [need for need, needed in (("the loss", spec.needs_loss), ("num_steps", spec.needs_horizon)) if needed]
-    parameters = inspect.signature(spec.cls).parameters
-    defaults = {name: parameters[name].default for name in spec.options}
-    defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
-    defaults |= spec.defaults
-    _print_table(
-        [
-            ("name", spec.name),
-            ("is", spec.description),
-            ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
-            ("needs", " and ".join(needs) or "gradients only"),
-            *_describe_theta(spec),
-            ("options", ""),
-            *((f"  {name}", repr(default)) for name, default in defaults.items()),
-        ]
-    )
+    rows = [
+        ("name", spec.name),
+        ("is", spec.description),
+        ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
+        ("needs", " and ".join(needs) or "gradients only"),
+    ]
+    if spec.wants_schedule:
+        rows.append(("wants", "a learning rate that falls to zero over the run: give it a scheduler"))
+    rows += _describe_theta(spec)
+    rows.append(("options", f"of create_optimizer(model, {spec.name!r}, ...), with their defaults"))
+    rows += [(f"  {name}", text) for name, text in _describe_options(spec).items()]
+    rows.append(("of a group", ", ".join(OPTIONS)))
+    _print_table(rows)
     return 0
+
+
+def _describe_options(spec: OptimizerSpec) -> dict[str, str]:
+    """Every keyword argument that the optimizer can be created with, and its default."""
+    own, common = inspect.signature(spec.cls).parameters, inspect.signature(create_optimizer).parameters
+    defaults = {name: own[name].default for name in spec.options}
+    # Of these the entry tells, where they are not given.
+    defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
+    defaults |= {"weights": getattr(spec.cls, "default_weights", None)} | dict(spec.defaults)
+    defaults |= {
+        name: option.default
+        for name, option in common.items()
+        if option.kind is option.KEYWORD_ONLY and name not in spec.options
+    }
+    meanings = {"step_mult": "theta's", "exp_mult": "theta's", "max_grad_norm": "no clipping", "weights": "needed"}
+    meanings |= {"num_steps": "needed"} if spec.needs_horizon else {}
+    return {
+        name: f"None ({meanings[name]})" if default is None and name in meanings else repr(default)
+        for name, default in defaults.items()
+        if name in own or name == "telemetry"
+    }
 
 
 def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
@@ -202,27 +308,48 @@ def _on_one_parameter(spec: OptimizerSpec) -> tuple[torch.Tensor, LearnedOptimiz
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Labels and texts in two columns; on a terminal, long texts are wrapped to its width."""
     width = max(len(label) for label, _ in rows)
+    room = shutil.get_terminal_size().columns - width - 2 if sys.stdout.isatty() else 0
     for label, text in rows:
-        print(f"{label:{width}}  {text}".rstrip())
+        lines = textwrap.wrap(_printable(text), room, break_on_hyphens=False) if room > 20 else [_printable(text)]
+        for first, line in zip([label, *[""] * len(lines)], lines or [""], strict=False):
+            print(f"{_printable(first):{width}}  {line}".rstrip())
 
 
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
 def _weights_list(args: argparse.Namespace) -> int:
-    rows = []
+    rows = [("in the package", "")]
+    for name in builtin_names():
+        theta = load_theta(f"builtin:{name}", name)
+        users = [
+            user
+            for user in list_optimizers()
+            if getattr(get_optimizer_info(user).cls, "default_weights", None) == f"builtin:{name}"
+        ]
+        use = f"default of {', '.join(users)}" if users else f"for {theta.name}"
+        rows.append((f"  builtin:{name}", f"{theta.provenance}; {use}"))
+    rows.append(("published by their authors", ""))
     for entry in PUBLISHED:
         repositories = " + ".join(f"hub:{part.name}" for part in entry.repositories)
         use = f"for {entry.optimizer}" if entry.optimizer else "no rule here"
-        rows.append((entry.name, f"{entry.description}; {use}"))
+        rows.append((f"  {entry.name}", f"{entry.description}; {use}"))
         rows.append(("", f"  {repositories} ({entry.repositories[0].filename})"))
     _print_table(rows)
     return 0
 
 
 def _weights_info(args: argparse.Namespace) -> int:
-    theta = _made(args, lambda: load_theta(args.weights, ""))
+    theta = load_theta(args.weights, "")
+    if args.json:
+        record = {field: getattr(theta, field) for field in ("name", "architecture", "sha256", "provenance", "licence")}
+        record |= {"hyper": dict(theta.hyper), "training": dict(theta.training)}
+        record["arrays"] = {name: list(array.shape) for name, array in theta.arrays.items()}
+        print(json.dumps(record, indent=2))
+        return 0
+    training = _flat(theta.training)
     _print_table(
         [
             ("name", theta.name or "none"),
@@ -230,7 +357,8 @@ def _weights_info(args: argparse.Namespace) -> int:
             ("sha256", theta.sha256),
             ("from", theta.provenance or "unknown"),
             ("licence", theta.licence or "unknown"),
-            ("training", json.dumps(dict(theta.training), sort_keys=True) if theta.training else "no record"),
+            ("training", "all of it with --json" if training else "no record"),
+            *((f"  {name}", value) for name, value in training.items()),
             ("constants", ""),
             *((f"  {name}", repr(value)) for name, value in sorted(theta.hyper.items())),
             ("arrays", f"{sum(array.numel() for array in theta.arrays.values())} numbers"),
@@ -238,6 +366,18 @@ def _weights_info(args: argparse.Namespace) -> int:
         ]
     )
     return 0
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+    """Entries of a record and those of the mappings in it as short texts."""
+    texts: dict[str, str] = {}
+    for key, value in sorted(record.items()):
+        inner = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, part in inner.items():
+            text = json.dumps(part, sort_keys=True)
+            shortened = text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+            texts[name[:_LONGEST_VALUE]] = shortened
+    return texts
 
 
 def _weights_convert(args: argparse.Namespace) -> int:
@@ -251,24 +391,12 @@ def _weights_convert(args: argparse.Namespace) -> int:
             args.parser.error("a theta from the hub is one SRC, without --architecture")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        theta = _made(
-            args,
-            lambda: load_theta(sources[0], "") if from_hub else convert(*sources, architecture=args.architecture),
-        )
+        theta = load_theta(sources[0], "") if from_hub else convert(*sources, architecture=args.architecture)
     for warning in caught:
         print(f"{args.parser.prog}: {warning.message}", file=sys.stderr)
     theta.save(destination, overwrite=args.overwrite)
     print(f"{destination}: {theta!r} for {theta.architecture}")
     return 0
-
-
-def _made(args: argparse.Namespace, make: Callable[[], Theta]) -> Theta:
-    """The theta that ``make`` returns; what it raises about the user's files is misuse, in one line."""
-    parser: argparse.ArgumentParser = args.parser
-    try:
-        return make()
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
 
 
 # -- doctor --------------------------------------------------------------------------------------------------------
@@ -411,10 +539,8 @@ def _recipe(args: argparse.Namespace) -> Any:
     if problems:
         args.parser.error(f"recipe {args.name} cannot run: {'; '.join(problems)}. {_remedy('recipes')}")
     # A process of its own, as if the script had been called: recipes fork data loaders and print what they like.
-    try:
-        return subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
-    except KeyboardInterrupt:
-        return 130
+    code = subprocess.run([sys.executable, str(_recipes()[args.name]), *args.options]).returncode
+    return code if code >= 0 else 128 - code  # as a shell tells of a signal
 
 
 # -- metatrain -----------------------------------------------------------------------------------------------------
@@ -428,18 +554,21 @@ def _metatrain_configs() -> dict[str, Path]:
 def _metatrain(args: argparse.Namespace) -> int:
     from pylo_integrations import metatrain  # torch.func is slow to import, and no other command needs it
 
-    path = _metatrain_configs().get(args.config, Path(args.config))
+    configs = _metatrain_configs()
+    path = configs.get(args.config, Path(args.config))
     output = args.output or Path("runs", "metatrain", path.stem)
     overrides = {name: getattr(args, name) for name in ("seed", "device", "threads")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        check_file(path, "config")
+    except FileNotFoundError:
+        args.parser.error(f"{path}: No such file; the configs in the package are {', '.join(configs)}")
     with _launched_ranks() as leads:
         try:
             config = metatrain.load_config(path, **overrides)
             trainer = metatrain.MetaTrainer(config, output, resume=args.resume)
         except metatrain.ResumeError as error:
             args.parser.error(f"{error} (--resume, --output)")
-        except (ValueError, OSError) as error:
-            args.parser.error(" ".join(str(error).split()))
         try:
             trainer.run(args.iterations)
         except metatrain.DataError as error:
@@ -490,8 +619,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 jobs=args.jobs or os.cpu_count() or 1,
             )
         files = evaluation.write_report(records, args.output, names)
-    except (ValueError, OSError, evaluation.DataError) as error:
-        args.parser.error(" ".join(str(error).split()))
+    except evaluation.DataError as error:
+        args.parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -510,10 +639,8 @@ def _with_builtin_weights() -> list[str]:
 
 def _plot(args: argparse.Namespace) -> int:
     output = args.output or (args.path if args.path.is_dir() else args.path.parent) / "plot.png"
-    try:
-        plot.plot(args.path, output)
-    except (plot.PlotError, OSError) as error:
-        args.parser.error(str(error))
+    for note in plot.plot(args.path, output):
+        print(note)
     print(f"written to {output}")
     return 0
 

@@ -7,16 +7,21 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-DecayPolicy = Literal["before", "after", "before_independent", "after_independent", "l2"]
-"""How decoupled weight decay meets the learned step.
+DecayPolicy = Literal["adamw", "before", "after", "before_independent", "after_independent", "l2"]
+"""How weight decay meets the learned step.
 
-``"before"`` decays the old parameter, as AdamW does; ``"after"`` decays the updated one. Both shrink by ``lr *
-weight_decay``; the ``_independent`` forms shrink by ``weight_decay * lr / base_lr``, so that a schedule still anneals
-the decay but the choice of learning rate does not change it (Loshchilov & Hutter, "Decoupled Weight Decay
-Regularization", ICLR 2019). ``base_lr`` is the group's learning rate when it was added.
+``"adamw"`` has the number of an AdamW recipe mean what it means there: the old parameter shrinks by ``weight_decay *
+adamw_lr * lr / default_lr``. ``adamw_lr`` is a constant of the optimizer: AdamW's learning rate whose steps are as
+large as its own at ``default_lr``. The decay follows the group's ``lr``, so a schedule, but no factor that a rule puts
+on it.
+
+The others are the authors'. ``"before"`` decays the old parameter, ``"after"`` the updated one, both by ``lr *
+weight_decay``, factors of the rule included; the ``_independent`` forms shrink by ``weight_decay * lr / base_lr``, so
+that a schedule still anneals the decay but the choice of learning rate does not change it (Loshchilov & Hutter,
+"Decoupled Weight Decay Regularization", ICLR 2019). ``base_lr`` is the group's learning rate when it was added.
 
 ``"l2"`` is not decoupled: the rule sees the gradient plus ``weight_decay * p``, and a rule that uses the loss sees it
-plus ``weight_decay`` times the sum of all squared parameters, as Google's wrapper of VeLO does (spec §3).
+plus ``weight_decay`` times the sum of all squared parameters, as Google's wrapper of VeLO does (docs/mathematics.md).
 """
 
 
@@ -26,18 +31,31 @@ def check_decay_policy(policy: str) -> None:
         raise ValueError(f"weight_decay_policy={policy!r} is unknown; choose one of {list(get_args(DecayPolicy))}")
 
 
-def keep_and_scale(group: Mapping[str, Any], lr_mult: float = 1.0) -> tuple[float | Tensor, float | Tensor]:
+def keep_and_scale(
+    group: Mapping[str, Any], lr_mult: float = 1.0, adamw_scale: float = 1.0
+) -> tuple[float | Tensor, float | Tensor]:
     """``(keep, scale)`` of a parameter group: the new parameter is ``keep * p - scale * step``.
 
-    ``lr_mult`` is a rule's factor on the learning rate.
+    Args:
+        group: With ``lr``, ``weight_decay`` and ``weight_decay_policy``, and ``base_lr`` where the policy reads it.
+        lr_mult: A rule's factor on the learning rate.
+        adamw_scale: AdamW's learning rate for 1 of the optimizer's, ``adamw_lr / default_lr``.
     """
-    lr, decay, policy = group["lr"] * lr_mult, group["weight_decay"], group["weight_decay_policy"]
+    lr = group["lr"] * lr_mult
+    keep = 1 - shrinkage(group, lr_mult, adamw_scale)
+    return keep, (lr * keep if group["weight_decay_policy"].startswith("after") else lr)
+
+
+def shrinkage(group: Mapping[str, Any], lr_mult: float = 1.0, adamw_scale: float = 1.0) -> float | Tensor:
+    """The part of a parameter that decay takes in a step; for the arguments see :func:`keep_and_scale`."""
+    lr, decay, policy = group["lr"], group["weight_decay"], group["weight_decay_policy"]
     if policy == "l2":
-        return 1.0, lr
-    if policy.endswith("_independent"):
-        base_lr = group["base_lr"] * lr_mult
-        shrink = decay * (lr / base_lr) if base_lr else 0.0
+        return 0.0
+    if policy == "adamw":
+        rate = adamw_scale * lr
+    elif policy.endswith("_independent"):
+        rate = lr / group["base_lr"] if group["base_lr"] else 0.0
     else:
-        shrink = decay * lr
-    keep = 1 - shrink
-    return keep, (lr * keep if policy.startswith("after") else lr)
+        rate = lr * lr_mult
+    shrunk: float | Tensor = decay * rate
+    return shrunk

@@ -2,8 +2,9 @@
 
 A dry run is the optimizer's own step on tensors of the meta device, which have shapes and no numbers, in a fake process
 group, whose collectives do nothing: it plans as for so many ranks, makes as much state, and starts the same collectives
-with the same number of bytes. Two questions that such a step cannot answer are answered for it: what a read of the
-device says (all is finite, every rank has every gradient), and which pieces of a tensor the other ranks hold.
+with the same number of bytes. Three questions that such a step cannot answer are answered for it: what a read of the
+device says (all is finite, every rank has every gradient), whether the other ranks do the same, and which pieces of a
+tensor they hold.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from pylo_integrations.bench import DTYPES, ParamShape, make_contender, state_bytes
 from pylo_integrations.engine import Engine
 from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.sharding.agreement import Agreement, Answer, Statement
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.collectives import Collective, Collectives, is_collective
 from pylo_integrations.sharding.exchange import Assembly
@@ -89,6 +91,7 @@ def _step_dry(
     assert isinstance(optimizer, LearnedOptimizer), f"{name} is no catalogue name"
     engine = optimizer._engine
     # On the object, since all parts of the optimizer share it.
+    engine._agreement = _Unanimous(engine._ranks)
     engine._ranks.gather = lambda value: _answers(engine, value, ranks)  # type: ignore[method-assign]
     optimizer.init_state()
     with _DryCollectives() as noted:
@@ -122,6 +125,23 @@ def _fake_process_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class _Unanimous(Agreement):
+    """Agreement with ranks that are not there."""
+
+    def ask(
+        self,
+        contract: bytes,
+        state: Callable[[], Statement],
+        device: torch.device,
+        measured: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        """Take it that the others ask for the same, as they do in their first step."""
+        self.contract = contract
+
+    def check(self, answer: Answer, state: Callable[[], Statement], asked: bool = False) -> None:
+        """Take it that the others do the same."""
 
 
 class _DryCollectives(Collectives):  # type: ignore[no-untyped-call]

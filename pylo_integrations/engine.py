@@ -18,6 +18,7 @@ collect_   where ranks share the work: the new rows of all others
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -28,22 +29,39 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pylo_integrations.decay import keep_and_scale
+from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
+from pylo_integrations.ops.memory import read_memory
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages, select_local
 from pylo_integrations.progress import Progress
 from pylo_integrations.rounding import block_noise, round_stochastically
 from pylo_integrations.rules.base import Control, Rule, StepContext, clean_gradient
+from pylo_integrations.sharding.agreement import (
+    Agreement,
+    Answer,
+    DisagreementError,
+    Statement,
+    checksums,
+    constants_of,
+    contract_of,
+    digest_of,
+    header,
+    may_step,
+    named_options,
+    options_of,
+)
 from pylo_integrations.sharding.blocks import Accumulator, Block, Bucket, PartialSum, Sums, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
-from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
+from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_part
+from pylo_integrations.sharding.rounds import RankError, Ranks, sum_over_ranks_
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.telemetry import StepRecord, Telemetry
+from pylo_integrations.weights.theta import Theta
 
 NonFinitePolicy = Literal["error", "skip", "zero"]
 """What a step does about non-finite gradients, or a non-finite loss that the rule needs.
@@ -56,7 +74,10 @@ CACHE_NUMEL = 32_768
 """Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
 
 
-_gradient = operator.attrgetter("grad")
+_gradient, _device = operator.attrgetter("grad"), operator.attrgetter("device")
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Types whose norm torch computes in any type that states have."""
 
 
 @functools.cache
@@ -85,7 +106,9 @@ class _Plan:
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
-    formats: list[Any] = field(default_factory=list)  # of all parameters: dtype, device and shape
+    idle: list[int] = field(default_factory=list)  # numbers of those that every rank has, and that have no gradient
+    contract: bytes | None = None  # digest of what all ranks must have alike, once that is known
+    look: Any = None  # of all parameters, and of the states that no kernel steps
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +117,33 @@ class _Plan:
     @cached_property
     def natively(self) -> frozenset[int]:
         return frozenset(itertools.chain(*self.native))
+
+    def look_now(self) -> Any:
+        """To be compared with ``look``; None if one of the tensors is gone."""
+        params = [param for _, param in self.candidates]
+        try:
+            states = [
+                state[name]
+                for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True))
+                if i not in self.natively
+                for state in bucket.states
+                for name in rule.state_shapes(bucket.layout)
+            ]
+            return _look_of([*params, *states])
+        except (KeyError, TypeError, AttributeError):  # gone, or no tensor
+            return None
+
+    @cached_property
+    def wrappers(self) -> list[Tensor]:
+        """``DTensor`` s of which torch's functions write the inside: autograd counts versions of the outside."""
+        theirs = [
+            tensor
+            for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True))
+            if i not in self.natively
+            for param, state in zip(bucket.params, bucket.states, strict=True)
+            for tensor in (param, *(state[name] for name in rule.state_shapes(bucket.layout)))
+        ]
+        return [tensor for tensor in theirs if local_part(tensor) is not tensor]
 
     @cached_property
     def is_native(self) -> bool:
@@ -119,12 +169,25 @@ class _Agreed(NamedTuple):
     able: tuple[bool, ...] = ()
 
 
+class _Pledge(NamedTuple):
+    """What this rank is about to do, for others to compare.
+
+    Attributes:
+        digest: Of all of it.
+        state: Tells it, if ranks turn out to disagree.
+    """
+
+    digest: bytes
+    state: Callable[[], Statement]
+
+
 @dataclass
 class _Verdict:
     norm: float
     grads_finite: bool
     loss_finite: bool
     agreed: _Agreed
+    header: list[float]
 
 
 @dataclass
@@ -132,6 +195,7 @@ class _Facts:
     """What ranks must agree on before state may change; each rank's share, until a round completes it.
 
     Attributes:
+        header: See :func:`~pylo_integrations.sharding.agreement.header`; without elements if ranks do not talk.
         squares: Sum of all squared gradients, 0-d. Not finite if a gradient is not, or if it is so large that its
             square overflows: either would poison the state.
         loss: Mean over the ranks, 0-d; None if the rule does not use it.
@@ -139,6 +203,7 @@ class _Facts:
         able: Per sharded tensor, on what part of the ranks nothing is in the native kernels' way.
     """
 
+    header: Tensor
     squares: Tensor
     loss: Tensor | None
     present: Tensor
@@ -146,13 +211,14 @@ class _Facts:
 
     def shares(self, ranks: Ranks) -> list[tuple[Tensor, int]]:
         loss = [] if self.loss is None else [(self.loss, ranks.size)]
-        return [(self.squares, 1), *loss, (self.present, 1), (self.able, ranks.size)]
+        return [(self.header, 1), (self.squares, 1), *loss, (self.present, 1), (self.able, ranks.size)]
 
     def read(self) -> _Verdict:
         """The one read of the device in a step."""
         loss = [] if self.loss is None else [self.loss]
-        parts = [part.view(-1) for part in (self.squares, *loss, self.present, self.able) if part.numel()]
-        squares, *rest = torch.cat(parts).tolist()
+        parts = (self.header, self.squares, *loss, self.present, self.able)
+        numbers = torch.cat([part.view(-1) for part in parts if part.numel()]).tolist()
+        head, (squares, *rest) = numbers[: len(self.header)], numbers[len(self.header) :]
         loss_value = rest.pop(0) if loss else 0.0
         present, able = rest[: len(self.present)], rest[len(self.present) :]
         finite = math.isfinite(squares)
@@ -161,7 +227,14 @@ class _Facts:
             finite,
             math.isfinite(loss_value),
             _Agreed(tuple(count > 0 for count in present), tuple(part == 1 for part in able)),
+            head,
         )
+
+
+def _device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where ranks talk before there is a plan."""
+    device: torch.device = next(param.device for group in groups for param in group["params"])
+    return device
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -169,18 +242,14 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _check_state(
-    shapes: Mapping[str, tuple[int, ...] | None], state: Mapping[str, Tensor], param: Tensor, held: Held
-) -> None:
-    """Raise ShardingError if the state is not that of what is here of its parameter."""
-    found = {name: local_part(state[name]).numel() for name, shape in shapes.items() if shape is None}
-    if any(numel != held.numel for numel in found.values()):
-        raise ShardingError(
-            f"the state of a parameter of shape {tuple(param.shape)} has {found} elements, where this rank steps "
-            f"{held.numel}: it was created, or loaded, when other ranks trained together. Initialise "
-            "torch.distributed and call bind_model() before the first step, and carry state from one number of ranks "
-            "to another in a checkpoint"
-        )
+def _look_of(tensors: Sequence[Tensor]) -> Any:
+    """What a plan depends on of tensors that torch's own functions step: which, where and of what kind they are."""
+    negated = list(map(Tensor.is_neg, tensors))
+    devices = {device.type for device in set(map(_device, tensors))}
+    if set(map(type, tensors)) <= {Tensor, nn.Parameter} and devices <= {"cpu", "cuda"}:
+        with contextlib.suppress(RuntimeError, BufferError):  # one has no memory, as sparse ones
+            return read_memory(tensors, len(tensors)).tobytes(), negated
+    return [(id(tensor), tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], negated
 
 
 class Engine:
@@ -192,6 +261,8 @@ class Engine:
         chunk_bytes: Bound on the temporaries of a step, in bytes.
         holdings: Who trains together, and what is here of every parameter.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
+        theta: The weights that ``rule`` was built from, if any; for ranks to compare.
+        adamw_scale: See :func:`~pylo_integrations.decay.keep_and_scale`.
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
@@ -204,6 +275,8 @@ class Engine:
         chunk_bytes: int,
         holdings: Holdings,
         stochastic_rounding: bool = False,
+        theta: Theta | None = None,
+        adamw_scale: float = 1.0,
     ) -> None:
         self.telemetry: Telemetry | None = None
         check_backend(backend)
@@ -213,9 +286,12 @@ class Engine:
         self._chunk_bytes = chunk_bytes
         self._holdings = holdings
         self._stochastic_rounding = stochastic_rounding
+        self._adamw_scale = adamw_scale
         self._ranks = holdings.ranks
         self._plan = _Plan()
         self._agreed = _Agreed()
+        self._agreement = Agreement(self._ranks)
+        self._theta = theta
         self._assembly: Assembly | None = None
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
 
@@ -237,20 +313,34 @@ class Engine:
         Raises:
             NonFiniteError: See :data:`NonFinitePolicy`.
             ShardingError: A parameter is distributed in an unsupported way.
+            DisagreementError: Ranks were about to do different things.
+            RankError: Another rank raised or is gone.
         """
-        plan = self._plan if recalled else self._planned(groups, state)
-        context = StepContext(progress.iteration, progress.num_steps, loss, memory=progress.memory, local=self._local)
+        agreed = self._agreed
+        try:
+            plan = self._plan if recalled else self._planned(groups, state)
+            pledge = self._pledged(plan, groups, progress, loss, on_nonfinite, max_grad_norm)
+        except Exception as error:
+            self._agreed = agreed
+            if not isinstance(error, (DisagreementError, RankError)):
+                self.tell(error, groups)
+            raise
+        # A copy, so that a step which fails halfway has not been remembered.
+        memory = dict(progress.memory)
+        context = StepContext(progress.iteration, progress.num_steps, loss, memory=memory, local=self._local)
         # `collect` changes nothing. So ranks collect first and agree in the same round; in the rare step where they
         # find that they collected under wrong assumptions, they do it again.
-        while plan.buckets or self._exchanges(plan, loss):
-            exchanges = self._exchanges(plan, loss)
+        while plan.buckets or pledge is not None:
             # The kernels sum squared gradients as they collect, but for bad elements that are to be read as zero.
-            alone = plan.is_native and not exchanges and not context.zero_nonfinite
+            alone = plan.is_native and pledge is None and not context.zero_nonfinite
             collected = self._collect(plan, context) if alone else None
-            facts = self._measure(plan, context, loss, collected is not None)
-            if exchanges:
+            facts = self._measure(plan, context, loss, pledge, collected is not None)
+            if pledge is not None:
                 collected = self._collect(plan, context, facts)
             verdict = facts.read()
+            if pledge is not None:
+                answer = Answer.read(verdict.header, pledge.digest, self._ranks.size)
+                self._agreement.check(answer, pledge.state)
             if verdict.agreed != self._agreed:
                 self._agreed = verdict.agreed
                 plan = self._planned(groups, state)
@@ -275,6 +365,7 @@ class Engine:
             context.grad_scale = max_grad_norm / facts.squares.sqrt()
             collected = collected and self._rescaled(plan, collected, context)
         self._run(plan, collected or self._collect(plan, context), context)
+        progress.memory.update(memory)
         progress.iteration += 1
         return True
 
@@ -288,6 +379,146 @@ class Engine:
     def _exchanges(self, plan: _Plan, loss: Tensor | None) -> bool:
         """Whether ranks talk in this step. Replicas that see no loss stay equal without."""
         return self._ranks.size > 1 and bool(plan.candidates) and (bool(plan.sharded) or loss is not None)
+
+    # -- what ranks must have alike ------------------------------------------------------------------------------------
+
+    def tell(self, error: Exception, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Let ranks that would wait for this one know that it raises ``error`` in place of a step, so that they do too.
+
+        Where that may be all that ranks have in common, they are not told: who they are may be what is wrong.
+        """
+        try:
+            expected = self._talks(groups) or (self._ranks.size > 1 and self._rule.needs_loss)
+        except ShardingError:
+            return
+        if expected:
+            self._agreement.fail(error, _device_of(groups))
+
+    def is_any(
+        self,
+        flag: bool,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> bool:
+        """Whether ``flag`` is set on any of the ranks that divide parameters, all of which have to ask before a step.
+
+        Raises:
+            DisagreementError: Another rank does not ask.
+            RankError: Another rank raised or is gone.
+        """
+        if not self._talks(groups):
+            return flag
+        values = self._values(groups, progress, on_nonfinite, max_grad_norm, True, [])
+        state = functools.partial(self._statement, groups, values)
+        return self._agreement.vote("is it a step?", flag, state, _device_of(groups))
+
+    def _talks(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether other ranks begin their step with an exchange, as far as can be told without a plan."""
+        if self._ranks.size == 1:
+            return False
+        self._agreement.renew()
+        divided = (
+            self._holdings.divides(param) and self._holdings.locate(param)[1].parts > 1
+            for group in groups
+            for param in group["params"]
+            if may_step(param)
+        )
+        return self._agreement.contract is not None or any(divided)
+
+    def _pledged(
+        self,
+        plan: _Plan,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        loss: Tensor | None,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+    ) -> _Pledge | None:
+        """What this rank will do, once all agree on what is to last; None if ranks do not talk in this step."""
+        if self._ranks.size == 1:
+            return None
+        agreement, exchanges = self._agreement, self._exchanges(plan, loss)
+        agreement.renew()
+        if not exchanges and agreement.contract is None:
+            return None
+        if plan.contract is None:
+            plan.contract = digest_of(self._contract(groups))
+        is_divided = bool(plan.sharded)
+        values = self._values(groups, progress, on_nonfinite, max_grad_norm, is_divided, plan.idle)
+        state = functools.partial(self._statement, groups, values)
+        if plan.contract != agreement.contract:
+            agreement.ask(plan.contract, state, _device_of(groups), self._gradient_norms(groups))
+            if not exchanges:
+                agreement.end()
+                return None
+        return _Pledge(digest_of(plan.contract, values), state)
+
+    def _contract(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """What decides which numbers ranks exchange, and what they mean."""
+        shares = any(self._holdings.shares(param) for group in groups for param in group["params"])
+        return contract_of(
+            groups,
+            self._holdings,
+            {
+                **self._about_rule,
+                "shard_step": str(self._holdings.shares_steps),
+                "stochastic_rounding": str(self._stochastic_rounding),
+                **({"chunk_bytes": str(self._chunk_bytes)} if shares else {}),
+            },
+        )
+
+    @cached_property
+    def _about_rule(self) -> dict[str, str]:
+        theta = {} if self._theta is None else {"theta": f"sha256 {self._theta.sha256[:12]}"}
+        constants = {f"{name} of the rule": value for name, value in constants_of(self._rule)}
+        return {"rule": type(self._rule).__name__, **theta, **constants}
+
+    def _gradient_norms(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | None]:
+        """Of gradients that ranks must have alike, since each of them reads its share of its own."""
+        return {
+            f"norm of the gradient of parameter {position} of group {index}": None
+            if param.grad is None
+            else torch.linalg.vector_norm(param.grad, dtype=state_dtype(param))
+            for index, group in enumerate(groups)
+            for position, param in enumerate(group["params"])
+            if self._holdings.shares(param)
+        }
+
+    def _values(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        on_nonfinite: NonFinitePolicy,
+        max_grad_norm: float | None,
+        is_divided: bool,
+        idle: list[int],
+    ) -> tuple[Any, ...]:
+        """What may change from step to step, and is compared at every one."""
+        watches = is_divided and self.telemetry is not None  # sums of replicas are complete without the others
+        run = progress.iteration, progress.num_steps, max_grad_norm, on_nonfinite, watches
+        return *run, options_of(groups), idle
+
+    def _statement(self, groups: Sequence[Mapping[str, Any]], values: tuple[Any, ...]) -> dict[str, str]:
+        """All that ranks must have alike, in words; reads every parameter whose step they share."""
+        *run, _, idle = values
+        subjects = ("steps taken", "num_steps", "max_grad_norm", "on_nonfinite", "telemetry")
+        labels = [
+            f"{position} of group {i}" for i, group in enumerate(groups) for position in range(len(group["params"]))
+        ]
+        params = [param for group in groups for param in group["params"]]
+        shared = [number for number, param in enumerate(params) if may_step(param) and self._holdings.shares(param)]
+        sums = checksums([params[number] for number in shared])
+        return {
+            **self._contract(groups),
+            **{subject: repr(value) for subject, value in zip(subjects, run, strict=True)},
+            **named_options(groups),
+            "parameters without a gradient": ", ".join(labels[number] for number in idle) or "none",
+            **{f"checksum of parameter {labels[i]}": str(number) for i, number in zip(shared, sums, strict=True)},
+        }
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
 
     def recall(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether a step needs no checks and no plan, because the kernels step what they stepped last, as it was then.
@@ -330,14 +561,14 @@ class Engine:
         """This step's buckets; rebuilt only when tensors, states or groups were replaced."""
         params = [param for group in groups for param in group["params"]]
         key = self._key(groups, state, params, list(map(_gradient, params)))
-        formats = [(param.dtype, param.device, param.shape) for param in params]
-        is_current = key == self._plan.key and formats == self._plan.formats
-        if not is_current or not all(native.is_current() for native in self._plan.native.values()):
+        plan = self._plan
+        is_current = key == plan.key and plan.look is not None and plan.look == plan.look_now()
+        if not is_current or not all(native.is_current() for native in plan.native.values()):
             self._plan = self._build(key, groups, state)
-            self._plan.formats = formats
+            self._plan.look = self._plan.look_now()
         for bucket in self._plan.buckets:
             pairs = zip(bucket.params, bucket.held, strict=True)
-            bucket.grads = [held.of(local_gradient(param)) for param, held in pairs]
+            bucket.grads = [fit_gradient(param, held, bucket.dtype, groups) for param, held in pairs]
         return self._plan
 
     def _build(
@@ -346,7 +577,8 @@ class Engine:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
     ) -> _Plan:
-        candidates = [(group, p) for group in groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        every = {p: group for group in groups for p in group["params"]}  # a tied parameter may come twice
+        candidates = [(group, p) for p, group in every.items() if may_step(p)]
         located = [
             (group, param, *self._holdings.locate(param))
             for group, param in candidates
@@ -360,21 +592,24 @@ class Engine:
         absent = {param for param, present in zip(sharded, self._agreed.present, strict=True) if not present}
         number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
         members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
+        stepped: list[Stepped] = []
         for group, param, shape, held in located:
             layout = TensorLayout.whole(shape, group["axes"])
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
             rule = self._rule.member(layout, group)
-            _check_state(rule.state_shapes(layout), state[param], param, held)
+            dtype = state_dtype(param)
+            stepped.append(Stepped(param, held, state[param], rule.state_shapes(layout), dtype))
             _, bucket = members.setdefault(
                 (id(group), rule, layout, held.parts, param.dtype, param.device),
-                (rule, Bucket(layout, [], [], group, state_dtype(param), held.parts)),
+                (rule, Bucket(layout, [], [], group, dtype, held.parts)),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])
             bucket.held.append(held)
             bucket.numbers.append(number[id(param)])
             bucket.rounds_stochastically = self._stochastic_rounding and param.dtype == torch.bfloat16
+        fit_states(stepped, groups)
         rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
@@ -385,7 +620,9 @@ class Engine:
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])
         able_here = [param not in unable_here for param in sharded]
         shares = self._collections(buckets)
-        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares)
+        divided = set(sharded)
+        idle = [number[id(param)] for _, param in candidates if param.grad is None and param not in divided]
+        return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares, idle)
 
     def _collections(self, buckets: Sequence[Bucket]) -> list[Collection]:
         """Who brings every rank the shares that others have stepped, by device."""
@@ -399,14 +636,20 @@ class Engine:
         numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
         return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
 
-    def _measure(self, plan: _Plan, context: StepContext, loss: Tensor | None, is_collected: bool) -> _Facts:
+    def _measure(
+        self, plan: _Plan, context: StepContext, loss: Tensor | None, pledge: _Pledge | None, is_collected: bool
+    ) -> _Facts:
         if is_collected:
             squares = torch.stack([native.grad_squares for native in plan.native.values()]).sum()
         else:
-            squares = self._grad_squares(plan, context, self._exchanges(plan, loss))
-        present = squares.new_tensor([param.grad is not None for param in plan.sharded])
-        able = squares.new_tensor(plan.able)
-        return _Facts(squares, None if loss is None else loss.to(squares, copy=True), present, able)
+            squares = self._grad_squares(plan, context, pledge is not None)
+        mine = None if loss is None else loss.to(squares, copy=True)
+        if pledge is None:
+            return _Facts(squares.new_empty(0), squares, mine, squares.new_empty(0), squares.new_empty(0))
+        sent, present = header(pledge.digest), [param.grad is not None for param in plan.sharded]
+        numbers = torch.tensor([*sent, *present, *plan.able], dtype=torch.float64, device=squares.device)
+        head, having, able = torch.split(numbers, [len(sent), len(present), len(present)])
+        return _Facts(head, squares, mine, having, able)
 
     def _grad_squares(self, plan: _Plan, context: StepContext, exchanges: bool) -> Tensor:
         """This rank's share of the sum of all squared gradients, 0-d."""
@@ -417,7 +660,10 @@ class Engine:
             # In the round, tensors that several ranks hold must count once.
             copies = self._ranks.size // bucket.parts if exchanges else 1
             grads = [clean_gradient(block, context) for block in blocks] if context.zero_nonfinite else bucket.grads
-            alike.setdefault((bucket.dtype, copies, bucket.params[0].dtype, bucket.device), []).extend(grads)
+            for grad in grads:
+                # Gradients may be of another type than their parameters, and are then read as the state is.
+                grad = grad if grad.dtype in _NARROW or grad.dtype == bucket.dtype else grad.to(bucket.dtype)
+                alike.setdefault((bucket.dtype, copies, grad.dtype, bucket.device), []).append(grad)
         for (wide, copies, *_), tensors in alike.items():
             norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=wide))
             squares += (norms.square().sum() / copies).to(squares)
@@ -461,7 +707,13 @@ class Engine:
     def _run(self, plan: _Plan, collected: Sequence[Sums], context: StepContext) -> None:
         rules, buckets = plan.rules, plan.buckets
         contexts = self._contexts(plan, context)
-        for indices, native in plan.native.items():
+        numbers = [
+            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale)
+            for rule, bucket in zip(rules, buckets, strict=True)
+        ]
+        if plan.wrappers:
+            torch.autograd.graph.increment_version(plan.wrappers)
+        for indices, native in plan.native.items():  # from here on, parameters and state change
             native.prepare_([collected[i] for i in indices], context)
         prepared = [
             {} if i in plan.natively else rule.prepare_(bucket, collected[i], contexts[i])
@@ -478,7 +730,6 @@ class Engine:
 
         proposed = [propose(i) for i in range(len(rules))]
         record = None if self.telemetry is None else StepRecord(buckets)
-        numbers = [keep_and_scale(bucket.group, rule.lr_mult) for rule, bucket in zip(rules, buckets, strict=True)]
         done: set[int] = set()
         for indices, native in plan.native.items():
             decided, ctx = [controls[i] for i in indices], contexts[indices[0]]
@@ -590,5 +841,7 @@ class Engine:
             if bucket.parts > 1:
                 copies = self._ranks.size // bucket.parts
                 shares += [(total, copies) for total in mine.values()]
+        if facts is not None:
+            self._agreement.numel = sum(share.numel() for share, _ in shares)
         sum_over_ranks_(shares, self._ranks)
         return sums

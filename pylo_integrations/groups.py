@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
-from pylo_integrations.sharding.pieces import ShardingError, read_flat_slices, unwrapped_name
+from pylo_integrations.sharding.pieces import ShardingError, parameter_names, read_flat_slices
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,7 +35,8 @@ def param_groups(
 
     Args:
         model: Parameters it shares between modules appear once; being an embedding anywhere counts. FSDP1's slices go
-            by the shapes and names of the parameters they are of.
+            by the shapes and names of the parameters they are of; those of lazy modules, which have no shape yet, count
+            as matrices but for biases. Names are those of the model inside ``torch.compile`` and other wrappers.
         weight_decay: Of the groups that decay.
         no_decay: Full names of parameters, or their last components, to exempt as well.
         adamw: For optimizers that leave some tensors to AdamW, such as ``celo2``, which tensors from rank 2 on those
@@ -57,16 +59,17 @@ def param_groups(
             owners.setdefault(param, []).append((module, name))
 
     groups: dict[tuple[bool, AxisOrder, RuleChoice], dict[str, Any]] = {}
-    for wrapped_name, param in model.named_parameters():
+    names = parameter_names(model)
+    for param in model.parameters():
         if not param.requires_grad:
             continue
-        name = unwrapped_name(wrapped_name)
+        name = names[param]
         if getattr(param, "_fsdp_flattened", False) and param not in slices:
             raise ShardingError(
                 f"{name} is a slice made by FSDP, whose shape only the FullyShardedDataParallel around it knows: "
                 "pass that one in place of the model inside it"
             )
-        rank = len(slices[param].shape) if param in slices else param.dim()
+        rank = len(slices[param].shape) if param in slices else _rank(name, param)
         modules = [module for module, _ in owners[param]]
         decays = not (
             rank < 2
@@ -83,6 +86,11 @@ def param_groups(
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
     return list(groups.values())
+
+
+def _rank(name: str, param: nn.Parameter) -> int:
+    """Number of axes; of a parameter of a lazy module, which has no shape yet, those that such modules will give it."""
+    return param.dim() if not is_lazy(param) else 1 if name.rsplit(".", 1)[-1] == "bias" else 2
 
 
 def _is_named(name: str, names: Collection[str]) -> bool:

@@ -377,6 +377,8 @@ class LearnedOptimizerMixin(_TrainerBase):
             return super().create_scheduler(num_training_steps, optimizer)
         if not isinstance(self._schedule, SchedulerType):
             target: Any = self.optimizer if optimizer is None else optimizer
+            for group in target.param_groups:  # of a second train(), or one with a smaller batch: from the beginning
+                group["lr"] = group.get("initial_lr", group["lr"])
             scheduler = self._schedule(target)
             if not isinstance(scheduler, LRScheduler):
                 raise TypeError(f"the function given in optimizers= made {scheduler!r}, not a scheduler")

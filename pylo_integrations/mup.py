@@ -16,7 +16,7 @@ from torch import nn
 
 from pylo_integrations.groups import param_groups
 from pylo_integrations.sharding.layout import AxisOrder, reference_order
-from pylo_integrations.sharding.pieces import read_flat_slices, unwrapped_name
+from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 
 Shapes: TypeAlias = "Mapping[str, Sequence[int] | torch.Tensor]"
 """Shapes by parameter name; a state dict will do."""
@@ -46,9 +46,9 @@ def mup_param_groups(
         base: The same model at the width where learning rate and theta are known to work, or its shapes by name
             (build it on ``torch.device("meta")`` to spend no memory). None if the ``mup`` package has annotated
             ``model`` (``mup.set_base_shapes``): its ``infshape`` are then used.
-        weight_decay: As for :func:`~pylo_integrations.param_groups`. Coupled policies multiply it by the group's
-            ``lr``, so hidden matrices decay less in wide models; with ``weight_decay_policy="before_independent"`` the
-            decay does not depend on width.
+        weight_decay: As for :func:`~pylo_integrations.param_groups`. Decay follows the group's ``lr``, as AdamW's does,
+            so hidden matrices decay less in wide models; multiply a group's ``weight_decay`` by ``lr / group["lr"]``
+            for a decay that does not depend on width.
         lr: Learning rate of parameters without multiplier. Give it here: a group's ``lr`` precedes the optimizer's.
         no_decay: As for :func:`~pylo_integrations.param_groups`.
 
@@ -112,12 +112,13 @@ def width_mult(name: str, shape: Sequence[int], base: Sequence[int], axes: AxisO
 
 
 def _shapes_of(base: nn.Module | Shapes) -> dict[str, tuple[int, ...]]:
-    named = dict(base.named_parameters()) if isinstance(base, nn.Module) else base
-    return {name: tuple(getattr(value, "shape", value)) for name, value in named.items()}
+    if isinstance(base, nn.Module):
+        return {name: tuple(param.shape) for param, name in parameter_names(base).items()}
+    return {name: tuple(getattr(value, "shape", value)) for name, value in base.items()}
 
 
 def _check_names(model: nn.Module, shapes: Mapping[str, Any]) -> None:
-    names = {unwrapped_name(name) for name, _ in model.named_parameters()}
+    names = set(parameter_names(model).values())
     if absent := sorted(names - set(shapes)):
         raise ValueError(f"the base model lacks parameters {absent}; build it by the same code, at another width")
 

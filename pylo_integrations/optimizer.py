@@ -2,43 +2,88 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+import operator
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, get_args
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.checkpoints import (
+    ITERATION,
     PROGRESS,
     SMALL,
     Checkpoint,
     CheckpointError,
     Member,
+    check_form,
     check_groups,
     has_states,
     pack_states,
-    read_state_dict,
+    read_progress,
+    read_run,
+    read_states,
+    split_run,
     whole_states,
 )
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
+from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.ops.step import register
-from pylo_integrations.options import check_group
-from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss
+from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
+from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.agreement import DisagreementError
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import ShardingError, is_sharded, local_gradient, read_flat_slices
+from pylo_integrations.sharding.pieces import (
+    Held,
+    ShardingError,
+    is_sharded,
+    local_gradient,
+    parameter_names,
+    read_flat_slices,
+)
+from pylo_integrations.sharding.rounds import RankError
+from pylo_integrations.steplock import StepLock
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
 CHUNK_BYTES = 256 * 2**20
+
+_NONFINITE_POLICIES = get_args(NonFinitePolicy)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _between_steps(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have a method wait for steps that other threads take, and they for it."""
+
+    @functools.wraps(method)
+    def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        optimizer: Any = args[0]
+        with optimizer._steplock.between_steps:
+            return method(*args, **kwargs)
+
+    return waiting
+
+
+_WITHOUT_PROGRESS = (
+    "states were loaded without the iteration, horizon and loss memory of their run, which state_dict() has in the "
+    "first parameter group and among the states: training goes on from iteration {iteration}"
+)
 
 
 class _Twins(NamedTuple):
@@ -69,8 +114,9 @@ class LearnedOptimizer(Optimizer):
             are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
             ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
-        lr: Factor on the whole update; a float or a one-element tensor. 1 is the natural value of most theta.
-        weight_decay: Decoupled weight decay.
+        lr: Factor on the whole update; a float or a one-element tensor. Its natural value is that of the class,
+            :attr:`default_lr`; one that is more than 10 times off is warned of.
+        weight_decay: Weight decay; 0.01 to 0.1 is usual, as with AdamW.
         num_steps: The horizon, i.e. how many optimizer steps the run will take.
         max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
             infinity.
@@ -88,10 +134,11 @@ class LearnedOptimizer(Optimizer):
         stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
             updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
+        usual_lrs: Learning rates that suit the rule; by default :attr:`default_lr`.
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: A parameter is complex or not floating point.
+        TypeError: A parameter that requires gradients is complex or not floating point. Others are left as they are.
     """
 
     _twins: _Twins | None  # of the last compiled step
@@ -100,6 +147,12 @@ class LearnedOptimizer(Optimizer):
 
     default_lr: ClassVar[float] = 1.0
     """Learning rate of the catalogue entry, unless that says otherwise."""
+
+    adamw_lr: ClassVar[float] = 1e-3
+    """AdamW's learning rate whose steps are as large as ours at :attr:`default_lr`; weight decay is measured by it."""
+
+    wants_schedule: ClassVar[bool] = False
+    """Whether a run ends well only under a learning rate that falls to zero."""
 
     default_weight_decay: ClassVar[float] = 0.0
     """Weight decay where none is given."""
@@ -119,7 +172,7 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         num_steps: int | None = None,
         max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
+        weight_decay_policy: DecayPolicy = "adamw",
         maximize: bool = False,
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
@@ -127,15 +180,10 @@ class LearnedOptimizer(Optimizer):
         shard_step: bool = False,
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
+        usual_lrs: Sequence[float] = (),
     ) -> None:
-        if on_nonfinite not in get_args(NonFinitePolicy):
-            raise ValueError(
-                f"on_nonfinite={on_nonfinite!r} is unknown; choose one of {list(get_args(NonFinitePolicy))}"
-            )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be positive, or None for no clipping")
-        if chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes={chunk_bytes!r} must be positive")
+        if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
         self.rule = rule
         self.theta = theta
         self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
@@ -143,9 +191,13 @@ class LearnedOptimizer(Optimizer):
         self.chunk_bytes = chunk_bytes
         self.backend = backend
         self.stochastic_rounding = stochastic_rounding
+        self._check_settings()
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
         self._warned: set[str] = set()
+        self._watch = SettingsWatch(
+            type(self).__name__, self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr, self.wants_schedule
+        )
         self._holdings = Holdings(shard_step)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
@@ -158,8 +210,10 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "axes": "out_in",
             "rule": "learned",
+            MOMENTUM: 0.0,
         }
         super().__init__(params, defaults)
+        self._tell(self._watch.look_at_start(self.param_groups))
 
     # -- what the rule needs to know -------------------------------------------------------------------------------
 
@@ -176,28 +230,38 @@ class LearnedOptimizer(Optimizer):
     @property
     def iteration(self) -> int:
         """Steps taken; skipped steps do not count."""
+        self._settle()
         return self._progress.iteration
 
     @property
     def nonfinite_steps(self) -> int:
         """Steps that met non-finite gradients or loss, whatever was done about them."""
+        self._settle()
         return self._progress.nonfinite_steps
 
     @property
     def num_steps(self) -> int | None:
         """The horizon; see :meth:`set_num_steps`."""
+        self._settle()
         return self._progress.num_steps
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Set how many optimizer steps the run takes in total, counted from iteration 0.
 
         Raises:
-            ValueError: Not a positive integer.
+            ValueError: Not a positive integer of at most 2**53.
         """
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-            raise ValueError(
-                f"num_steps={num_steps!r} must be a positive integer: the optimizer steps of the whole run"
-            )
+        if num_steps is not None:
+            try:
+                count = operator.index(num_steps)
+            except TypeError:
+                count = 0
+            if isinstance(num_steps, bool) or not 1 <= count <= LARGEST_COUNT:
+                raise ValueError(
+                    f"num_steps={num_steps!r} must be a positive integer of at most 2**53: the optimizer steps of the "
+                    "whole run"
+                )
+            num_steps = count
         self._progress.num_steps = num_steps
 
     def observe_loss(self, loss: Tensor | float) -> None:
@@ -210,7 +274,8 @@ class LearnedOptimizer(Optimizer):
             TypeError: Not a tensor or number.
             ValueError: More than one element.
         """
-        self._progress.window.add(as_scalar_loss(loss))
+        with self._steplock.between_steps:
+            self._progress.window.add(as_scalar_loss(loss))
 
     def clear_observed_loss(self) -> None:
         """Forget observed losses, e.g. of a step that a GradScaler skipped."""
@@ -222,6 +287,12 @@ class LearnedOptimizer(Optimizer):
         return self._progress.window
 
     # -- seeing inside ---------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        head, groups = super().__repr__().split("\n", 1)
+        theta = "" if self.theta is None else f"    theta: {self.theta!r}\n"
+        run = f"    num_steps: {self.num_steps}\n    iteration: {self.iteration}\n"
+        return f"{head}\n{theta}{run}{groups}"
 
     def enable_telemetry(self, per_parameter: bool = False) -> None:
         """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
@@ -289,10 +360,16 @@ class LearnedOptimizer(Optimizer):
             ValueError: This process is not in ``process_group``.
         """
         slices = read_flat_slices(model)
+        self._models.clear()
+        self._models.add(model)
         self._holdings.ranks.bind(process_group)
         self._holdings.flat_slices.clear()
         self._holdings.flat_slices.update(slices)
+        ours = {param for group in self.param_groups for param in group["params"]}
+        self._holdings.names.clear()
+        self._holdings.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
         if any(param in slices for group in self.param_groups for param in group["params"]):
+            self._reserve_progress()
             self.init_state()
 
     # -- stepping --------------------------------------------------------------------------------------------------
@@ -312,12 +389,17 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: The rule needs a loss or a horizon and has none.
-            TypeError: A gradient is sparse or complex.
+            ValueError: An option of a parameter group, or of this optimizer, is not in range any more.
+            TypeError: A gradient is sparse, or not of real floating point; the loss is not a number.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
+            DisagreementError: Ranks that train together do not do the same.
+            RankError: Another rank raised in place of its step, or is gone.
 
-        Whatever is raised, parameters and state are unchanged. Where several processes train together, all of them
-        have to call it.
+        Whatever of these is raised, parameters and state are unchanged. Threads that share the optimizer step one after
+        the other, and signals such as that of Ctrl-C are handled when the step is over; the closure runs before, like
+        any other code. Where several processes train together, all of them have to call it. If no parameter has a
+        gradient there is nothing to step: neither loss nor horizon is asked for, and it does not count as a step.
         """
         if closure is not None and not callable(closure):
             if loss is not None:
@@ -327,49 +409,74 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if torch.compiler.is_compiling() and self._can_be_traced():
+            self._step_traced(self._take_loss(loss, result))
+        else:
+            self._step(loss, result)
+        return result
+
+    def _take_loss(self, loss: Tensor | float | None, result: Any) -> Tensor | None:
+        """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
         observed = self._progress.window.take()
         known = loss if loss is not None else observed
         if known is None and self.rule.needs_loss:
             known = result
-        known = None if known is None else as_scalar_loss(known)
-        if torch.compiler.is_compiling() and self._can_be_traced():
-            self._step_traced(known)
-        else:
-            self._step(known)
-        return result
+        return None if known is None else as_scalar_loss(known)
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
-    def _step(self, loss: Tensor | None) -> None:
-        self._whole.clear()
-        with torch.no_grad(), self._full_precision():
+    def _step(self, loss: Tensor | float | None, result: Any) -> None:
+        with self._steplock.stepping(), torch.no_grad(), self._full_precision():
+            self._check_settings()
+            self._options.check(self.param_groups)
+            known = self._take_loss(loss, result)
+            self._whole.clear()
             try:
-                taken = self._step_with(loss, self._engine.recall(self.param_groups, self.state))
+                taken = self._step_with(known, self._engine.recall(self.param_groups, self.state))
             finally:
                 self._engine.release_gradients()
         if not taken:
             self._warn_of_skip(self._progress)
 
+    def _check_settings(self) -> None:
+        """Raise ValueError unless what applies to all groups is in range; attributes may be set at any time."""
+        if self.on_nonfinite not in _NONFINITE_POLICIES:
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is unknown; choose one of {_NONFINITE_POLICIES}")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, Real) and norm > 0):
+            raise ValueError(f"max_grad_norm={norm!r} must be a positive number, or None for no clipping")
+
     def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
         """Check, and step if it was not a probe; False if the step was skipped."""
-        progress = self._progress
-        if not recalled:
-            self._check_gradients(self.param_groups)
-        if loss is None and self._is_state_probe():
-            self.init_state()
-            return True
-        self._check_needs(loss)
-        if not recalled:
-            self.init_state()
+        progress, policies = self._progress, (self.on_nonfinite, self.max_grad_norm)
+        known = None if recalled else set(self.state)
+        try:
+            if not recalled:
+                self._check_gradients(self.param_groups)
+            if loss is None and self._is_state_probe():
+                self.init_state()
+                return True
+            # Where other ranks may have gradients, a loss here says that they are waiting.
+            alone = loss is None or self._holdings.ranks.size == 1
+            if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
+                return True
+            self._check_needs(loss)
+            if not recalled:
+                self.init_state()
+        except (DisagreementError, RankError):
+            raise
+        except Exception as error:
+            self._engine.tell(error, self.param_groups)
+            raise
         self._warn_of_horizon(progress)
-        return self._engine.step(
-            self.param_groups,
-            self.state,
-            progress,
-            loss if self.rule.needs_loss else None,
-            self.on_nonfinite,
-            self.max_grad_norm,
-            recalled=recalled,
-        )
+        self._tell(self._watch.look(self.param_groups, progress.iteration, progress.num_steps))
+        loss = loss if self.rule.needs_loss else None
+        try:
+            return self._engine.step(self.param_groups, self.state, progress, loss, *policies, recalled=recalled)
+        except (DisagreementError, RankError):
+            # New state may be of the wrong kind for what the ranks will agree on.
+            for param in [] if known is None else set(self.state) - known:
+                del self.state[param]
+            raise
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         kind = self._device_type()
@@ -387,14 +494,18 @@ class LearnedOptimizer(Optimizer):
                 grad = param.grad
                 if grad is None:
                     continue
-                if grad.layout != torch.strided or grad.is_complex():
-                    kind = "complex" if grad.is_complex() else "sparse"
+                if grad.layout != torch.strided or not grad.is_floating_point():
+                    kind = "sparse" if grad.layout != torch.strided else f"of type {grad.dtype}"
+                    kind = "complex" if grad.is_complex() else kind
                     names = group.get("param_names")
                     name = names[position] if names else f"{position} of group {index}"
                     raise TypeError(
                         f"the gradient of parameter {name} is {kind}; learned optimizers need dense real gradients "
                         "(for nn.Embedding, pass sparse=False)"
                     )
+
+    def _has_gradients(self) -> bool:
+        return any(param.grad is not None for group in self.param_groups for param in group["params"])
 
     def _check_needs(self, loss: Tensor | None) -> None:
         name = type(self).__name__
@@ -420,8 +531,8 @@ class LearnedOptimizer(Optimizer):
             nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
         found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
         # Shards may be zero on some ranks only, and all of them have to decide alike.
-        ranks = self._holdings.ranks
-        return not (ranks.any(found) if any(map(self._holdings.divides, params)) and ranks.size > 1 else found)
+        policies = self.on_nonfinite, self.max_grad_norm
+        return not self._engine.is_any(bool(found), self.param_groups, self._progress, *policies)
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
@@ -438,6 +549,10 @@ class LearnedOptimizer(Optimizer):
             "ones are only counted, in `nonfinite_steps`",
         )
 
+    def _tell(self, hints: Hints) -> None:
+        for subject, message in hints.items():
+            self._warn_once(subject, message)
+
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
@@ -448,14 +563,27 @@ class LearnedOptimizer(Optimizer):
     def _can_be_traced(self) -> bool:
         """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
         stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        return self._holdings.ranks.size == 1 and all(param in self.state for param in stepped)
+        if self._holdings.ranks.size > 1:
+            return False
+        states = [(param, self.state.get(param, {})) for param in stepped]
+        if any(self._state_names.isdisjoint(state) for _, state in states):
+            return False
+        # A step casts other states, and what stands for them in a compiled function would not be what it cast.
+        return all(
+            isinstance(value, Tensor) and value.dtype == state_dtype(param)
+            for param, state in states
+            for name, value in state.items()
+            if name in self._state_names
+        )
 
     def _step_traced(self, loss: Tensor | None) -> None:
         """Have the compiler see one operator, see :mod:`pylo_integrations.ops.step`."""
         everything = [param for group in self.param_groups for param in group["params"]]
-        numbers = [i for i, param in enumerate(everything) if param.grad is not None]
+        first = {param: i for i, param in reversed(list(enumerate(everything)))}  # a tied one may come twice
+        numbers = [i for i, param in enumerate(everything) if param.grad is not None and first[param] == i]
         params = [everything[i] for i in numbers]
-        state = [value for param in params for value in self.state[param].values()]
+        names = self._state_names
+        state = [value for param in params for name, value in self.state[param].items() if name in names]
         memory = self._progress.memory
         run = [self._progress.clock, *[memory[name] for name in sorted(memory)]]
         with torch.no_grad():
@@ -475,6 +603,20 @@ class LearnedOptimizer(Optimizer):
 
         For the arguments see :class:`~pylo_integrations.ops.step.Stepper`. Raises as :meth:`step` does.
         """
+        with self._steplock.stepping():
+            self._options.check(self.param_groups)
+            self._check_settings()
+            self._step_twins(numbers, params, grads, state, run, loss)
+
+    def _step_twins(
+        self,
+        numbers: Sequence[int],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Sequence[Tensor],
+        run: Sequence[Tensor],
+        loss: Tensor | None,
+    ) -> None:
         self._whole.clear()
         self._check_needs(loss)
         own = self._progress
@@ -482,6 +624,7 @@ class LearnedOptimizer(Optimizer):
         progress = Progress(int(run[0]), own.num_steps, memory=dict(memory))
         _, groups, states, twins = self._twins_of(numbers, params, state)
         self._warn_of_horizon(progress)
+        self._tell(self._watch.look(groups, progress.iteration, progress.num_steps))
         with torch.no_grad(), self._full_precision():
             try:
                 for twin, grad in zip(twins, grads, strict=True):
@@ -511,15 +654,17 @@ class LearnedOptimizer(Optimizer):
 
     def _twins_of(self, numbers: Sequence[int], params: Sequence[Tensor], state: Sequence[Tensor]) -> _Twins:
         """These tensors in the place of ours; the same objects for the same memory, and with today's options."""
-        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*params, *state)])
+        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in (*params, *state)])
         if self._twins is None or self._twins.key != key:
             everything: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
-            twins, values = [param.detach() for param in params], iter(state)
+            twins, values, names = [param.detach() for param in params], iter(state), self._state_names
             states: dict[Tensor, dict[str, Any]] = {}
+            twin_of: dict[Tensor, Tensor] = {}
             for twin, number in zip(twins, numbers, strict=True):
-                states[twin] = {name: next(values) for name in self.state[everything[number]]}
-                everything[number] = twin
-            rest = iter(everything)
+                param = everything[number]
+                states[twin] = {name: next(values) for name in self.state[param] if name in names}
+                twin_of[param] = twin
+            rest = iter([twin_of.get(param, param) for param in everything])
             groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in self.param_groups]
             self._twins = _Twins(key, groups, states, twins)
         for twin_group, group in zip(self._twins.groups, self.param_groups, strict=True):
@@ -528,42 +673,82 @@ class LearnedOptimizer(Optimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
+    @_between_steps
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also after steps were taken.
 
+        torch wants all parameters to have names or none. If only some have been given names, the others get those that
+        they have in the model of :meth:`bind_model`, or such as ``group1.0``: the first parameter of the group 1.
+
         Raises:
             ValueError: An option of the group is out of range.
-            TypeError: A parameter is complex or not floating point.
+            TypeError: A parameter that requires gradients is complex or not floating point.
         """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        groups, has_momentum = list(self.param_groups), MOMENTUM in param_group
+        nameless = self._name_all(param_group)
         try:
-            check_group(group, self.rule.choices)
+            super().add_param_group(param_group)
+            check_group(self.param_groups[-1], self.rule.choices, len(groups))
         except (TypeError, ValueError):
-            self.param_groups.pop()
+            self.param_groups[:] = groups
+            for group in nameless:
+                group.pop("param_names", None)
             raise
+        group = self.param_groups[-1]
         group.setdefault("base_lr", float(group["lr"]))
-        self._born.append([param.dim() for param in group["params"]])
+        if not has_momentum:
+            del group[MOMENTUM]
+        group.pop(PROGRESS, None)  # of a group that was copied
+        self._reserve_progress()
+        self._born.append([1 if is_lazy(param) else param.dim() for param in group["params"]])
 
+    def _name_all(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give names to all groups, if this new one or those before have them; returns those that had none."""
+        if not isinstance(param_group, dict) or "params" not in param_group or not self.param_groups:
+            return []  # nothing to agree with, or for torch to refuse
+        params = param_group["params"]
+        params = param_group["params"] = [params] if isinstance(params, Tensor) else params
+        if not isinstance(params, set):  # which torch refuses
+            params = param_group["params"] = list(params)
+        groups = [*self.param_groups, param_group]
+        named = ["param_names" in group or any(isinstance(p, tuple) for p in group["params"]) for group in groups]
+        if all(named) or not any(named):
+            return []
+        known = {param: name for model in self._models for param, name in parameter_names(model).items()}
+        nameless = [group for group, has_names in zip(groups, named, strict=True) if not has_names]
+        for index, group in enumerate(groups):
+            if not named[index]:
+                group["param_names"] = [
+                    known.get(param, f"group{index}.{position}") for position, param in enumerate(group["params"])
+                ]
+        return nameless
+
+    @_between_steps
     def init_state(self) -> None:
         """Create the state of every parameter that has none yet; steps do so by themselves.
 
         Raises:
             ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
         """
+        self._settle(everywhere=True)
+        self._check_arrival()
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param not in self.state and (param.requires_grad or param.grad is not None):
+                # Others may have made an empty entry, or keep something of theirs there.
+                known = not self._state_names.isdisjoint(self.state.get(param, ()))
+                if not known and (param.requires_grad or param.grad is not None) and not is_lazy(param):
                     self._check_flattening(index, position)
                     created[param] = self._fresh_state(param, group)
-        self.state.update(created)
+        for param, state in created.items():
+            self.state.setdefault(param, {}).update(state)
         if not self._progress.memory:
-            self._progress.memory.update(self.rule.initial_memory())
+            self._progress.memory.update(self._placed(self.rule.initial_memory(), fresh=True))
+        self._progress.has_begun = True
 
     def _check_flattening(self, index: int, position: int) -> None:
         """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
-        group, born = self.param_groups[index], self._born[index]
+        group, born = self.param_groups[index], self._born[index] if index < len(self._born) else []
         param = group["params"][position]
         replaced = len(group["params"]) != len(born) or born[position] != 1
         if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
@@ -597,6 +782,9 @@ class LearnedOptimizer(Optimizer):
         for group, options in zip(self.param_groups, saved or self.param_groups, strict=True):
             names = group.get("param_names") or [None] * len(group["params"])
             for param, name in zip(group["params"], names, strict=True):
+                if is_lazy(param):
+                    members.append(Member(param, name, (), Held(()), {}, state_dtype(param), False))
+                    continue
                 shape, held = self._holdings.locate(param)
                 rule, layout = self._rule_of(shape, options)
                 flat = self._holdings.flat_slices.get(param)
@@ -606,32 +794,50 @@ class LearnedOptimizer(Optimizer):
         return members
 
     def _states(self, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
-        return {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+        known = {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+        return {i: own for i, own in known.items() if members[i].shapes.keys() <= own.keys()}
 
     def _origin(self) -> dict[str, str | None]:
         """What checkpoints tell about who wrote them."""
         return {"theta": self.theta.sha256 if self.theta else None, "rule": type(self.rule).__name__}
 
+    @_between_steps
     def state_dict(self) -> StateDict:
-        """As torch's; what is global to the run is a string of bytes in the first parameter group.
+        """As torch's; what is global to the run is a string of bytes in the first parameter group, and also among the
+        states of every parameter, as tensors whose names begin with ``run_``.
 
-        That is the form which every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the
-        row and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice.
+        The former is what every checkpoint path of torch, FSDP and the frameworks hands back unchanged. So are the row
+        and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice. The
+        latter go where states go: ``torch.distributed.checkpoint.load(optimizer.state_dict(), ...)`` loads in place,
+        once there is state to load into, and ``ZeroRedundancyOptimizer`` hands them over.
 
         With ``shard_step`` states are ``DTensor`` s, of which a rank has its share: torch.distributed.checkpoint saves
         and reshards them. To pickle such a state dict raises CheckpointError, as it would lose the other shares; call
         :meth:`consolidate_state_dict` before.
         """
-        state_dict = super().state_dict()
+        self._settle()
+        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before the user's
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _pack(optimizer: Any, state_dict: StateDict) -> StateDict:
+        """Our form of the state dict that torch made of an optimizer."""
         groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0][PROGRESS] = self._progress.to_bytes(**self._origin())
-        state: dict[Any, Any] = {**state_dict["state"], **self._whole}
-        if state and not self._whole:  # without state, parameters need not be ready to be looked at
-            state, small = pack_states(state, self._members())
+        groups[0][PROGRESS] = optimizer._progress.to_bytes(**optimizer._origin())
+        # An empty state was only looked at.
+        state = {key: own for key, own in state_dict["state"].items() if not (isinstance(own, dict) and not own)}
+        state |= {index: {**state.get(index, {}), **whole} for index, whole in optimizer._whole.items()}
+        if state:  # without state, parameters need not be ready to be looked at
+            members, progress = optimizer._members(), optimizer._progress
+            state, small = pack_states(state, members, progress, is_whole=bool(optimizer._whole))
             if small is not None:
                 groups[0][SMALL] = small
         return {**state_dict, "state": state, "param_groups": groups}
 
+    @_between_steps
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make :meth:`state_dict` of rank ``to`` whole until the next step, as one device would have it.
 
@@ -651,40 +857,46 @@ class LearnedOptimizer(Optimizer):
         if any(member.held.parts > 1 for member in members):
             self._whole.update(whole_states(self._states(members), members, self._holdings, to, "cpu"))
 
+    @_between_steps
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
         A horizon set on this optimizer is kept, with a warning if the checkpoint has another. State of whole tensors,
-        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part.
+        as one device writes it, may be loaded into an optimizer of sharded ones: each rank keeps its part. Entries that
+        are not the rule's, as wrappers keep them among the states, are copied as they are. When the hooks of
+        ``register_load_state_dict_post_hook`` run, everything is loaded.
 
         Raises:
-            CheckpointError: The rule, the groups or the states are not those of this optimizer; nothing was changed.
+            CheckpointError: The rule, the groups or the states are not those of this optimizer, or they are damaged;
+                nothing was changed.
         """
+        if not isinstance(state_dict, dict):
+            raise CheckpointError(f"state_dict is {type(state_dict).__name__}, not what state_dict() returned")
         found: list[Checkpoint] = []
+        remarks: list[str] = []
 
         def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
             found.append(self._read(state_dict))
-            indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-            state = dict(state_dict["state"])
-            for index in indices:
-                state.pop(index, None)
-            return {**state_dict, "state": state | {indices[i]: own for i, own in found[0].states.items()}}
+            indices = {index for group in state_dict["param_groups"] for index in group["params"]}
+            others = {key: value for key, value in state_dict["state"].items() if key not in indices}
+            return {**state_dict, "state": others}
 
-        # The hook sees, after all of the user's, what is loaded. Whole tensors never reach the device of their shards.
-        handle = self.register_load_state_dict_pre_hook(check)
+        def load(optimizer: Optimizer) -> None:
+            remarks.extend(self._take_over(found[0]))
+
+        # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
+        # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(load, prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        self._whole.clear()
-        params = [param for group in self.param_groups for param in group["params"]]
-        # torch casts states to their parameter's dtype.
-        self.state.update({params[number]: own for number, own in found[0].states.items()})
-        for group in self.param_groups:
-            group.setdefault("base_lr", float(group["lr"]))
-            group.pop(SMALL, None)
-            group.pop(PROGRESS, None)
-        self._assume(found[0])
+            for handle in handles:
+                handle.remove()
+        for remark in remarks:
+            warnings.warn(remark, RuntimeWarning, stacklevel=2)
 
     def _read(self, state_dict: StateDict) -> Checkpoint:
         """What a state dict has for this optimizer.
@@ -693,38 +905,102 @@ class LearnedOptimizer(Optimizer):
             CheckpointError: It does not fit.
         """
         try:
-            check_groups(state_dict["param_groups"], self.param_groups, self.rule.choices)
+            check_form(state_dict)
+            groups = state_dict["param_groups"]
+            indices = [index for group in groups for index in group["params"]]
+            runs, rest = split_run({i: state_dict["state"][i] for i in indices if i in state_dict["state"]}, self.rule)
+            progress, theta = read_progress(groups, runs, self.rule)
+            check_groups(groups, self.param_groups, self.rule.choices)
             # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
-            members = self._members(state_dict["param_groups"]) if has_states(state_dict) else []
-            return read_state_dict(state_dict, members, self._holdings, type(self.rule).__name__)
+            states = {}
+            if has_states(state_dict):
+                states = read_states(groups, rest, self._members(groups), self._holdings, progress)
+            return Checkpoint(states, progress, theta)
         except CheckpointError as error:
             raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
 
-    def _assume(self, checkpoint: Checkpoint) -> None:
-        """Take over the progress of a checkpoint."""
+    def _take_over(self, checkpoint: Checkpoint) -> list[str]:
+        """Load what was read, where torch has loaded the groups; what there is to tell of it."""
+        self._whole.clear()
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.state.update({params[number]: own for number, own in checkpoint.states.items()})
+        for group in self.param_groups:
+            group.setdefault("base_lr", float(group["lr"]))
+            group.pop(SMALL, None)
+            group.pop(PROGRESS, None)
+        self._reserve_progress()
+        self._progress.has_begun = True
+        if checkpoint.progress is None and checkpoint.states:
+            return [_WITHOUT_PROGRESS.format(iteration=self._progress.iteration)]
+        return self._assume(checkpoint)
+
+    def _reserve_progress(self) -> None:
+        """Have the first group show that it has progress: some loaders take only options that are there already.
+
+        Those of torch.distributed.checkpoint do with ``flatten_optimizer_state_dict=True``.
+        """
+        self.param_groups[0].setdefault(PROGRESS, b"")
+        if self._holdings.flat_slices:
+            self.param_groups[0].setdefault(SMALL, b"")
+
+    def _assume(self, checkpoint: Checkpoint) -> list[str]:
+        """Take over the progress of a checkpoint; what there is to tell of it."""
         if checkpoint.progress is None:
-            return
-        horizon = self.num_steps
+            return []
+        remarks, horizon = [], self._progress.num_steps
+        checkpoint.progress.memory = self._placed(checkpoint.progress.memory)
         self._progress.assign(checkpoint.progress)
         if self.theta is not None and checkpoint.theta not in (None, self.theta.sha256):
-            warnings.warn(
+            remarks.append(
                 f"the checkpoint was written with other weights (theta sha256 {str(checkpoint.theta)[:12]}, here "
-                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer"
             )
         if horizon is not None:
-            if self.num_steps not in (None, horizon):
-                warnings.warn(
-                    f"the checkpoint was written with num_steps={self.num_steps}; keeping this optimizer's {horizon}",
-                    RuntimeWarning,
-                    stacklevel=3,
+            if self._progress.num_steps not in (None, horizon):
+                remarks.append(
+                    f"the checkpoint was written with num_steps={self._progress.num_steps}; keeping this optimizer's "
+                    f"{horizon}"
                 )
             self.set_num_steps(horizon)
+        return remarks
+
+    def _settle(self, everywhere: bool = False) -> None:
+        """Take over the progress among the states, where a wrapper has put them there without telling us.
+
+        Looks at the first state only, or ``everywhere``.
+        """
+        states = self.state.values() if everywhere else itertools.islice(self.state.values(), 1)
+        if not any(isinstance(own, dict) and ITERATION in own for own in states):
+            return
+        runs, _ = split_run(dict(enumerate(self.state.values())), self.rule)
+        progress = read_run(runs, self.rule)
+        for i, own in enumerate(self.state.values()):
+            for name in runs.get(i, ()):
+                del own[name]
+        self._progress.has_begun = True
+        for remark in self._assume(Checkpoint({}, progress, None)):
+            warnings.warn(remark, RuntimeWarning, stacklevel=3)
+
+    def _check_arrival(self) -> None:
+        """Warn if states are there that were neither made nor loaded by this optimizer, and no progress with them."""
+        if not self._progress.has_begun and any(self.state.values()) and self._states(self._members()):
+            warnings.warn(_WITHOUT_PROGRESS.format(iteration=self._progress.iteration), RuntimeWarning, stacklevel=3)
+
+    def _placed(self, memory: Mapping[str, Tensor], fresh: bool = False) -> dict[str, Tensor]:
+        """Memory of the run where the first parameter is: torch's loaders want all tensors on one device.
+
+        What is ``fresh`` is also made as wide as the widest parameter, as the first step would; others may be loaded
+        into it in place.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not memory or not params or params[0].is_meta:
+            return dict(memory)
+        dtype = max(map(state_dtype, params), key=lambda dtype: dtype.itemsize) if fresh else None
+        return {name: value.to(params[0].device, dtype) for name, value in memory.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
-        ours = (*own, "_progress", "_warned", "_holdings", "_born")
+        ours = (*own, "_progress", "_warned", "_watch", "_holdings", "_born")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -734,12 +1010,17 @@ class LearnedOptimizer(Optimizer):
             self._start_engines()
 
     def _start_engines(self) -> None:
-        """Make what holds nothing but caches."""
+        """Make what is of this object, and not of its copies."""
         fixed = self.rule, self.backend, self.chunk_bytes
-        self._engine = Engine(*fixed, self._holdings, self.stochastic_rounding)
-        self._traced_engine = Engine(*fixed, Holdings(), self.stochastic_rounding)
+        more = self.stochastic_rounding, self.theta, self.adamw_lr / self.default_lr
+        self._engine = Engine(*fixed, self._holdings, *more)
+        self._traced_engine = Engine(*fixed, Holdings(), *more)
         self._twins = None
         self._handle = register(self)
+        self._steplock = StepLock()
+        self._options = OptionCheck(self.rule.choices)
+        self._state_names = self.rule.state_names
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 
 def unwrap_optimizer(optimizer: object) -> LearnedOptimizer | None:

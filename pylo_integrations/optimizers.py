@@ -64,7 +64,7 @@ class ThetaOptimizer(LearnedOptimizer):
         step_mult: float | None = None,
         exp_mult: float | None = None,
         max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
+        weight_decay_policy: DecayPolicy = "adamw",
         maximize: bool = False,
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
@@ -88,6 +88,7 @@ class ThetaOptimizer(LearnedOptimizer):
             shard_step=shard_step,
             stochastic_rounding=stochastic_rounding,
             theta=theta,
+            usual_lrs=self._usual_lrs(theta, rule, weights is None and step_mult is None),
         )
 
     architecture: ClassVar[str]
@@ -118,6 +119,16 @@ class ThetaOptimizer(LearnedOptimizer):
         if theta.architecture != cls.architecture:
             raise ValueError(f"weights={weights!r} are for {theta.architecture}, not for {cls.__name__}")
         return theta, theta.rule(**{**cls.constants, **constants})
+
+    @classmethod
+    def _usual_lrs(cls, theta: Theta, rule: Rule, is_default: bool) -> list[float]:
+        """Learning rates that can be meant: with theta or a ``step_mult`` of the user's, those for its scale too."""
+        if is_default:
+            return [cls.default_lr]
+        config, step_mult = theta.training.get("config"), getattr(rule, "step_mult", 0.0)
+        trained = config.get("lr") if isinstance(config, Mapping) else None  # a file may record anything
+        lrs = [cls.default_lr, trained, cls.adamw_lr / step_mult if step_mult else None]
+        return [lr for lr in lrs if isinstance(lr, (float, int)) and lr > 0]
 
 
 class SmallFCLOpt(ThetaOptimizer):
@@ -186,7 +197,7 @@ class Celo(ThetaOptimizer):
         step_mult: float | None = None,
         exp_mult: float | None = None,
         max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
+        weight_decay_policy: DecayPolicy = "adamw",
         maximize: bool = False,
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
@@ -211,6 +222,7 @@ class Celo(ThetaOptimizer):
             shard_step=shard_step,
             stochastic_rounding=stochastic_rounding,
             theta=theta,
+            usual_lrs=self._usual_lrs(theta, rule, weights is None and step_mult is None),
         )
 
 
@@ -251,7 +263,7 @@ class CeloAdam(ThetaOptimizer):
         num_steps: int | None = None,
         step_mult: float | None = None,
         max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "before",
+        weight_decay_policy: DecayPolicy = "adamw",
         maximize: bool = False,
         on_nonfinite: NonFinitePolicy = "skip",
         chunk_bytes: int = CHUNK_BYTES,
@@ -304,13 +316,14 @@ class ELO(ThetaOptimizer):
     theta_name = "elo"
     default_weights = "hub:DiamondXL/elo"
     default_lr = 1e-3
+    wants_schedule = True
 
 
 class CELO2(ThetaOptimizer):
     """CELO2: a learned per-parameter MLP, orthogonalised, for matrices (:mod:`pylo_integrations.rules.celo2`).
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
-    20 times the learning rate and decay; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
+    20 times the learning rate; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
     :class:`ThetaOptimizer`. The default weights, ``"builtin:celo2"``, were meta-trained by this package on small
     networks; the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
     """
@@ -319,6 +332,8 @@ class CELO2(ThetaOptimizer):
     architecture = "celo2"
     default_weights = "builtin:celo2"
     default_lr = 3e-4
+    adamw_lr = 3e-4
+    wants_schedule = True
     adamw_embeddings = True
     constants: ClassVar[Mapping[str, Any]] = {
         "adamw": AdamW((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
@@ -335,6 +350,7 @@ class CELO2Base(ThetaOptimizer):
     architecture = "celo2"
     default_weights = None
     default_lr = 1e-3
+    wants_schedule = True
     constants: ClassVar[Mapping[str, Any]] = {"orthogonalises": False}
 
 
@@ -349,6 +365,8 @@ class ELOCELO2(ThetaOptimizer):
     architecture = "celo2"
     default_weights = "hub:DiamondXL/elo-celo2"
     default_lr = 3e-4
+    adamw_lr = 3e-4
+    wants_schedule = True
     default_weight_decay = 0.1
     default_max_grad_norm = 1.0
     constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamW((0.9, 0.95), eps=1e-8, clips=True)}

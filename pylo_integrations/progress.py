@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from pylo_integrations import sealed
+
 COUNTS = ("iteration", "num_steps", "nonfinite_steps")
 """The numbers in :class:`Progress`."""
+
+ORIGIN = ("theta", "rule")
+"""What a record of progress may say besides, of who made it."""
+
+LARGEST_COUNT = 2**53
+"""Of steps: up to here float64, in which fractions of a run are computed, has every integer."""
 
 
 class LossWindow:
@@ -41,12 +49,13 @@ class LossWindow:
 class Progress:
     """Run-wide state of one optimizer; everything but the window is kept in checkpoints.
 
+    The numbers are kept in int64 tensors on the CPU, so that what loads tensors in place loads them.
+
     Attributes:
-        clock: :attr:`iteration` as an int64 tensor, which compiled steps count in.
-        num_steps: The horizon, or None.
-        nonfinite_steps: Steps whose gradients or loss were not finite.
+        counts: The numbers, by name; 0 stands for no horizon.
         memory: Whole-model tensors of the rule, by name.
         window: Losses observed for the next step.
+        has_begun: Whether the states of parameters that there are were made, or loaded, together with it.
     """
 
     def __init__(
@@ -56,20 +65,68 @@ class Progress:
         nonfinite_steps: int = 0,
         memory: dict[str, Tensor] | None = None,
     ) -> None:
-        self.clock = torch.tensor(iteration, device="cpu")
-        self.num_steps = num_steps
-        self.nonfinite_steps = nonfinite_steps
+        self.counts = {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in COUNTS}
+        self.iteration, self.num_steps, self.nonfinite_steps = iteration, num_steps, nonfinite_steps
         self.memory = {} if memory is None else memory
         self.window = LossWindow()
+        self.has_begun = False
+
+    @property
+    def clock(self) -> Tensor:
+        """:attr:`iteration` as a 0-d tensor, which compiled steps count in."""
+        return self.counts["iteration"]
 
     @property
     def iteration(self) -> int:
         """Steps taken."""
-        return int(self.clock)
+        return int(self.counts["iteration"])
 
     @iteration.setter
     def iteration(self, iteration: int) -> None:
-        self.clock.fill_(iteration)
+        self.counts["iteration"].fill_(iteration)
+
+    @property
+    def num_steps(self) -> int | None:
+        """The horizon, or None."""
+        return int(self.counts["num_steps"]) or None
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int | None) -> None:
+        self.counts["num_steps"].fill_(num_steps or 0)
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps whose gradients or loss were not finite."""
+        return int(self.counts["nonfinite_steps"])
+
+    @nonfinite_steps.setter
+    def nonfinite_steps(self, nonfinite_steps: int) -> None:
+        self.counts["nonfinite_steps"].fill_(nonfinite_steps)
+
+    def record(self) -> dict[str, int | None]:
+        """The numbers by name; JSON-serialisable."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], memory: Mapping[str, Tensor]) -> Progress:
+        """From the numbers of :meth:`record` and copies of the memory.
+
+        Raises:
+            ValueError: Something is missing, of another type or out of range; the message names it.
+        """
+        counts = {name: record.get(name, "missing") for name in COUNTS}
+        for name, value in counts.items():
+            if name == "num_steps" and value is None:
+                continue
+            least = 1 if name == "num_steps" else 0
+            if type(value) is not int or not least <= value <= LARGEST_COUNT:
+                raise ValueError(f"{name} is {value!r:.50}, which is not an integer of at least {least}")
+        if not isinstance(memory, Mapping):
+            raise ValueError(f"memory is {type(memory).__name__}, not tensors by name")
+        for name, value in memory.items():
+            if flaw := flaw_of(value):
+                raise ValueError(f"memory {name} {flaw}")
+        return cls(**counts, memory={name: value.detach().clone() for name, value in memory.items()})
 
     def to_bytes(self, **origin: str | None) -> bytes:
         """Serialise as safetensors, with what else tells where it came from.
@@ -77,9 +134,7 @@ class Progress:
         Bytes pass unchanged through every checkpoint path of torch (FSDP would shard a tensor found in a parameter
         group) and load with ``weights_only=True``.
         """
-        record = {**{name: getattr(self, name) for name in COUNTS}, **origin}
-        memory = {name: tensor.detach().cpu().contiguous() for name, tensor in self.memory.items()}
-        return safetensors.torch.save(memory, {"progress": json.dumps(record)})
+        return sealed.to_bytes("progress", {**self.record(), **origin}, self.memory)
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> tuple[Progress, dict[str, str | None]]:
@@ -89,18 +144,33 @@ class Progress:
             ValueError: They are damaged.
         """
         try:
-            header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-            record = json.loads(header["__metadata__"]["progress"])
-            counts = {name: record.pop(name) for name in COUNTS}
-            return cls(**counts, memory=safetensors.torch.load(blob)), record
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise ValueError(f"its progress cannot be read ({type(error).__name__}: {error})") from error
+            record, memory = sealed.from_bytes("progress", blob)
+            progress = cls.from_record(record, memory)
+            origin = {name: value for name, value in record.items() if name not in COUNTS}
+            if strange := [name for name in origin if name not in ORIGIN]:
+                raise ValueError(f"it has entries {strange!r:.100}")
+            if wrong := [name for name, value in origin.items() if not isinstance(value, str | None)]:
+                raise ValueError(f"{wrong} are of another type")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"its progress cannot be read ({error})") from error
+        return progress, origin
 
     def assign(self, other: Progress) -> None:
         """Replace the contents by those of another, in place; observed losses are forgotten."""
         for name in (*COUNTS, "memory"):
             setattr(self, name, getattr(other, name))
         self.window.take()
+
+
+def flaw_of(value: object) -> str | None:
+    """What keeps a value from being a tensor of finite floating-point numbers, as the end of a sentence, or None."""
+    if not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, not a tensor"
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_quantized:
+        return f"is a {value.layout} tensor of {value.dtype}, not a dense one of floating-point numbers"
+    if value.is_meta:
+        return "is on the meta device and has no values"
+    return None if value.isfinite().all() else "holds values that are not finite"
 
 
 def as_scalar_loss(loss: Tensor | float) -> Tensor:
@@ -111,11 +181,13 @@ def as_scalar_loss(loss: Tensor | float) -> Tensor:
         ValueError: ``loss`` has more than one element.
     """
     if isinstance(loss, Tensor):
+        if loss.is_complex():
+            raise TypeError("loss is complex; pass the real scalar that was given to backward()")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss has shape {tuple(loss.shape)}; pass the scalar that was given to backward(), e.g. loss.mean()"
             )
         return loss.detach().reshape(()).float()
-    if isinstance(loss, (int, float)):
+    if isinstance(loss, Real):  # Python's numbers and numpy's
         return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
     raise TypeError(f"loss must be a scalar tensor or a number, not {type(loss).__name__}")

@@ -22,51 +22,32 @@ A *canonical* state is a dictionary of plain values and whole tensors, all on on
 
 A state that follows its parameter has the parameter's original shape; row and column statistics and LSTM rows have
 shapes of their own. Dtype is float32, or float64 for float64 parameters. ``torch.save`` writes it and
-``torch.load(..., weights_only=True)`` reads it; :func:`save_canonical` and :func:`load_canonical` do without pickle.
+``torch.load(..., weights_only=True)`` reads it; :func:`save_canonical` and :func:`load_canonical` do without pickle,
+and their files have a digest by which damage is noticed. What wrappers keep among an optimizer's states is not in it.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, whole_states
-from pylo_integrations.files import write_whole
+from pylo_integrations import sealed
+from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, check_groups, foreign_names, whole_states
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
-from pylo_integrations.progress import COUNTS, Progress
-from pylo_integrations.sharding.pieces import read_flat_slices
+from pylo_integrations.progress import Progress
+from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 
 VERSION = 1
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
 _KEYS = {"version", "rule", "progress", "memory", "groups", "state"}
+_PLAIN = (bool, int, float, str, type(None))
 _HEADER = "canonical"  # key of the plain values in the metadata of a file
-
-
-def parameter_names(model: nn.Module) -> dict[Tensor, str]:
-    """Names of a model's parameters, without what FSDP1, DDP, ``torch.compile`` and other wrappers put into them.
-
-    Parameters that are tied have the first of their names.
-    """
-    names: dict[Tensor, str] = {}
-    for path, param in model.named_parameters():
-        parts, module = [], model
-        for part in path.split("."):
-            replica = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            if part not in _WRAPPERS and not (replica and part == "module"):
-                parts.append(part)
-            module = getattr(module, part, module)
-        names[param] = ".".join(parts)
-    return names
 
 
 def to_canonical(
@@ -79,7 +60,7 @@ def to_canonical(
     """The state of a run in the form that depends on nothing but parameter names; see :mod:`pylo_integrations.state`.
 
     All ranks that train together have to call it, between steps. State is created where there is none yet; nothing
-    else changes.
+    else changes. What other code keeps among the states is left out, with a warning.
 
     Args:
         optimizer: A learned optimizer, or a framework's wrapper of one.
@@ -97,14 +78,22 @@ def to_canonical(
     learned.init_state()
     holdings, progress = learned._holdings, learned._progress
     to = 0 if rank0_only else None
-    states = dict(whole_states(learned._states(members), members, holdings, to, device))
+    found = learned._states(members)
+    if foreign := foreign_names([found[index] for index in found], [members[index] for index in found]):
+        warnings.warn(
+            f"a canonical state has no place for what other code keeps among the states of parameters: {foreign} are "
+            "left out",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    states = dict(whole_states(found, members, holdings, to, device))
     if to not in (None, holdings.ranks.rank):
         return {}
     origin = learned._origin()
     return {
         "version": VERSION,
         "rule": origin["rule"],
-        "progress": {name: getattr(progress, name) for name in COUNTS} | {"theta": origin["theta"]},
+        "progress": {**progress.record(), "theta": origin["theta"]},
         "memory": {name: value.detach().to(device, copy=True) for name, value in progress.memory.items()},
         "groups": [
             {"params": [names[param] for param in group["params"]], **_options(group)} for group in learned.param_groups
@@ -130,20 +119,20 @@ def from_canonical(
 
     Raises:
         TypeError: ``optimizer`` is not a learned one.
-        CheckpointError: Version, rule, parameter names, shapes or groups do not fit; nothing was changed.
+        CheckpointError: Version, rule, parameter names, shapes, values or groups do not fit; nothing was changed.
         ShardingError: A parameter is distributed in a way that hides whole tensors.
     """
     learned = _learned(optimizer)
     if rank0_only:
         canonical = _from_first_rank(learned, canonical)
-    _check(canonical, learned)
+    progress = _check(canonical)
+    _check_rule(canonical["rule"], learned)
     names, members = _named(learned, model)
     mine = {names[member.param] for member in members}
     required = {names[member.param] for member in members if member.param.requires_grad}
     _check_names(canonical["state"].keys(), mine, required, "state")
-    record = canonical["progress"]
-    progress = Progress(**{name: record[name] for name in COUNTS}, memory=dict(canonical["memory"]))
-    blob = progress.to_bytes(theta=record["theta"], rule=canonical["rule"])
+    _check_names({name for group in canonical["groups"] for name in group["params"]}, None, required, "groups")
+    blob = progress.to_bytes(theta=canonical["progress"]["theta"], rule=canonical["rule"])
     numbers = iter(range(len(members)))
     groups = [
         {
@@ -154,6 +143,14 @@ def from_canonical(
         for group in learned.param_groups
     ]
     groups[0][PROGRESS] = blob
+    check_groups(groups, learned.param_groups, learned.rule.choices)
+    for member in learned._members(groups):
+        found, expected = canonical["state"].get(name := names[member.param], member.shapes), member.shapes
+        if found.keys() != expected.keys():
+            raise CheckpointError(
+                f"parameter {name} has state {sorted(found)} in canonical, expected {sorted(expected)}. Was it "
+                "written by another optimizer?"
+            )
     state = {
         index: dict(canonical["state"][names[member.param]])
         for index, member in enumerate(members)
@@ -165,16 +162,20 @@ def from_canonical(
 def save_canonical(canonical: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a canonical state as a ``.safetensors`` file; one rank is enough.
 
-    The file appears when it is complete, in place of one that was there.
+    The file appears when it is complete, in place of one that was there. It has a digest of all that is in it.
+
+    Raises:
+        CheckpointError: This is no canonical state; nothing was written.
     """
+    _check(canonical)
+    if strange := sorted(map(str, canonical.keys() - _KEYS)):
+        raise CheckpointError(f"canonical has entries {strange}, for which its files have no place: leave them out")
     tensors = {f"memory/{name}": value for name, value in canonical["memory"].items()}
     for param, states in canonical["state"].items():
         tensors |= {f"state/{param}/{name}": value for name, value in states.items()}
     header = {key: value for key, value in canonical.items() if key not in ("memory", "state")}
     header["state"] = list(canonical["state"])
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {_HEADER: json.dumps(header)}
-    write_whole(Path(path), lambda temporary: safetensors.torch.save_file(contiguous, str(temporary), metadata))
+    sealed.save(path, _HEADER, header, tensors)
 
 
 def load_canonical(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -182,19 +183,29 @@ def load_canonical(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file holds something else, or is damaged.
+        OSError: It cannot be read.
+        CheckpointError: The file holds something else, or is damaged. Files of version 0.1.0 have no digest, so there
+            only what makes no sense is noticed.
     """
     try:
-        with safetensors.safe_open(os.fspath(path), "pt") as file:
-            canonical: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
-            canonical["memory"], canonical["state"] = {}, {name: {} for name in canonical["state"]}
-            for key in file.keys():  # noqa: SIM118 # not a mapping
-                kind, _, rest = key.partition("/")
-                param, _, name = rest.rpartition("/")
-                (canonical["state"][param] if kind == "state" else canonical["memory"])[name] = file.get_tensor(key)
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        canonical, tensors = sealed.load(path, _HEADER)
+        names = canonical.get("state")
+        if canonical.keys() != _KEYS - {"memory"} or not isinstance(names, list):
+            raise CheckpointError(f"its entries are {sorted(canonical)}")
+        canonical |= {"memory": {}, "state": {name: {} for name in names if isinstance(name, str)}}
+        for key, value in tensors.items():
+            kind, _, rest = key.partition("/")
+            param, _, name = rest.rpartition("/")
+            if kind == "memory":
+                canonical["memory"][rest] = value
+            elif kind == "state" and param in canonical["state"]:
+                canonical["state"][param][name] = value
+            else:
+                raise CheckpointError(f"it has a tensor {key!r:.100}")
+        _check(canonical)
+    except ValueError as error:
         raise CheckpointError(
-            f"{os.fspath(path)} is no canonical optimizer state ({type(error).__name__}: {error}): pass a file that "
+            f"{os.fspath(path)} is no canonical optimizer state, or damaged ({error}): pass a file that "
             "save_canonical() wrote"
         ) from error
     return canonical
@@ -229,8 +240,7 @@ def _named(optimizer: LearnedOptimizer, model: nn.Module) -> tuple[dict[Tensor, 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group that are plain values; tensors of one element become numbers."""
     numbers = {key: value.item() for key, value in group.items() if isinstance(value, Tensor) and value.numel() == 1}
-    plain = (bool, int, float, str, type(None))
-    return {key: value for key, value in {**group, **numbers}.items() if isinstance(value, plain)}
+    return {key: value for key, value in {**group, **numbers}.items() if isinstance(value, _PLAIN)}
 
 
 def _saved_options(group: Mapping[str, Any], names: Mapping[Tensor, str], saved: Any) -> dict[str, Any]:
@@ -245,28 +255,79 @@ def _saved_options(group: Mapping[str, Any], names: Mapping[Tensor, str], saved:
         )
     found = dict(matching[0]) if matching else {}
     for key, value in found.items():
-        if isinstance(group.get(key), Tensor):
+        if isinstance(group.get(key), Tensor) and isinstance(value, (int, float)) and not isinstance(value, bool):
             found[key] = torch.full_like(group[key], value)
     return found
 
 
-def _check(canonical: Mapping[str, Any], optimizer: LearnedOptimizer) -> None:
+def _check(canonical: Mapping[str, Any]) -> Progress:
+    """Raise CheckpointError unless this has the form of a canonical state; returns what it says of the run."""
+    if not isinstance(canonical, Mapping):
+        raise CheckpointError(
+            f"canonical is {type(canonical).__name__}, not a dict with a version: pass what to_canonical() returned"
+        )
     version = canonical.get("version")
-    if version != VERSION or not canonical.keys() >= _KEYS:
+    if type(version) is not int or version != VERSION or not canonical.keys() >= _KEYS:
         raise CheckpointError(
-            f"canonical has version {version!r} and keys {sorted(canonical)}; this package reads version {VERSION} "
-            f"with keys {sorted(_KEYS)}: pass what to_canonical() returned, and newer versions to a newer package"
+            f"canonical has version {version!r} and keys {sorted(map(str, canonical))}; this package reads version "
+            f"{VERSION} with keys {sorted(_KEYS)}: pass what to_canonical() returned, and newer versions to a newer "
+            "package"
         )
+    kinds: dict[str, Any] = {
+        "rule": str,
+        "progress": Mapping,
+        "memory": Mapping,
+        "groups": (list, tuple),
+        "state": Mapping,
+    }
+    if wrong := {
+        key: type(canonical[key]).__name__ for key, kind in kinds.items() if not isinstance(canonical[key], kind)
+    }:
+        raise CheckpointError(f"canonical has entries of other types than to_canonical() gives them: {wrong}")
+    try:
+        progress = Progress.from_record(canonical["progress"], canonical["memory"])
+    except ValueError as error:
+        raise CheckpointError(f"canonical has a damaged progress: {error}") from error
+    if not isinstance(theta := canonical["progress"].get("theta", 0), str | None):
+        raise CheckpointError(f"canonical has a damaged progress: theta is {theta!r:.50}, not a digest or None")
+    _check_groups(canonical["groups"])
+    for param, states in canonical["state"].items():
+        if not (
+            isinstance(param, str) and isinstance(states, Mapping) and all(isinstance(name, str) for name in states)
+        ):
+            raise CheckpointError(f"the state of {param!r:.100} in canonical is not a dict of tensors by name")
+        if wrong := {name: type(value).__name__ for name, value in states.items() if not isinstance(value, Tensor)}:
+            raise CheckpointError(f"the state of {param} in canonical has what are not tensors: {wrong}")
+    return progress
+
+
+def _check_groups(groups: Any) -> None:
+    """Raise CheckpointError unless these are groups of options and names, as :func:`_options` makes them."""
+    names: list[str] = []
+    for group in groups:
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise CheckpointError("the groups in canonical are not dicts with a list of names, 'params'")
+        names += group["params"]
+        options = {key: value for key, value in group.items() if key != "params"}
+        if wrong := [key for key, value in options.items() if not (isinstance(key, str) and isinstance(value, _PLAIN))]:
+            raise CheckpointError(f"a group in canonical has options {wrong!r:.200} that are no plain values")
+    if not all(isinstance(name, str) for name in names):
+        raise CheckpointError("the groups in canonical have parameters that are no names")
+    if double := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise CheckpointError(f"the groups in canonical have parameters {double} twice")
+
+
+def _check_rule(found: str, optimizer: LearnedOptimizer) -> None:
     rule = type(optimizer.rule).__name__
-    if canonical["rule"] != rule:
+    if found != rule:
         raise CheckpointError(
-            f"canonical is of an optimizer with the rule {canonical['rule']}, and {type(optimizer).__name__} has "
-            f"{rule}: create the optimizer that was saved, or start this one without its state"
+            f"canonical is of an optimizer with the rule {found}, and {type(optimizer).__name__} has {rule}: create "
+            "the optimizer that was saved, or start this one without its state"
         )
 
 
-def _check_names(found: Any, mine: set[str], required: set[str], what: str) -> None:
-    missing, unknown = sorted(required - set(found)), sorted(set(found) - mine)
+def _check_names(found: Any, mine: set[str] | None, required: set[str], what: str) -> None:
+    missing, unknown = sorted(required - set(found)), sorted(set(found) - mine) if mine is not None else []
     if missing or unknown:
         raise CheckpointError(
             f"the {what} in canonical lacks parameters {missing} and has unknown ones {unknown}: pass the same model "
@@ -275,9 +336,21 @@ def _check_names(found: Any, mine: set[str], required: set[str], what: str) -> N
 
 
 def _from_first_rank(optimizer: LearnedOptimizer, canonical: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the first rank passed, one parameter at a time."""
+    """What the first rank passed, one parameter at a time.
+
+    Raises:
+        CheckpointError: It is no canonical state; on all ranks, none of which waits for another.
+    """
     ranks = optimizer._holdings.ranks
-    plain = {key: value for key, value in dict(canonical or {}).items() if key != "state"}
-    plain, names = ranks.broadcast((plain, list((canonical or {}).get("state", ()))))
-    mine: Mapping[str, Any] = canonical["state"] if ranks.rank == 0 and names else {}
-    return {**plain, "state": {name: ranks.broadcast(mine.get(name)) for name in names}}
+    problem = None
+    if ranks.rank == 0:
+        try:
+            _check(canonical)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise CheckpointError(problem)
+    mine: Mapping[str, Any] = canonical if ranks.rank == 0 else {"state": {}}
+    plain = {key: value for key, value in mine.items() if key != "state"}
+    plain, names = ranks.broadcast((plain, list(mine["state"])))
+    return {**plain, "state": {name: ranks.broadcast(mine["state"].get(name)) for name in names}}

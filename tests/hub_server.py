@@ -42,7 +42,8 @@ class Hub(ThreadingHTTPServer):
 
     ``large``: files served by redirect, as LFS files are. ``faults``: what goes wrong for a repository: ``"short"``
     (fewer bytes than announced beforehand), ``"hangup"`` (the connection breaks in the middle of the first answer),
-    ``"down"`` (503), ``"strange"`` (a web page).
+    ``"down"`` (503), ``"strange"`` (a web page). ``answers``: headers, by repository, that replace those of one answer
+    about a file after another; the last ones stay.
     """
 
     daemon_threads = True
@@ -54,6 +55,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.renamed: dict[str, str] = {}
         self.faults: dict[str, str] = {}
+        self.answers: dict[str, list[dict[str, str]]] = {}
         self.large: set[str] = set()
         self.uploads: dict[str, bytes] = {}
         self.log: list[str] = []
@@ -138,13 +140,16 @@ class Handler(BaseHTTPRequestHandler):
         if commit not in repo.commits:
             return self.error(404, "RevisionNotFound")
         data = repo.commits[commit].get(filename)
+        replaced = self.server.answers.get(name, [{}])
+        odd = replaced.pop(0) if len(replaced) > 1 else replaced[0]
         if data is None:
-            return self.error(404, "EntryNotFound", X_Repo_Commit=commit)
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+            return self.error(404, "EntryNotFound", **{"X_Repo_Commit": commit, **odd})
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', **odd}
         if filename not in self.server.large:
             return self.send_file(name, data, headers)
-        headers |= {"X_Linked_ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Linked_Size": str(len(data))}
-        return self.answer(302, Location=f"{self.server.storage}/storage/{name}/{commit}/{filename}", **headers)
+        linked = {"X_Linked_ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Linked_Size": str(len(data))}
+        place = {"Location": f"{self.server.storage}/storage/{name}/{commit}/{filename}"}
+        return self.answer(302, **{**linked, **place, **headers})
 
     def send_file(self, name: str, data: bytes, headers: dict[str, str]) -> None:
         fault = self.server.faults.get(name) if self.command == "GET" else None

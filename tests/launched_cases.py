@@ -379,3 +379,184 @@ def lightning_case(
             }
         )
     return {"runs": results}
+
+
+# -- learning rates ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def noted_rates() -> Iterator[list[float]]:
+    """The learning rate of every step of a learned optimizer."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    rates: list[float] = []
+
+    def note(optimizer: Any, *args: Any) -> None:
+        if (learned := unwrap_optimizer(optimizer)) is not None:
+            rates.append(float(learned.param_groups[0]["lr"]))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield rates
+    finally:
+        handle.remove()
+
+
+def rates_case(rank: int, world: int, adapter: str, kinds: list[str], folder: str) -> dict[str, list[float]]:
+    """Learning rates of a run of six optimizer steps, by scheduler of test_schedulers."""
+    from test_schedulers import MAKERS
+
+    rates = {}
+    for kind in kinds:
+        torch.manual_seed(0)
+        with noted_rates() as rates[kind], fresh_accelerate():
+            RATES[adapter](world, MAKERS[kind], folder)
+    return rates
+
+
+def rated_net() -> tuple[nn.Module, Any]:
+    from thetas import create
+
+    model = nn.Linear(3, 1)
+    return model, create(model, "celo2", num_steps=6)
+
+
+def rated_loader(world: int) -> Any:
+    """Twelve batches, of which frameworks give every rank its share."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(torch.arange(12 * 4 * 3.0).reshape(-1, 3) / 100, batch_size=4 // world)
+
+
+def step_scheduler(scheduler: Any, loss: Tensor) -> None:
+    inner = getattr(scheduler, "scheduler", scheduler)
+    scheduler.step(*([1.0] if isinstance(inner, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+
+
+def rates_of_plain(world: int, make: Any, folder: str) -> None:
+    model, optimizer = rated_net()
+    model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    scheduler = make(optimizer)
+    for batch in list(rated_loader(1))[::2]:
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+        step_scheduler(scheduler, loss)
+
+
+def rates_of_accelerate(world: int, make: Any, folder: str, prepare: Any = None) -> None:
+    from accelerate import Accelerator
+
+    from pylo_integrations.accelerate import attach, count_steps, prepare_scheduler
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, loader = accelerator.prepare(*rated_net(), rated_loader(world))
+    num_steps = count_steps(accelerator, loader)
+    assert num_steps == 6
+    scheduler = (prepare or prepare_scheduler)(accelerator, make(optimizer))
+    attach(accelerator, optimizer, num_steps)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(batch).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            step_scheduler(scheduler, loss)
+            optimizer.zero_grad()
+
+
+def rates_of_accelerates_prepare(world: int, make: Any, folder: str) -> None:
+    rates_of_accelerate(world, make, folder, lambda accelerator, scheduler: accelerator.prepare(scheduler))
+
+
+def rates_of_fabric(world: int, make: Any, folder: str) -> None:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    from pylo_integrations.lightning import attach
+
+    strategy = DDPStrategy(process_group_backend="gloo") if world > 1 else "auto"
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy)
+    fabric.launch()
+    model, optimizer = fabric.setup(*rated_net())
+    scheduler = make(unwrap_optimizer(optimizer))
+    with attach(fabric, optimizer, num_steps=6):
+        for index, batch in enumerate(fabric.setup_dataloaders(rated_loader(world))):
+            with fabric.no_backward_sync(model, enabled=index % 2 == 0):
+                loss = model(batch).square().mean()
+                fabric.backward(loss / 2)
+            if index % 2:
+                optimizer.step()
+                step_scheduler(scheduler, loss)
+                optimizer.zero_grad()
+
+
+def rates_of_lightning(world: int, make: Any, folder: str) -> None:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from pylo_integrations.lightning import LearnedOptimizerCallback, configure_optimizers
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 1)
+
+        def training_step(self, batch, index):
+            self.log("loss", 1.0)
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            def build(optimizer: Any, num_steps: int) -> Any:
+                assert num_steps == 6
+                return make(optimizer)
+
+            chosen = configure_optimizers(self, "celo2", scheduler=build)
+            chosen["lr_scheduler"]["monitor"] = "loss"
+            return chosen
+
+        def train_dataloader(self):
+            return rated_loader(world)
+
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=DDPStrategy(process_group_backend="gloo") if world > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        callbacks=[LearnedOptimizerCallback()],
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    trainer.fit(Module())
+
+
+def rates_of_hf(world: int, make: Any, folder: str) -> None:
+    import transformers
+    from test_adapter_hf import gpt2, texts
+
+    from pylo_integrations import hf
+
+    transformers.logging.set_verbosity_error()
+    args = transformers.TrainingArguments(
+        folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = hf.Trainer(gpt2(), args, train_dataset=texts(48), optimizers=("celo2", make))
+    trainer.train()
+    assert trainer.state.max_steps == 6
+
+
+RATES = {
+    "plain": rates_of_plain,
+    "accelerate": rates_of_accelerate,
+    "accelerate's own prepare": rates_of_accelerates_prepare,
+    "fabric": rates_of_fabric,
+    "lightning": rates_of_lightning,
+    "hf": rates_of_hf,
+}

@@ -170,7 +170,7 @@ class VeLO_RNN(nn.Module):
         self.lstm_init_state = nn.ParameterList(states)
 
     def forward(self, x):
-        """Spec §3d, from the learned initial state."""
+        """docs/mathematics.md, VeLO 4, from the learned initial state."""
         hidden, cell = (state.expand(len(x), -1) for state in self.lstm_init_state)
         z = self.final_mix_layer(x) + self.mix_layer2(x).relu().amax(0)
         i, g, f, o = self.lstm.linear(torch.cat([z, hidden], 1)).chunk(4, 1)

@@ -326,3 +326,73 @@ def group_case(rank: int, world: int) -> tuple[float, str]:
             optimizer.step(loss=float(rank))
         runs.append(params)
     return compare(*runs), digest([full(p) for p in runs[0]])
+
+
+def misfit_case(rank: int, world: int) -> dict[str, Any]:
+    """States of shares in another type are cast; one of another shape is refused by every rank that steps it."""
+    shapes = [(8, 6), (4,)]
+    params, twins = ([nn.Parameter(random(shape, i, torch.float32)) for i, shape in enumerate(shapes)] for _ in "ab")
+    optimizers = [make("small_fc_lopt", ps, shard_step=shares) for ps, shares in ((params, True), (twins, False))]
+    for step in range(3):
+        for ps, optimizer in zip((params, twins), optimizers, strict=True):
+            for i, param in enumerate(ps):
+                param.grad = random(param.shape, 10 + step + i, torch.float32)
+            if step:
+                optimizer.state.update({p: {k: v.double() for k, v in optimizer.state[p].items()} for p in ps})
+            optimizer.step()
+    error = max((p - q).abs().max().item() for p, q in zip(params, twins, strict=True))
+    shared = optimizers[0]
+    shared.state[params[0]]["momentum_0"] = torch.zeros(8, 6)
+    before = digest([p.detach() for p in params])
+    try:
+        shared.step()
+        refused = ""
+    except TypeError as caught:
+        refused = str(caught)
+    return {"error": error, "refused": refused, "unchanged": digest([p.detach() for p in params]) == before}
+
+
+def lazy_case(rank: int, world: int) -> dict[str, float]:
+    """Replicas that share their steps, with gradients that are lazily negated in one of two runs."""
+    runs = []
+    for lazy in (False, True):
+        params = [nn.Parameter(random(shape, i, torch.float32)) for i, shape in enumerate([(8, 6), (4,)])]
+        optimizer = make("small_fc_lopt", params, shard_step=True)
+        for step in range(3):
+            for i, param in enumerate(params):
+                grad = random(param.shape, 10 + step + i, torch.float32)
+                param.grad = torch._neg_view(-grad) if lazy and step else grad
+            optimizer.step()
+        runs.append(torch.cat([param.detach().view(-1) for param in params]))
+    start = torch.cat([random(shape, i, torch.float32).view(-1) for i, shape in enumerate([(8, 6), (4,)])])
+    return {"error": (runs[0] - runs[1]).abs().max().item(), "moved": (runs[0] - start).abs().max().item()}
+
+
+def version_case(rank: int, world: int, backend: str) -> dict[str, bool]:
+    """Which tensors autograd finds changed after a step, of replicas that share it and of ``DTensor`` s."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for kind, shares in (("shares", True), ("shards", False)):
+        param = nn.Parameter(random((8, 6), 0, torch.float32))
+        if kind == "shards":
+            param = nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))
+        optimizer = make("small_fc_lopt", [param], backend=backend, shard_step=shares)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = (param * param).sum()
+            loss.backward()
+            late = (param * param).sum()
+            watched = [param, *optimizer.state[param].values()] if step else [param]
+            watched += [tensor.to_local() for tensor in watched if isinstance(tensor, DTensor)]
+            before = [tensor._version for tensor in watched]
+            optimizer.step()
+            found[f"{kind} {step}"] = all(t._version > v for t, v in zip(watched, before, strict=True))
+            try:
+                late.backward()
+            except RuntimeError as error:
+                found[f"{kind} {step} backward"] = "modified by an inplace operation" in str(error)
+            else:
+                found[f"{kind} {step} backward"] = False
+    return found

@@ -52,6 +52,7 @@ def test_gpt2_shapes_and_axes_are_those_of_transformers():
 def test_report_holds_every_contender_of_every_setting(tmp_path, capsys, monkeypatch):
     path = tmp_path / "out.json"
     argv = ["bench", "--shapes", "tiny", "--threads", "1", "--repeats", "2", "--json", str(path)]
+    argv += ["--optimizers", "small_fc_lopt"]
     monkeypatch.setattr(sys, "argv", ["pylo", *argv])
     assert cli.main(argv) == 0
     out = capsys.readouterr().out

@@ -18,6 +18,7 @@ from sharded_cases import promised
 from pylo_integrations import bench, bench_distributed, cli, list_optimizers
 from pylo_integrations.bench import SHAPES
 from pylo_integrations.dry_run import dry_run
+from pylo_integrations.sharding.agreement import HEADER
 from pylo_integrations.sharding.collectives import Collective, Collectives
 from pylo_integrations.strategies import SIMULABLE
 
@@ -126,9 +127,9 @@ def test_small_fc_costs_what_its_definition_says(shapes, ranks):
         # Three momenta and a second moment; vectors have three more of those in place of rows and columns.
         state += 4 * (4 * here + 3 * rows_and_columns(kind.shape) if len(kind.shape) > 1 else 7 * here)
     assert costs.state_bytes == state
-    # In float64: sums of squares along rows and columns, one over all, who has gradients and can use kernels; then 28
-    # features a tensor.
-    want = [8 * (lines + 1 + 2 * len(kinds)), 8 * 28 * len(kinds)]
+    # In float64: whether ranks do the same, sums of squares along rows and columns, one over all, who has gradients and
+    # can use kernels; then 28 features a tensor.
+    want = [8 * (HEADER + lines + 1 + 2 * len(kinds)), 8 * 28 * len(kinds)]
     assert costs.collectives == tuple(Collective("allreduce_", size) for size in want)
 
 

@@ -56,11 +56,24 @@ def test_every_entry_is_whole(name, params):
         ("smalfclopt", "small_fc_lopt"),
         ("zzz", "available"),
         (3, "available"),
+        ("Celo-Adam", "did you mean 'celo_adam'"),
+        ("mulp", "did you mean 'mulo'"),
+        ("lion", "available"),
     ],
 )
 def test_unknown_names_list_near_matches(name, hint, params):
     with pytest.raises(ValueError, match=hint):
         create_optimizer(params, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "AdamW", "adam", "sgd", "nadam", "muon", "adafactor", "adamw_torch_fused", "paged-adamw_32bit"]
+)
+def test_optimizers_of_others_are_named_as_such(name, params):
+    """No learned optimizer is suggested for how its name is spelt."""
+    with pytest.raises(ValueError, match="it is no learned one: use .*learned ones are") as caught:
+        create_optimizer(params, name)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_unknown_options_are_named_with_the_known_ones(params):

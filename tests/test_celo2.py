@@ -102,7 +102,8 @@ def test_vectors_of_celo2_step_by_adam_at_twenty_times_lr_and_decay():
     for grad in grads:
         m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad.square()
         wanted = wanted - 20 * 0.01 * (m / (v + 1e-8).sqrt() + 0.3 * wanted)
-    got = train(CELO2([p], lr=0.01, weight_decay=0.3, weights=THETA), p, grads)
+    optimizer = CELO2([p], lr=0.01, weight_decay=0.3, weight_decay_policy="before", weights=THETA)
+    got = train(optimizer, p, grads)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 

@@ -43,6 +43,7 @@ TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-9}
 def build(case: str, params: dict[str, Tensor], **options):
     golden = Golden(case)
     options = {"lr": golden.hyper["step_mult"], "weight_decay": golden.hyper["weight_decay"], **options}
+    options["weight_decay_policy"] = "before"
     return CASES[case](list(params.values()), weights=golden.theta, **options)
 
 
@@ -69,6 +70,7 @@ def test_elo_celo2_matches(trajectory):
     params = initial_params(trajectory, torch.float32)
     hyper = golden.hyper
     options = {"lr": hyper["lr"], "weight_decay": hyper["weight_decay"], "max_grad_norm": hyper["clip_norm"]}
+    options["weight_decay_policy"] = "before"
     optimizer = ELOCELO2(list(params.values()), weights=golden.theta, **options)
     replay_float32(golden, trajectory, params, optimizer, tolerance=4e-4)
 
@@ -80,6 +82,7 @@ def test_the_vectors_of_the_port_of_celo2_match(trajectory):
     golden = Golden("celo2_pyloport")
     params = {name: param for name, param in initial_params(trajectory, torch.float32).items() if name in VECTORS}
     options = {"lr": golden.hyper["lr"], "weight_decay": golden.hyper["weight_decay"], "max_grad_norm": math.inf}
+    options["weight_decay_policy"] = "before"
     replay_float32(golden, trajectory, params, ELOCELO2(list(params.values()), weights=golden.theta, **options))
 
 

@@ -42,5 +42,6 @@ def test_elo_matches(case, trajectory):
     hyper = golden.hyper
     params = initial_params(trajectory, torch.float32)
     options = {"lr": hyper["lr"], "weight_decay": hyper["weight_decay"], "max_grad_norm": hyper.get("clip_norm")}
+    options["weight_decay_policy"] = "before"
     optimizer = ELO(list(params.values()), weights=golden.theta, exp_mult=hyper["exp_mult"], **options)
     replay_float32(golden, trajectory, params, optimizer, skip=["p02_scalar"])

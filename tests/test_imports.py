@@ -17,10 +17,10 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files"},
-    {"rules"},
-    {"weights", "decay", "progress", "rounding"},
-    {"ops", "telemetry", "options"},
+    {"sharding", "files", "paths", "steplock"},
+    {"rules", "sealed"},
+    {"weights", "decay", "progress", "rounding", "fitting"},
+    {"ops", "telemetry", "options", "hints"},
     {"engine", "checkpoints"},
     {"optimizer"},
     {"optimizers", "state"},

@@ -379,8 +379,9 @@ def test_obstacles_are_named():
     rule, group = theta().rule(), {}
 
     def why(param, state=None, rule=rule):
-        state = {"rms": torch.zeros_like(param)} if state is None else state
-        bucket = bucket_of(param, state, group)
+        shapes = rule.state_shapes(TensorLayout.whole(tuple(param.shape))).items()
+        fresh = {name: torch.zeros(param.shape if shape is None else shape) for name, shape in shapes}
+        bucket = bucket_of(param, fresh | (state or {}), group)
         return obstacle(rule, bucket) or local_obstacle(rule, bucket)
 
     assert why(torch.zeros(4, 3)) is None

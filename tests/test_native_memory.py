@@ -26,7 +26,7 @@ def test_memory_tells_addresses_and_formats_apart(exchange, monkeypatch):
     other = [base.double(), base[:2], base.T, base.view(16), base.view(torch.int32), torch.zeros(4, 4)]
     found = read_memory(iter(same + other), len(same + other))
     assert addresses(found).tolist() == [tensor.data_ptr() for tensor in same + other]
-    assert len({tuple(row) for row in found[:3].tolist()}) == 1
+    assert len({tuple(row) for row in found[:3, :2].tolist()}) == 1
     assert len(set(formats(found[:8]).tolist())) == 6
     assert formats(found)[8] == formats(found)[0]
     with pytest.raises(ValueError):

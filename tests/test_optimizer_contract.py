@@ -427,7 +427,7 @@ def test_lr_multiplies_the_whole_update(name):
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.25])
-@pytest.mark.parametrize("policy", ["before", "after", "before_independent", "after_independent"])
+@pytest.mark.parametrize("policy", ["adamw", "before", "after", "before_independent", "after_independent"])
 def test_weight_decay_policies(policy, lr):
     def run(weight_decay):
         p = parameter(4, 3, dtype=torch.float64)
@@ -439,8 +439,8 @@ def test_weight_decay_policies(policy, lr):
 
     old, plain = run(0.0)
     _, decayed = run(0.1)
-    shrink = 0.1 * (lr / 0.5 if policy.endswith("independent") else lr)
-    base = old if policy.startswith("before") else old + plain
+    shrink = 0.1 * (lr / 0.5 if policy.endswith("independent") else 1e-3 * lr if policy == "adamw" else lr)
+    base = old + plain if policy.startswith("after") else old
     torch.testing.assert_close(decayed, plain - shrink * base)
 
 
@@ -476,7 +476,7 @@ def test_max_grad_norm_clips_like_torch(scale):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": math.nan}, "lr=nan"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"weight_decay_policy": "adamw"}, "'adamw' is unknown"),
+        ({"weight_decay_policy": "adamax"}, "'adamax' is unknown"),
         ({"on_nonfinite": "ignore"}, "'ignore' is unknown"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"chunk_bytes": 0}, "chunk_bytes=0"),

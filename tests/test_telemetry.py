@@ -101,7 +101,11 @@ def test_numbers_are_those_of_snapshots(chunk_bytes, maximize, max_grad_norm):
         give_gradients(params, seed)
         before = [p.detach().clone() for p in params]
         optimizer.step()
-        keeps = [keep_and_scale(group)[0] for group in optimizer.param_groups for _ in group["params"]]
+        keeps = [
+            keep_and_scale(group, adamw_scale=SmallFCLOpt.adamw_lr)[0]
+            for group in optimizer.param_groups
+            for _ in group["params"]
+        ]
         updates = [p.detach() - keep * old for p, old, keep in zip(params, before, keeps, strict=True)]
         gradients = [-p.grad if maximize else p.grad for p in params]
         wanted = {"nonfinite_steps": 0, "horizon_fraction": (seed + 1) / 8}

@@ -196,7 +196,6 @@ def test_an_offline_miss_says_what_to_do(hub, offline, ours):
     assert len(hub.log) == seen
 
 
-@pytest.mark.slow  # the client tries for half a minute
 def test_an_unreachable_hub_is_like_being_offline(hub, home, online, theta, ours):
     hub.add("ann/reached", ours)
     online.load("hub:ann/reached")

@@ -1,4 +1,4 @@
-// The mathematics of the learned rules, each formula once, for any numeric type V (spec 0-6; rules/features.py).
+// The mathematics of the learned rules, each formula once, for any numeric type V (docs/mathematics.md; rules/features.py).
 #pragma once
 
 #include "scalar.h"

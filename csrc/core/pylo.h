@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 4u
+#define PYLO_ABI_VERSION 5u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
@@ -57,7 +57,10 @@ enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite,
  * Parameter, gradient and the parameter-shaped state share one dense layout: axes are listed from the slowest to the
  * fastest. Factored state belongs to the whole tensor; `row` has no d0 axis and `col` no d1 axis, and an element's
  * entry is offset + sum(index[a] * stride[a]) with stride 0 along the missing axis. A box may be empty, extent 0: then
- * its parameter-shaped buffers may be null, and only prepare has something to do. */
+ * its parameter-shaped buffers may be null, and only prepare has something to do.
+ *
+ * Of every buffer the table also says how many bytes there are. A caller takes that from the memory that it has, not
+ * from the shape that the memory should have: pylo_check() compares the two. */
 typedef struct pylo_tensor {
     void *param;
     float *momentum[3];
@@ -87,6 +90,9 @@ typedef struct pylo_tensor {
     int32_t rank;
     int32_t d0_axis, d1_axis; /* -1 if unfactored */
     int32_t param_dtype;
+    int64_t param_bytes, momentum_bytes[3], rms_bytes, diagonal_bytes[3];
+    int64_t row_bytes, col_bytes, row_scale_bytes, col_scale_bytes, row_sums_bytes, col_sums_bytes;
+    int64_t feature_sums_bytes, stat_squares_bytes, tensor_sums_bytes, direction_bytes;
 } pylo_tensor;
 
 /* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step. */
@@ -94,6 +100,7 @@ typedef struct pylo_step {
     const void *grad;
     const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs.
                            * Null for Adam */
+    int64_t grad_bytes, network_bytes;
     float keep, scale;
     float step_mult;  /* factor on the step */
     float grad_scale; /* factor on the gradient: sign and clipping */
@@ -137,9 +144,10 @@ typedef struct pylo_call {
     int32_t isa;
 } pylo_call;
 
-/* Where a tensor is: its address, and a word that is equal for tensors of equal device, type, shape and strides. */
+/* Where a tensor is: its address, a word that is equal for tensors of equal device, type, shape and strides which both
+ * have memory or both have not, and the Python object. */
 typedef struct pylo_memory {
-    uint64_t address, format;
+    uint64_t address, format, object;
 } pylo_memory;
 
 PYLO_API uint32_t pylo_abi_version(void);
@@ -162,7 +170,7 @@ PYLO_API int32_t pylo_has_isa(int32_t isa);
 /* Number of floats behind pylo_step.network; 0 if the geometry is not supported. */
 PYLO_API int64_t pylo_network_floats(const pylo_rule *rule);
 
-/* Validate rule and table: null, misaligned and overlapping buffers, sizes that do not fit. Ignores `steps`, `token`
+/* Validate rule and table: null, misaligned, overlapping and too small buffers, extents that do not fit. Ignores `steps`, `token`
  * and the workspace. On success `token` receives what the stages ask for; it covers rule and table, so any change of
  * them needs another check. `workspace_bytes` receives what the stages need. */
 PYLO_API int32_t pylo_check(const pylo_call *call, uint64_t *token, int64_t *workspace_bytes);

@@ -10,8 +10,8 @@
 #include "../core/geometry.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
-static_assert(sizeof(pylo_tensor) == 432, "");
-static_assert(sizeof(pylo_step) == 56, "");
+static_assert(sizeof(pylo_tensor) == 576, "");
+static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
 static_assert(sizeof(pylo_call) == 80, "");
 
@@ -123,21 +123,19 @@ public:
             local *= t_.extent[axis];
         }
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
-        if (int status = buffer("param", t_.param, local, (size_t)itemsize(t_.param_dtype))) return status;
-        if (int status = buffer("rms", t_.rms, local, sizeof(float))) return status;
-        for (const float *momentum : t_.momentum) {
-            if (int status = buffer("momentum", momentum, local, sizeof(float))) return status;
-            if (adam_) break;
-        }
+        if (int status = buffer("param", t_.param, t_.param_bytes, local, (size_t)itemsize(t_.param_dtype))) return status;
+        if (int status = buffer("rms", t_.rms, t_.rms_bytes, local, sizeof(float))) return status;
+        for (int k = 0; k < (adam_ ? 1 : 3); ++k)
+            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local, sizeof(float))) return status;
         if (t_.tensor_sums)
-            if (int status = buffer("tensor_sums", t_.tensor_sums, PYLO_TENSOR_SUMS, sizeof(double))) return status;
+            if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS, sizeof(double))) return status;
         if (t_.direction)
-            if (int status = buffer("direction", t_.direction, local, sizeof(float))) return status;
+            if (int status = buffer("direction", t_.direction, t_.direction_bytes, local, sizeof(float))) return status;
         if (adam_) return t_.d0_axis == -1 && t_.d1_axis == -1 ? PYLO_OK : bad("d0_axis", "and d1_axis must be -1 for Adam");
         if (int status = slices()) return status;
         const int64_t sums = t_.norm_slices * PYLO_SLOTS;
-        if (int status = buffer("feature_sums", t_.feature_sums, sums, sizeof(double))) return status;
-        if (int status = buffer("stat_squares", t_.stat_squares, sums, sizeof(double))) return status;
+        if (int status = buffer("feature_sums", t_.feature_sums, t_.feature_sums_bytes, sums, sizeof(double))) return status;
+        if (int status = buffer("stat_squares", t_.stat_squares, t_.stat_squares_bytes, sums, sizeof(double))) return status;
         return t_.d0_axis < 0 ? unfactored(local) : factored();
     }
 
@@ -145,8 +143,8 @@ private:
     int unfactored(int64_t local) {
         if (t_.d0_axis != -1 || t_.d1_axis != -1) return bad("d0_axis", "and d1_axis must both be -1 or neither");
         if (t_.norm_slices != 1) return bad("norm_slices", "must be 1 without d0_axis");
-        for (const float *diagonal : t_.diagonal)
-            if (int status = buffer("diagonal", diagonal, local, sizeof(float))) return status;
+        for (int k = 0; k < 3; ++k)
+            if (int status = buffer("diagonal", t_.diagonal[k], t_.diagonal_bytes[k], local, sizeof(float))) return status;
         return PYLO_OK;
     }
 
@@ -161,12 +159,12 @@ private:
             t_.row_numel % (t_.d1_extent * t_.d1_row_stride) != 0)
             return bad("d1_row_stride", "times d1_extent must divide row_numel");
         const int64_t row = t_.row_numel, col = t_.col_numel;
-        if (int status = buffer("row", t_.row, 3 * row, sizeof(float))) return status;
-        if (int status = buffer("col", t_.col, 3 * col, sizeof(float))) return status;
-        if (int status = buffer("row_scale", t_.row_scale, 3 * row, sizeof(float))) return status;
-        if (int status = buffer("col_scale", t_.col_scale, 3 * col, sizeof(float))) return status;
-        if (int status = buffer("row_sums", t_.row_sums, row, sizeof(double))) return status;
-        return buffer("col_sums", t_.col_sums, col, sizeof(double));
+        if (int status = buffer("row", t_.row, t_.row_bytes, 3 * row, sizeof(float))) return status;
+        if (int status = buffer("col", t_.col, t_.col_bytes, 3 * col, sizeof(float))) return status;
+        if (int status = buffer("row_scale", t_.row_scale, t_.row_scale_bytes, 3 * row, sizeof(float))) return status;
+        if (int status = buffer("col_scale", t_.col_scale, t_.col_scale_bytes, 3 * col, sizeof(float))) return status;
+        if (int status = buffer("row_sums", t_.row_sums, t_.row_sums_bytes, row, sizeof(double))) return status;
+        return buffer("col_sums", t_.col_sums, t_.col_sums_bytes, col, sizeof(double));
     }
 
     // Whether every element's entry lies inside a statistic that lacks the axis `missing`.
@@ -193,10 +191,13 @@ private:
         return PYLO_OK;
     }
 
-    int buffer(const char *name, const void *pointer, int64_t count, size_t size) {
+    // Needs `count` numbers of `size` bytes at `pointer`, where there are `bytes`.
+    int buffer(const char *name, const void *pointer, int64_t bytes, int64_t count, size_t size) {
         if (count == 0) return PYLO_OK;
         if (!pointer) return bad(name, "is null");
         if (!aligned(pointer, size)) return bad(name, "is not aligned to %d bytes", (int)size);
+        if (bytes / (int64_t)size < count)
+            return bad(name, "has %lld bytes, must have %lld", (long long)bytes, (long long)count * (long long)size);
         const uintptr_t begin = (uintptr_t)pointer;
         if ((uint64_t)count * size > UINTPTR_MAX - begin) return bad(name, "wraps around the address space");
         spans_.push_back({begin, begin + (uintptr_t)count * size, record_, name, true});
@@ -363,6 +364,7 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (reads_steps && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
     if (stage == COLLECT && (!call.grad_squares || !aligned(call.grad_squares, sizeof(double))))
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
+    const int64_t network_bytes = pylo::network_floats(*call.rule) * (int64_t)sizeof(float);
     for (int64_t i = 0; i < call.count; ++i) {
         const long long record = i;
         if (stage == MEASURE && !call.tensors[i].tensor_sums)
@@ -371,13 +373,19 @@ int check_stage(Stage stage, const pylo_call &call) {
         const pylo_step &step = call.steps[i];
         if (!known_dtype(step.grad_dtype))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad_dtype %d is unknown", record, step.grad_dtype);
-        const bool empty = pylo::local_numel(call.tensors[i]) == 0;
-        if ((!step.grad && !empty) || !aligned(step.grad, (size_t)itemsize(step.grad_dtype)))
+        const int64_t numel = pylo::local_numel(call.tensors[i]), grad_bytes = numel * itemsize(step.grad_dtype);
+        if ((!step.grad && numel) || !aligned(step.grad, (size_t)itemsize(step.grad_dtype)))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad is null or misaligned", record);
+        if (step.grad_bytes < grad_bytes)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad has %lld bytes, must have %lld", record,
+                        (long long)step.grad_bytes, (long long)grad_bytes);
         if (stage == APPLY && adam && !(step.momentum_correction > 0 && step.rms_correction > 0))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
         if (stage == APPLY && !adam && (!step.network || !aligned(step.network, sizeof(float))))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network is null or misaligned", record);
+        if (stage == APPLY && !adam && step.network_bytes < network_bytes)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network has %lld bytes, must have %lld", record,
+                        (long long)step.network_bytes, (long long)network_bytes);
     }
     return PYLO_OK;
 }

@@ -28,6 +28,7 @@ uint64_t mix(uint64_t hash, uint64_t word) {
 
 uint64_t format_of(const Tensor &tensor) {
     uint64_t hash = mix((uint64_t)tensor.device_type << 32 | (uint32_t)tensor.device_index, (uint64_t)tensor.rank);
+    hash = mix(hash, tensor.data != nullptr);
     hash = mix(hash, (uint64_t)tensor.type_code << 32 | (uint64_t)tensor.bits << 16 | tensor.lanes);
     for (int32_t axis = 0; axis < tensor.rank; ++axis)
         // Before DLPack 1.2, row-major tensors had no strides.
@@ -45,7 +46,7 @@ extern "C" int32_t pylo_read_memory(
     for (int64_t i = 0; i < count; ++i) {
         Tensor tensor = {};
         if (!objects[i] || api->read(objects[i], &tensor)) return PYLO_BAD_ARGUMENT;
-        memory[i] = {(uint64_t)(uintptr_t)tensor.data + tensor.byte_offset, format_of(tensor)};
+        memory[i] = {(uint64_t)(uintptr_t)tensor.data + tensor.byte_offset, format_of(tensor), (uint64_t)(uintptr_t)objects[i]};
     }
     return PYLO_OK;
 }

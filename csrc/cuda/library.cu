@@ -262,6 +262,7 @@ int check_call(const pylo_cuda_call *call, bool reads_networks) {
     if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
         return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
     const Record *records = (const Record *)((const char *)call->plan + plan.records);
+    const int64_t network_bytes = network_floats(plan.rule) * (int64_t)sizeof(float);
     for (int64_t i = 0; i < plan.record_count; ++i) {
         const pylo_step &step = call->steps[i];
         const long long record = i;
@@ -269,8 +270,15 @@ int check_call(const pylo_cuda_call *call, bool reads_networks) {
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad_dtype %d is unknown", record, step.grad_dtype);
         if ((!step.grad && records[i].numel) || !aligned(step.grad, step.grad_dtype == PYLO_FLOAT32 ? 4 : 2))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad is null or misaligned", record);
+        const int64_t grad_bytes = records[i].numel * (step.grad_dtype == PYLO_FLOAT32 ? 4 : 2);
+        if (step.grad_bytes < grad_bytes)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad has %lld bytes, must have %lld", record,
+                        (long long)step.grad_bytes, (long long)grad_bytes);
         if (reads_networks && (!step.network || !aligned(step.network, sizeof(float))))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network is null or misaligned", record);
+        if (reads_networks && step.network_bytes < network_bytes)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network has %lld bytes, must have %lld", record,
+                        (long long)step.network_bytes, (long long)network_bytes);
         if (plan.rule.measures && !records[i].tensor.tensor_sums)
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
     }

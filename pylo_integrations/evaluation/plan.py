@@ -12,6 +12,7 @@ from pylo_integrations.evaluation.contenders import BASELINES, Setting, availabl
 from pylo_integrations.evaluation.results import Results
 from pylo_integrations.evaluation.runs import Record, Run, RunsFile, train_all
 from pylo_integrations.evaluation.tasks import TASKS, find_task
+from pylo_integrations.paths import check_destination
 
 RUNS = "runs.jsonl"
 """Name of the file of runs in the folder of an evaluation."""
@@ -46,9 +47,12 @@ def evaluate(
         ValueError: Unknown task or width.
         DataError: The data of a task are not on this machine.
         RunsError: The file of runs cannot be used.
+        OSError: The folder or the file cannot be read or written.
     """
     for task in tasks:
         find_task(task).data()  # not after hours
+    folder.mkdir(parents=True, exist_ok=True)
+    check_destination(folder / RUNS, "file of runs")
     file = RunsFile(folder / RUNS)
     tuning = range(seeds if tuning_seeds is None else min(seeds, tuning_seeds))
     grid = [setting for name in available_baselines() for setting in BASELINES[name].settings(name)]

@@ -23,6 +23,7 @@ import pylo_integrations
 from pylo_integrations.evaluation.contenders import SCHEDULES, Setting
 from pylo_integrations.evaluation.tasks import SUITE, Examples, accuracy_of, find_task, loss_of
 from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.paths import LARGEST_LOG, read_bytes
 
 WINDOW = 0.05
 """Part of a run over whose steps the losses of batches are averaged."""
@@ -204,6 +205,30 @@ def train_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "name"), (str,)),
+    **dict.fromkeys(("steps", "seed"), (int,)),
+    "diverged": (bool,),
+    "setting": (dict,),
+    **dict.fromkeys(("train", "train_best", "batches", "batches_best", "validation"), (int, float, type(None))),
+    **dict.fromkeys(("accuracy", "step_seconds", "optimizer_seconds"), (int, float, type(None))),
+    **dict.fromkeys(("train_curve", "validation_curve"), (list,)),
+}
+"""Types of what others read of a record."""
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    """Whether a record that was read has all that reports need."""
+    if not all(isinstance(record.get(name, ...), kinds) for name, kinds in _KINDS.items()):
+        return False
+    setting, curve = record["setting"], record["train_curve"]
+    if any(isinstance(record[name], int) and abs(record[name]) >= 2**63 for name in _KINDS):
+        return False
+    return all(isinstance(setting.get(name), str) for name in ("optimizer", "schedule", "sha256")) and all(
+        isinstance(point, list) and len(point) == 2 and isinstance(point[0], int) for point in curve
+    )
+
+
 class RunsFile:
     """The records of an evaluation, one a line, in the order in which runs ended.
 
@@ -215,21 +240,28 @@ class RunsFile:
 
     Raises:
         RunsError: It holds something else, or runs of another version of the suite.
+        OSError: It cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
-        content = path.read_bytes() if path.exists() else b""
+        content = b""
+        if path.exists():
+            content = read_bytes(path, LARGEST_LOG, "file of runs")
         whole, _, rest = content.rpartition(b"\n")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
                 suite = record["suite"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise RunsError(f"line {number} of {path} is not a run of pylo evaluate") from None
             if suite != SUITE:
-                raise RunsError(f"{path} holds runs of suite {suite}, and this is suite {SUITE}; give another --output")
+                raise RunsError(
+                    f"{path} holds runs of suite {suite!r:.40}, and this is suite {SUITE}; give another --output"
+                )
+            if not _is_run(record):
+                raise RunsError(f"line {number} of {path} is a damaged run: delete the line, and it is run again")
             self.records.append(record)
         if rest:
             os.truncate(path, len(content) - len(rest))

@@ -472,8 +472,10 @@ def find_task(name: str) -> HeldOutTask:
     task = TASKS[key]
     if key == name:
         return task
-    if not width.isdecimal() or int(width) < 1:
-        raise ValueError(f"width {width!r} of held-out task {name!r} is not a positive integer")
+    if not width.isdecimal() or len(width) > 6 or int(width) < 1:
+        raise ValueError(
+            f"width {width[:40]!r} of held-out task {name[:60]!r} is not a positive integer below a million"
+        )
     if task.initial:
         raise ValueError(f"{key} begins with trained weights of width {task.width}: it has no other width")
     return replace(task, width=int(width))

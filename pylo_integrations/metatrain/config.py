@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,16 @@ from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.metatrain.episodes import Objective, Reparametrisation, Schedule
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES
 from pylo_integrations.metatrain.tasks import Family, find_family
+from pylo_integrations.paths import LARGEST_CONFIG, read_text
 from pylo_integrations.weights.theta import architecture_of
 
 _T = TypeVar("_T")
+
+LARGEST_COUNT = 2**31 - 1
+MOST_THREADS = 1024
+LARGEST_EXPONENT = 20  # whose power of ten float32 can square
+WIDEST_THETA = 2**14
+"""Of networks that are constructed; counts, threads and widths beyond these are slips that would fail after hours."""
 
 
 class ConfigError(ValueError):
@@ -199,11 +207,17 @@ def load_config(path: Path, **overrides: Any) -> Config:
     import yaml
 
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_text(path, LARGEST_CONFIG, "config")
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    try:
+        entries = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
+    except Exception as error:  # what the parser meets in values such as !!int "", of any type
+        raise ConfigError(f"{path} holds a value that YAML cannot read: {error!r:.200}") from None
     if not isinstance(entries, dict):
         raise ConfigError(f"{path} must be a mapping of entries such as name, optimizer, train and stages")
     try:
@@ -237,11 +251,11 @@ def _read_families(entries: Any, part: str, folder: Path) -> tuple[Family, ...]:
     families = []
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-            raise ConfigError(f"{part}[{index}] must be a mapping with a kind, not {entry!r}")
+            raise ConfigError(f"{part}[{index}] must be a mapping with a kind, not {_show(entry)}")
         options = dict(entry)
         try:
             families.append(find_family(options.pop("kind"), folder)(**options))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OSError) as error:
             raise ConfigError(f"{part}[{index}]: {error}") from None
     return tuple(families)
 
@@ -249,19 +263,32 @@ def _read_families(entries: Any, part: str, folder: Path) -> tuple[Family, ...]:
 def _read(cls: type[_T], entries: Any, where: str) -> _T:
     """A dataclass from a mapping, entry by entry."""
     if not isinstance(entries, Mapping):
-        raise ConfigError(f"{where or 'the config'} must be a mapping, not {entries!r}")
+        raise ConfigError(f"{where or 'the config'} must be a mapping, not {_show(entries)}")
     hints = typing.get_type_hints(cls)
     known = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
     dot = f"{where}." if where else ""
     for key in entries:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            shown = key if isinstance(key, str) and len(key) < 60 else _show(key)
+            near = difflib.get_close_matches(shown, known, n=1)
             hint = f"did you mean {dot}{near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown entry {dot}{key}; {hint}")
+            raise ConfigError(f"unknown entry {dot}{shown}; {hint}")
     for name, entry in known.items():
         if name not in entries and entry.default is entry.default_factory is dataclasses.MISSING:
             raise ConfigError(f"entry {dot}{name} is missing")
     return cls(**{key: _convert(value, hints[key], f"{dot}{key}") for key, value in entries.items()})
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # aliases make a few lines of YAML unfold to gigabytes
+
+
+def _show(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return f"{_SHORT.repr(value):.200}"
+    except ValueError:  # an integer of thousands of digits
+        return f"a huge {type(value).__name__}"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -270,22 +297,22 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value if isinstance(value, hint) else _read(hint, value, where)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where}={value!r} is unknown; choose one of {list(args)}")
+        if not isinstance(value, str) or value not in args:
+            raise ConfigError(f"{where}={_show(value)} is unknown; choose one of {list(args)}")
         return value
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(arg for arg in args if arg is not type(None)), where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}={value!r} must be a list")
+            raise ConfigError(f"{where}={_show(value)} must be a list")
         if args[-1] is not ...:
             if len(value) != len(args):
-                raise ConfigError(f"{where}={value!r} must have {len(args)} entries")
+                raise ConfigError(f"{where}={_show(value)} must have {len(args)} entries")
             return tuple(_convert(item, arg, where) for item, arg in zip(value, args, strict=True))
         return tuple(_convert(item, args[0], f"{where}[{index}]") for index, item in enumerate(value))
     if origin is not None:  # a mapping of numbers
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}={value!r} must be a mapping")
+            raise ConfigError(f"{where}={_show(value)} must be a mapping")
         return {str(key): _convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
     return _convert_plain(value, hint, where)
 
@@ -294,13 +321,15 @@ def _convert_plain(value: Any, hint: type, where: str) -> Any:
     if hint is float:
         try:  # YAML reads 1e-3 as a string
             number = float(value) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise ConfigError(f"{where}={value!r} must be a finite number")
+            raise ConfigError(f"{where}={_show(value)} must be a finite number")
         return number
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}={value!r} must be of type {hint.__name__}")
+        raise ConfigError(f"{where}={_show(value)} must be of type {hint.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}={_show(value)} has more than 64 bits")
     return value
 
 
@@ -311,11 +340,9 @@ def _check(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from None
     try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={config.device!r}: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use 'cpu'")
+        torch.empty(1, device=config.device).cpu()  # which "meta" cannot do
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"device={config.device!r}: not usable here, {error!s:.200}; use 'cpu'") from None
     if not config.train:
         raise ConfigError("train needs at least one family")
     if not config.schedules:
@@ -329,12 +356,15 @@ def _check(config: Config) -> None:
             f"start.weights is needed for {config.optimizer}: only a theta of {' or '.join(LINEAR_SPACES)} can be "
             "constructed; give a path or builtin:<name> to begin from"
         )
+    widest = max(config.start.hidden or 0, config.start.lstm or 0)
+    if widest > WIDEST_THETA:
+        raise ConfigError(f"start: a width of {widest} must be at most {WIDEST_THETA}")
     if constructs:
         try:
             LINEAR_SPACES[architecture](**config.start.construction())
         except (TypeError, ValueError) as error:
             raise ConfigError(f"start: {error}") from None
-    positive = {"threads": config.threads, "checkpoint_seconds": config.checkpoint_seconds}
+    positive: dict[str, float] = {"threads": config.threads, "checkpoint_seconds": config.checkpoint_seconds}
     positive |= {
         f"evaluation.{name}": getattr(config.evaluation, name) for name in ("every", "horizon", "tasks", "seeds")
     }
@@ -345,7 +375,7 @@ def _check(config: Config) -> None:
         names = ("iterations", "pairs", "groups", "truncation", "sigma", "clip", "lr")
         positive |= {f"{where}.{name}": getattr(stage, name) for name in names}
         low, high = stage.horizon
-        if not 1 <= low <= high:
+        if not 1 <= low <= high <= LARGEST_COUNT:
             raise ConfigError(f"{where}.horizon={[low, high]} must be the least and the greatest length, both positive")
         if not 0 <= stage.average < 1:
             raise ConfigError(f"{where}.average={stage.average} must be in [0, 1)")
@@ -355,9 +385,18 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{where}.space='linear' is for the first stage only, of a theta that is constructed")
         if stage.scales and stage.space == "linear":
             raise ConfigError(f"{where}.scales are for space 'full'")
+    lrs = config.evaluation.adamw
+    positive |= {f"evaluation.adamw[{index}]": lr for index, lr in enumerate(lrs)}
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name}={value} must be positive")
+        most = MOST_THREADS if name == "threads" else LARGEST_COUNT
+        if value > most:
+            raise ConfigError(f"{name}={value} must be at most {most}")
+    if (drawn := config.reparametrisation) and not -LARGEST_EXPONENT <= drawn.low <= drawn.high <= LARGEST_EXPONENT:
+        raise ConfigError(
+            f"reparametrisation.low={drawn.low} must be at most high={drawn.high}, both within +-{LARGEST_EXPONENT}"
+        )
     _check_disjoint(list(config.families()))
 
 

@@ -19,6 +19,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from pylo_integrations.metatrain import data
+from pylo_integrations.paths import check_file
+
+LARGEST_CHOICE = 2**20
+"""Of widths, depths and the like: beyond, no such task can be held in memory."""
 
 Batch: TypeAlias = "tuple[Tensor, ...]"
 
@@ -55,7 +59,8 @@ class Family(ABC):
         options: Choices that replace those of :attr:`choices`: a list, or one value.
 
     Raises:
-        ValueError: Unknown option, or one without a choice.
+        ValueError: Unknown option, one without a choice, or a choice of another type than the default ones or out of
+            range.
     """
 
     kind: ClassVar[str]
@@ -68,8 +73,28 @@ class Family(ABC):
         given = {key: tuple(value) if isinstance(value, (list, tuple)) else (value,) for key, value in options.items()}
         if empty := [key for key, value in given.items() if not value]:
             raise ValueError(f"task family {self.kind}: {empty} without a choice")
+        if not isinstance(name, str):
+            raise ValueError(f"task family {self.kind}: name must be a string, not {type(name).__name__}")
+        for key, values in given.items():
+            for value in values:
+                self._check_choice(key, value)
         self.name = name or self.kind
         self.options = {**self.choices, **given}
+
+    def _check_choice(self, option: str, value: Any) -> None:
+        """Raise ValueError unless a choice is of the type of the default ones, and in range if it is a number."""
+        kinds = {type(choice) for choice in self.choices[option]}
+        where = f"task family {self.kind}: {option}"
+        if type(value) not in kinds | ({int} if float in kinds else set()):
+            names = " or ".join(sorted(kind.__name__ for kind in kinds))
+            raise ValueError(f"{where} must be of type {names}, not {type(value).__name__}")
+        least = 1 if option in ("width", "batch", "length") else 0
+        if type(value) is int and not least <= value <= LARGEST_CHOICE:
+            raise ValueError(
+                f"{where} must be from {least} to {LARGEST_CHOICE}, not {value if abs(value) < 2**63 else 'huge'}"
+            )
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{where}={value} must be a finite number")
 
     @abstractmethod
     def build(self, generator: Generator, width_mult: float, **options: Any) -> Task:
@@ -133,6 +158,8 @@ class Pointwise(nn.Module):
             "gelu": F.gelu,
             "silu": F.silu,
         }
+        if name not in functions:
+            raise ValueError(f"activation {name!r} is unknown; choose one of {', '.join(functions)}")
         self.function = functions[name]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -366,6 +393,10 @@ class TextAttention(Family):
     def build(self, generator: Generator, width_mult: float, **options: Any) -> Task:
         """The transformer, with two heads and normalisation before each layer."""
         length, width, depth = options["length"], options["width"], options["depth"]
+        if width % TransformerBlock.heads:
+            raise ValueError(
+                f"task family {self.kind}: width={width} is no multiple of its {TransformerBlock.heads} heads"
+            )
 
         def model() -> nn.Module:
             blocks = [TransformerBlock(width, width_mult) for _ in range(depth)]
@@ -463,7 +494,8 @@ def find_family(kind: str, folder: Path) -> type[Family]:
     A file is run to find its class, so use only files that you trust.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the file cannot be run.
+        OSError: The file cannot be read.
     """
     if kind in FAMILIES:
         return FAMILIES[kind]
@@ -473,12 +505,17 @@ def find_family(kind: str, folder: Path) -> type[Family]:
             f"task family {kind!r} is unknown; choose one of {sorted(FAMILIES)}, or name your own as file.py:ClassName"
         )
     path = folder / file
-    if not path.is_file():
-        raise ValueError(f"task family {kind!r}: there is no file {path}")
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"task family {kind!r}: there is no file {path}") from None
     spec = importlib.util.spec_from_file_location(f"pylo_metatrain_family_{path.stem}", path)
     assert spec is not None and spec.loader is not None, "it is a .py file"
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"task family {kind!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     family = getattr(module, name, None)
     if not (isinstance(family, type) and issubclass(family, Family)):
         raise ValueError(f"task family {kind!r}: {path} has no subclass of Family named {name!r}")

@@ -10,20 +10,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import pylo_integrations
-from pylo_integrations import plot
+from pylo_integrations import plot, sealed
+from pylo_integrations.checkpoints import CheckpointError
 from pylo_integrations.files import write_whole
 from pylo_integrations.metatrain.config import Config, Stage
 from pylo_integrations.metatrain.episodes import Episode
@@ -52,8 +52,11 @@ CHECKPOINT, METRICS, THETA, LAST, REPORT, PLOT = (
 LOG_EVERY = 10
 """Iterations in a row of the log, which holds their means."""
 
+_RECORD = "metatrain"  # key of what a checkpoint says besides tensors
+_RECORD_KEYS = {"config", "progress", "taken", "groups"}
 
-class ResumeError(ValueError):
+
+class ResumeError(CheckpointError):
     """A folder cannot be resumed, or would be overwritten; the message says what to do."""
 
 
@@ -102,6 +105,26 @@ class _Progress:
     best_score: float = math.inf
     best_iteration: int = 0
 
+    @classmethod
+    def restored(cls, record: Mapping[str, Any], stages: Sequence[Stage]) -> _Progress:
+        """From the values of another; ValueError or TypeError if they are not those of a run of these stages."""
+        progress = cls(**record)
+        for name, value in vars(progress).items():
+            kind = type(getattr(cls(), name))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name} is {type(value).__name__}")
+            if kind in (int, float) and not (value >= 0 or name == "best_score"):
+                raise ValueError(f"{name} is {value}")
+        if progress.stage >= len(stages) or progress.done > stages[progress.stage].iterations:
+            raise ValueError(f"it is at iteration {progress.done} of stage {progress.stage}")
+        if progress.iteration != progress.done + sum(stage.iterations for stage in stages[: progress.stage]):
+            raise ValueError(f"it is at iteration {progress.iteration}")
+        for values in progress.window.values():
+            fmean(values)
+        if any(type(value) not in (int, float, NoneType) for point in progress.curve for value in point.values()):
+            raise ValueError("its curve has what are not numbers")
+        return progress
+
 
 class MetaTrainer:
     """Meta-trains the theta of a config.
@@ -126,7 +149,8 @@ class MetaTrainer:
         quiet: Print nothing.
 
     Raises:
-        ResumeError: The folder holds a run and ``resume`` is False, or that of another config.
+        ResumeError: The folder holds a run and ``resume`` is False, or that of another config, or its checkpoint is
+            damaged. It is a :class:`~pylo_integrations.CheckpointError`.
         ValueError: ``start.weights`` do not fit the optimizer.
     """
 
@@ -443,9 +467,7 @@ class MetaTrainer:
             "taken": self._outer.taken,
             "groups": groups,
         }
-        contents = _on_cpu(tensors)
-        metadata = {"metatrain": json.dumps(record)}
-        write_whole(self.output / CHECKPOINT, lambda path: safetensors.torch.save_file(contents, str(path), metadata))
+        sealed.save(self.output / CHECKPOINT, _RECORD, record, tensors)
 
     def _group_states(self) -> tuple[dict[str, dict[str, int]], dict[str, Tensor]]:
         """Counters by group and tensors by name, of the groups of all ranks."""
@@ -463,33 +485,50 @@ class MetaTrainer:
         return self._processes.everyones(counters), self._processes.everyones(_on_cpu(tensors))
 
     def _restore(self, checkpoint: Path) -> None:
-        with safetensors.safe_open(str(checkpoint), "pt") as file:
-            record = json.loads((file.metadata() or {})["metatrain"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if record["config"] != json.loads(json.dumps(self.config.record())):
-            differing = [
-                key
-                for key, value in self.config.record().items()
-                if json.loads(json.dumps(value)) != record["config"].get(key)
-            ]
+        try:
+            record, tensors = sealed.load(checkpoint, _RECORD)
+            if record.keys() != _RECORD_KEYS:
+                raise ValueError(f"its entries are {sorted(record)}")
+            self._check_config(record["config"])
+            self._continue(record, tensors)
+        except ResumeError:
+            raise
+        # What is not of the form that `_save` gives it can fail anywhere.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ResumeError(
+                f"{checkpoint} is damaged, or no checkpoint of a meta-training ({reason:.300}): put a copy of it "
+                "there, or begin again in another folder"
+            ) from error
+
+    def _check_config(self, saved: Mapping[str, Any]) -> None:
+        config = json.loads(json.dumps(self.config.record()))
+        if differing := [key for key in {**config, **saved} if config.get(key) != saved.get(key)]:
             raise ResumeError(
                 f"{self.output} holds a run of another config: {', '.join(differing)} differ. Choose another folder, "
                 "or undo the changes"
             )
-        self._progress = _Progress(**record["progress"])
-        self._template = _below(tensors, "template/")
-        self._best = _below(tensors, "best/")
+
+    def _continue(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self._progress = _Progress.restored(record["progress"], self.config.stages)
+        self._template = _like(self._template, _below(tensors, "template/"))
+        self._best = _like(self._template, _below(tensors, "best/"))
         self._make_stage()
-        self._outer = Outer.restored(_below(tensors, "outer/"), record["taken"])
+        outer = _like(Outer.at(self._space.start).tensors(), _below(tensors, "outer/"))
+        if (outer["second"] < 0).any() or _count(record["taken"]) != self._progress.done:
+            raise ValueError("the averages of its gradients are not those of the run")
+        self._outer = Outer.restored(outer, record["taken"])
+        if record["groups"].keys() != {_prefix(key) for key in self._groups}:
+            raise ValueError(f"its groups are {sorted(record['groups'])}")
         for key in self._processes.mine(list(self._groups)):
             group, entry = self._groups[key], record["groups"][_prefix(key)]
             state = _below(tensors, _prefix(key))
-            group.begun, group.perturbed = entry["begun"], entry["perturbed"]
+            group.begun, group.perturbed = _count(entry["begun"]), _count(entry["perturbed"])
             group.drift = state.get("drift")
             if "iteration" in entry:
                 episode = group.begin(group.begun - 1)
                 assert isinstance(episode, _VectorEpisode)
-                episode.inner.restore(_below(state, "episode/"), entry["iteration"])
+                episode.inner.restore(_below(state, "episode/"), _count(entry["iteration"]))
                 group.episode = episode
 
 
@@ -523,6 +562,23 @@ def _make_estimator(stage: Stage) -> Estimator:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _like(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``found``, in the order of ``expected``; ValueError if names, shapes or types differ or values are not finite."""
+    for name in expected.keys() | found.keys():
+        ours, theirs = expected.get(name), found.get(name)
+        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            raise ValueError(f"its tensor {name!r:.100} is {None if theirs is None else tuple(theirs.shape)}")
+        if not theirs.isfinite().all():
+            raise ValueError(f"its tensor {name!r:.100} has values that are not finite")
+    return {name: found[name] for name in expected}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.50} is no count")
+    return value
 
 
 def _prefix(key: tuple[str, int]) -> str:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4

@@ -19,13 +19,14 @@ from torch import Tensor
 from pylo_integrations.ops import loader
 
 Memory = np.ndarray[Any, np.dtype[np.uint64]]
-"""One row per tensor: its address, and a word that is equal for tensors of equal device, type, shape and strides."""
+"""One row per tensor: its address, a word for its format, and its identity. The words of two tensors are equal if they
+have the same device, type, shape and strides, and both have memory or both have not."""
 
-_ADDRESS, _FORMAT = 0, 1
+_ADDRESS, _FORMAT, _IDENTITY = 0, 1, 2
 
 
 def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
-    """Where the first ``count`` of some tensors are, ``(count, 2)``. They must be plain ones, with memory.
+    """Where the first ``count`` of some tensors are, ``(count, 3)``. They must be plain ones, with memory.
 
     Raises:
         ValueError: There are fewer.
@@ -34,11 +35,11 @@ def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
     objects = np.fromiter(tensors, object, count)
     library, exchange_api = loader.load(), _exchange_api()
     if isinstance(library, loader.Library) and exchange_api is not None:
-        memory = np.empty((count, 2), np.uint64)
+        memory = np.empty((count, 3), np.uint64)
         if library.read_memory(exchange_api, objects.ctypes.data, count, memory.ctypes.data):
             return memory
-    known = [(tensor.data_ptr(), _format(tensor)) for tensor in objects]
-    return np.array(known, np.uint64).reshape(count, 2)
+    known = [(tensor.data_ptr(), _format(tensor), id(tensor)) for tensor in objects]
+    return np.array(known, np.uint64).reshape(count, 3)
 
 
 def addresses(memory: Memory) -> Memory:
@@ -51,8 +52,13 @@ def formats(memory: Memory) -> Memory:
     return memory[:, _FORMAT]
 
 
+def identities(memory: Memory) -> Memory:
+    """Which Python objects they are, ``(count,)``."""
+    return memory[:, _IDENTITY]
+
+
 def _format(tensor: Tensor) -> int:
-    return hash((tensor.device, tensor.dtype, tensor.shape, tensor.stride())) % 2**64
+    return hash((tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() != 0)) % 2**64
 
 
 @cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pylo_integrations.fitting import has_memory, is_lazy, memory_span
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
-from pylo_integrations.ops.memory import Memory, addresses, formats, read_memory
+from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory
 from pylo_integrations.ops.records import (
     DTYPES,
     Table,
+    bytes_from,
+    enter_buffers,
     norm_shape,
     piece_order,
     pieces_of,
@@ -40,7 +44,7 @@ from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Piece, local_part
+from pylo_integrations.sharding.pieces import local_part
 
 ZERO_NONFINITE = 1
 
@@ -186,14 +190,32 @@ def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
             if factored and record_axes(bucket.layout, order, piece.box, _norm_axes(rule, bucket.layout)) is None:
                 return f"its shape {bucket.layout.shape} has too many axes of different roles"
-        for name, value in state.items():
-            if name.startswith(("momentum", "rms", "diagonal")):
-                fits = not local.numel() or same_format(local_part(value), local)
-            else:
-                fits = value.is_contiguous()
+        if is_lazy(local):
+            return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
+        for name, shape in rule.state_shapes(bucket.layout).items():
+            value = local_part(state[name])
+            fits = not local.numel() or same_format(value, local) if shape is None else value.is_contiguous()
             if not fits:
                 return f"the state {name} of a parameter of shape {tuple(local.shape)} has another memory format"
     return None
+
+
+def entangled_buckets(buckets: Sequence[Bucket]) -> set[int]:
+    """Indices of those with a parameter that shares memory with another: the kernels step all at once, in any order."""
+    spans = []
+    for index, bucket in enumerate(buckets):
+        for local in map(bucket.stepped, range(len(bucket))):
+            if has_memory(local) and local.numel():
+                start = local.data_ptr()
+                spans.append((str(local.device), start, start + memory_span(local) * local.itemsize, index))
+    spans.sort()
+    found: set[int] = set()
+    furthest = ("", 0, 0, 0)
+    for span in spans:
+        if span[0] == furthest[0] and span[1] < furthest[2]:
+            found |= {span[3], furthest[3]}
+        furthest = max(furthest, span, key=lambda each: (each[0], each[2]))
+    return found
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -212,12 +234,19 @@ class _Layer:
         offsets: Of every record, where it begins in the local tensor, in elements.
     """
 
-    def __init__(self, table: Table, buckets: Sequence[Bucket], members: list[list[int]], slices: list[int]) -> None:
+    def __init__(
+        self,
+        table: Table,
+        rule: NativeRule,
+        buckets: Sequence[Bucket],
+        members: list[list[int]],
+        slices: list[int],
+    ) -> None:
         self.table = table
         self.members = members
         ends = list(itertools.accumulate(map(len, members), initial=0))
         self.rows = [slice(first, end) for first, end in itertools.pairwise(ends)]
-        self.collected = [_empty_sums(*pair) for pair in zip(buckets, members, strict=True)]
+        self.collected = [_empty_sums(rule, *pair) for pair in zip(buckets, members, strict=True)]
         self.described = [
             torch.zeros(len(mine), count, SLOTS, dtype=torch.float64, device=table.device)
             for mine, count in zip(members, slices, strict=True)
@@ -266,8 +295,11 @@ class NativeStages:
         self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
-        held = (tensors for bucket in buckets for tensors in (bucket.params, *map(dict.values, bucket.states)))
-        self._sharded = any(local_part(tensor) is not tensor for tensors in held for tensor in tensors)
+        self._params = [param for bucket in buckets for param in bucket.params]
+        # Of every state, the rule's entries: others are not ours.
+        self._entries = [(operator.itemgetter(*rule.state_shapes(b.layout)), b.states) for b in buckets]
+        self._written = self._tensors_now()
+        self._sharded = any(local_part(tensor) is not tensor for tensor in self._written)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._layers: list[_Layer] = []
         for number in itertools.count():
@@ -275,7 +307,7 @@ class NativeStages:
             if number and not any(members):
                 break
             table = Table(library, self._struct, sum(map(len, members)), isa)
-            self._layers.append(_Layer(table, buckets, members, slices))
+            self._layers.append(_Layer(table, rule, buckets, members, slices))
         first = self._layers[0]
         self._scales = [
             {name: sums.new_empty(len(sums), 3, *sums.shape[2:], dtype=torch.float32) for name, sums in c.items()}
@@ -287,10 +319,9 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             layer.table.check()
-        self._params = [param for bucket in buckets for param in bucket.params]
-        self._states = [state for bucket in buckets for state in bucket.states]
-        self._count = len(self._params) + sum(map(len, self._states))
-        self._memory = self._read_memory()
+        self._memory = self._read_memory(self._written)
+        if self._sharded:
+            self._written += map(local_part, self._written)
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: Memory | None = None  # which the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
@@ -305,12 +336,12 @@ class NativeStages:
         record = layer.table.tensors[where]
         layer.owners[where] = self._tensors[index].start + position
         layer.offsets[where] = piece.offset or 0
-        record["param"], record["param_dtype"] = _address(param, piece), DTYPES[param.dtype]
-        record["numel"] = layout.numel
-        record["rms"] = _address(local_part(state["rms"]), piece)
-        momentum = [name for name in MOMENTUM if name in state]
-        record["momentum"][: len(momentum)] = [_address(local_part(state[name]), piece) for name in momentum]
-        record["tensor_sums"] = layer.measured[index][row].data_ptr()
+        record["param_dtype"], record["numel"] = DTYPES[param.dtype], layout.numel
+        owned = self._rule.state_shapes(layout)
+        enter_buffers(record, "param", [param], piece)
+        enter_buffers(record, "rms", [local_part(state["rms"])], piece)
+        enter_buffers(record, "momentum", [local_part(state[name]) for name in MOMENTUM if name in owned], piece)
+        enter_buffers(record, "tensor_sums", [layer.measured[index][row]])
         if isinstance(self._rule, _ADAM):
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
             record["extent"][0] = piece.box.numel
@@ -323,10 +354,10 @@ class NativeStages:
         for name in ("extent", "row_stride", "col_stride", "norm_stride"):
             record[name][:rank] = getattr(axes, name)
         record["norm_slices"] = layer.described[index].shape[1]
-        record["feature_sums"] = layer.described[index][row].data_ptr()
-        record["stat_squares"] = self._statistics[index][position].data_ptr()
+        enter_buffers(record, "feature_sums", [layer.described[index][row]])
+        enter_buffers(record, "stat_squares", [self._statistics[index][position]])
         if layout.factored is None:
-            record["diagonal"] = [_address(local_part(state[name]), piece) for name in DIAGONAL]
+            enter_buffers(record, "diagonal", [local_part(state[name]) for name in DIAGONAL], piece)
             return
         d1, d0 = layout.factored
         record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
@@ -334,20 +365,29 @@ class NativeStages:
         for name in ("row", "col"):
             sums = layer.collected[index][name][row]
             record[f"{name}_numel"] = sums.numel()
-            record[name] = state[name].data_ptr()
-            record[f"{name}_sums"] = sums.data_ptr()
-            record[f"{name}_scale"] = self._scales[index][name][position].data_ptr()
+            enter_buffers(record, name, [local_part(state[name])])
+            enter_buffers(record, f"{name}_sums", [sums])
+            enter_buffers(record, f"{name}_scale", [self._scales[index][name][position]])
 
-    def _read_memory(self) -> Memory:
-        states: Iterator[Tensor] = itertools.chain.from_iterable(map(dict.values, self._states))
-        tensors = itertools.chain(self._params, states)
-        return read_memory(map(local_part, tensors) if self._sharded else tensors, self._count)
+    def _tensors_now(self) -> list[Tensor]:
+        """All that the kernels write, parameters first, as it is now."""
+        states = (entries for get, owners in self._entries for entries in map(get, owners))
+        return [*self._params, *itertools.chain.from_iterable(states)]
+
+    def _read_memory(self, tensors: Sequence[Tensor]) -> Memory:
+        if not self._sharded:
+            return read_memory(tensors, len(tensors))
+        memory = read_memory(map(local_part, tensors), len(tensors))
+        identities(memory)[:] = [id(tensor) for tensor in tensors]
+        return memory
 
     def is_current(self) -> bool:
-        """Whether all memory is as it was when the table was built. Other code may give a parameter new storage."""
-        return sum(map(len, self._states)) + len(self._params) == self._count and np.array_equal(
-            self._read_memory(), self._memory
-        )
+        """Whether all tensors and their memory are as when the table was built, which other code may replace."""
+        try:
+            memory = self._read_memory(self._tensors_now())
+        except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
+            return False
+        return np.array_equal(memory, self._memory) and not any(map(Tensor.is_neg, self._params))
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.
@@ -361,7 +401,7 @@ class NativeStages:
             memory = read_memory(grads, len(grads))
         except (RuntimeError, BufferError):  # one has no memory, as sparse ones
             return False
-        if not np.array_equal(formats(memory), self._grad_formats):
+        if not np.array_equal(formats(memory), self._grad_formats) or any(map(Tensor.is_neg, grads)):
             return False
         self._enter_gradients(grads, memory)
         return True
@@ -408,10 +448,13 @@ class NativeStages:
         memory = read_memory(grads, len(grads))
         as_given = all(grad is old for grad, old in zip(grads, given, strict=True))
         self._grad_formats = formats(memory) if as_given else None
-        self._grad_sizes = np.array([grad.element_size() for grad in grads], np.uint64)
+        self._grad_sizes = np.array([grad.itemsize for grad in grads], np.uint64)
+        room = np.array([bytes_from(grad) for grad in grads], np.int64)
         dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)
         for layer in self._layers:
             layer.table.steps["grad_dtype"] = dtypes[layer.owners]
+            skipped = (layer.offsets * self._grad_sizes[layer.owners]).astype(np.int64)
+            layer.table.steps["grad_bytes"] = room[layer.owners] - skipped
         self._enter_gradients(grads, memory)
 
     def _enter_gradients(self, grads: Sequence[Tensor], memory: Memory) -> None:
@@ -436,6 +479,8 @@ class NativeStages:
             ctx: For the gradients' scale, which may have been found since they were collected.
         """
         self._read_policy(ctx)
+        # From here on the kernels write, which autograd does not see.
+        torch.autograd.graph.increment_version(self._written)
         if isinstance(self._rule, _ADAM):
             return
         first = self._layers[0]
@@ -517,16 +562,19 @@ class NativeStages:
             tensors = pieces[0].tensors
             stepped = map(bucket.stepped, range(len(bucket))[tensors])
             steps = [torch.empty_like(param, dtype=torch.float32) for param in stepped]
-            for number, layer in enumerate(self._layers):
-                start = self._tensors[index].start
-                rows = slice(*np.searchsorted(layer.owners, [start + tensors.start, start + tensors.stop]).tolist())
-                records = layer.table.tensors
-                for row in range(rows.start, rows.stop):
-                    position = int(layer.owners[row]) - start
-                    piece = pieces_of(bucket, position)[number]
-                    records["direction"][row] = _address(steps[position - tensors.start], piece)
-                layer.table.run_some("apply", rows)
-                records["direction"][rows] = 0
+            where = np.array([step.data_ptr() for step in steps], np.uint64)
+            room = np.array([step.nbytes for step in steps], np.uint64)
+            first, end = (self._tensors[index].start + position for position in (tensors.start, tensors.stop))
+            for layer in self._layers:
+                rows = slice(*np.searchsorted(layer.owners, [first, end]).tolist())
+                records, mine = layer.table.tensors, layer.owners[rows] - first
+                skipped = layer.offsets[rows] * np.uint64(torch.float32.itemsize)
+                try:
+                    records["direction"][rows] = where[mine] + skipped
+                    records["direction_bytes"][rows] = room[mine] - skipped
+                    layer.table.run_some("apply", rows)
+                finally:  # whatever interrupts this, the table is again the one that was checked
+                    records["direction"][rows] = records["direction_bytes"][rows] = 0
             cuts = [block.cut(steps) for block in reversed(pieces)]
             del steps  # so that they are gone when whoever takes the last cut lets go of it
             while cuts:
@@ -564,9 +612,9 @@ class NativeStages:
                     networks[key] = self._network(len(networks), layers, self._slots[index])
                 network = networks[key]
                 values["network"] = network.data_ptr()
+                values["network_bytes"] = network.element_size() * network.shape[1]
                 if len(network) > 1:
-                    each = network.element_size() * network.shape[1]
-                    values["network"] += each * np.arange(len(network), dtype=np.uint64)
+                    values["network"] += values["network_bytes"] * np.arange(len(network), dtype=np.uint64)
             # A rule that finishes scales its steps then.
             mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
@@ -584,18 +632,13 @@ class NativeStages:
         return list(networks.values())
 
 
-def _address(local: Tensor, piece: Piece) -> int:
-    """Where a piece of a local tensor begins."""
-    return local.data_ptr() + (piece.offset or 0) * local.element_size()
-
-
 def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
     """Sums over whole tensors, ``(tensors, channels)``, with an axis of extent 1 for each of theirs."""
     return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
 
 
-def _empty_sums(bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
-    if bucket.layout.factored is None or "row" not in bucket.states[0]:
+def _empty_sums(rule: NativeRule, bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
+    if bucket.layout.factored is None or "row" not in rule.state_shapes(bucket.layout):
         return {}
     d1, d0 = bucket.layout.factored
     return {

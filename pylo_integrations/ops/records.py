@@ -20,14 +20,15 @@ from pylo_integrations.sharding.pieces import Piece
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Storage types of parameters and gradients, by their number in the interface; state is float32."""
 
+_BUFFERS: dict[str, tuple[int, ...]] = {
+    **{"param": (), "momentum": (3,), "rms": (), "diagonal": (3,)},
+    **dict.fromkeys(("row", "col", "row_scale", "col_scale", "row_sums", "col_sums"), ()),
+    **dict.fromkeys(("feature_sums", "stat_squares", "tensor_sums", "direction"), ()),
+}
+
 TENSOR = np.dtype(
     [
-        ("param", "u8"),
-        ("momentum", "u8", 3),
-        ("rms", "u8"),
-        ("diagonal", "u8", 3),
-        *((name, "u8") for name in ("row", "col", "row_scale", "col_scale", "row_sums", "col_sums")),
-        *((name, "u8") for name in ("feature_sums", "stat_squares", "tensor_sums", "direction")),
+        *((name, "u8", *count) for name, count in _BUFFERS.items()),
         ("extent", "i8", MAX_RANK),
         ("row_stride", "i8", MAX_RANK),
         ("col_stride", "i8", MAX_RANK),
@@ -36,6 +37,7 @@ TENSOR = np.dtype(
         ("norm_stride", "i8", MAX_RANK),
         *((name, "i8") for name in ("norm_offset", "norm_slices")),
         *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype")),
+        *((f"{name}_bytes", "i8", *count) for name, count in _BUFFERS.items()),
     ]
 )
 """``pylo_tensor``."""
@@ -44,6 +46,7 @@ STEP = np.dtype(
     [
         ("grad", "u8"),
         ("network", "u8"),
+        *((name, "i8") for name in ("grad_bytes", "network_bytes")),
         *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
         *((name, "f4") for name in ("momentum_correction", "rms_correction")),
         *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
@@ -93,7 +96,9 @@ def memory_order(param: Tensor) -> list[int] | None:
 
 def same_format(tensor: Tensor, param: Tensor) -> bool:
     """Whether equal offsets are equal elements; strides of axes with one element mean nothing."""
-    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())
+    return tensor.shape == param.shape and (
+        tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())
+    )
 
 
 def record_axes(
@@ -159,6 +164,30 @@ def piece_order(piece: Piece, local: Tensor) -> list[int] | None:
     return memory_order(piece.view(local)) if piece.offset is None or local.is_contiguous() else None
 
 
+def enter_buffers(record: Any, name: str, tensors: Sequence[Tensor], piece: Piece | None = None) -> None:
+    """Enter into a ``TENSOR`` record where local tensors are, and how many bytes each of them has.
+
+    Args:
+        record: To be changed.
+        name: Of one buffer, or of three, which may be less.
+        tensors: One for each.
+        piece: That of them which the record describes; by default all.
+    """
+    start = (piece and piece.offset) or 0
+    found = [(tensor.data_ptr() + start * tensor.itemsize, bytes_from(tensor, start)) for tensor in tensors]
+    for field, values in zip((name, f"{name}_bytes"), zip(*found, strict=True), strict=True):
+        if record.dtype[field].shape:
+            record[field][: len(values)] = values
+        else:
+            (record[field],) = values
+
+
+def bytes_from(tensor: Tensor, start: int = 0) -> int:
+    """Bytes of a dense tensor from its element ``start`` on, as far as its storage goes."""
+    behind = tensor.untyped_storage().nbytes() - (tensor.storage_offset() + start) * tensor.itemsize
+    return max(0, min((tensor.numel() - start) * tensor.itemsize, int(behind)))
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,14 +241,14 @@ class Table:
         if isinstance(value, int | float):
             if self._entered.get(key) == value:
                 return
-            self._entered[key] = value
-        else:
-            self._entered.pop(key, None)
+        self._entered.pop(key, None)
         self._on_device.pop(key, None)
         if isinstance(value, Tensor) and value.device.type != "cpu":
             self._on_device[key] = value
         else:
             self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) else value
+        if isinstance(value, int | float):  # last, so that an interrupted call is not taken for a finished one
+            self._entered[key] = value
 
     def check(self) -> None:
         """Have the library look at all records.

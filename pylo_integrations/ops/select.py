@@ -10,7 +10,7 @@ import torch
 from pylo_integrations.ops import cuda, loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import NativeLibrary
-from pylo_integrations.ops.native import NativeRule, NativeStages, local_obstacle, obstacle
+from pylo_integrations.ops.native import NativeRule, NativeStages, entangled_buckets, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 
@@ -71,9 +71,12 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     unable: list[int] = []
     if backend in ("reference", "compile"):
         return able, unable
+    entangled = entangled_buckets(buckets)
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
         common = obstacle(rule, bucket) or _reluctance(backend, bucket.device)
         reason = common or _why_no_library(bucket.device) or local_obstacle(cast(NativeRule, rule), bucket)
+        if reason is None and index in entangled:
+            reason = "it shares memory with another parameter, or was given twice"
         if reason is None:
             able.append(index)
         elif backend == "native":

@@ -1,4 +1,4 @@
-"""Momentum, second-moment and factored accumulators shared by the learned rules (spec §0).
+"""Momentum, second-moment and factored accumulators shared by the learned rules (docs/mathematics.md).
 
 All start at zero and are never bias-corrected. ``q`` below is the squared gradient plus ``1e-30``.
 """
@@ -17,6 +17,8 @@ MOMENTUM = ("momentum_0", "momentum_1", "momentum_2")
 RMS = ("rms",)
 DIAGONAL = ("diagonal_0", "diagonal_1", "diagonal_2")
 """Full-size stand-ins for row and column statistics of tensors below rank 2."""
+SECOND_MOMENTS = (*RMS, *DIAGONAL, "row", "col")
+"""States that are averages of squares, so never negative."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Decays:
         weights = {}
         for name, clip in clipped.items():
             decays = getattr(self, name)
-            exact = decays if isinstance(decays, Tensor) else torch.tensor(decays, dtype=torch.float64)
+            exact = decays if isinstance(decays, Tensor) else torch.tensor(decays, dtype=torch.float64, device="cpu")
             beta = exact.to(dtype)
             weights[f"{name}_weight"] = (1 - (beta.clamp(0, 1) if clip else beta)).to(device)
         return weights
@@ -50,7 +52,8 @@ class Decays:
 def decays_from_offsets(initial: Sequence[float], offsets: Tensor) -> Tensor:
     """EMA coefficients that meta-training moved away from ``initial`` by ``offsets``, float64.
 
-    ``1 - beta = (1 - initial) * exp(10 * offset)`` (spec §1); ``initial`` is rounded to float32 as the reference's is.
+    ``1 - beta = (1 - initial) * exp(10 * offset)`` (docs/mathematics.md); ``initial`` is rounded to float32 as the
+    reference's is.
     """
     starts = torch.tensor(rounded_to_float32(initial), dtype=torch.float64, device=offsets.device)
     return 1 - (1 - starts) * torch.exp(10 * offsets.double())
@@ -58,7 +61,7 @@ def decays_from_offsets(initial: Sequence[float], offsets: Tensor) -> Tensor:
 
 def rounded_to_float32(values: Sequence[float]) -> tuple[float, ...]:
     """The float32 numbers nearest to ``values``: what the reference has for 0.999 in any precision."""
-    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+    return tuple(torch.tensor(values, dtype=torch.float32, device="cpu").tolist())
 
 
 def accumulator_shapes(layout: TensorLayout, decays: Decays) -> dict[str, tuple[int, ...] | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 
 from torch import Tensor
 
@@ -35,3 +37,16 @@ def check_arrays(architecture: str, arrays: Mapping[str, Tensor], shapes: Mappin
     if wrong:
         expected = {name: shapes[name] for name in wrong}
         raise ValueError(f"{architecture} theta has shapes {wrong}; expected {expected}: weights are (inputs, outputs)")
+
+
+def check_mults(**mults: float) -> None:
+    """Check factors of a rule's steps.
+
+    Raises:
+        ValueError: One is not a finite number, or a ``step_mult`` is negative; the message names it.
+    """
+    for name, value in mults.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number, or None for that of the weights")
+        if name == "step_mult" and value < 0:
+            raise ValueError(f"{name}={value!r} must not be negative; pass maximize=True to ascend")

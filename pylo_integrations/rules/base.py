@@ -23,7 +23,7 @@ LARGEST_GRADIENT = 1e14
 """The square of this, summed over a billion elements, still fits float32."""
 
 CLIP = 1000.0
-"""VeLO and its descendants clip gradient elements to plus and minus this (spec §3 b)."""
+"""VeLO and its descendants clip gradient elements to plus and minus this (docs/mathematics.md)."""
 
 RuleChoice = Literal["learned", "adamw"]
 """Who steps the tensors of a parameter group; see :meth:`Rule.member`."""
@@ -134,6 +134,13 @@ class Rule(ABC):
         """Temporaries of the hungriest stage, in elements of the compute dtype per parameter element."""
         return 16
 
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Names of all states that this rule and its members keep; what else is in an optimizer's state is others'."""
+        layouts = [TensorLayout.whole((2,) * rank, "out_in") for rank in range(4)]
+        members = [(self.member(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
+        return frozenset(name for member, layout in members for name in member.state_shapes(layout))
+
     @abstractmethod
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Names and shapes of a tensor's state; None stands for "shaped (and sharded) like the parameter"."""
@@ -143,7 +150,10 @@ class Rule(ABC):
         return {}
 
     def initial_memory(self) -> dict[str, Tensor]:
-        """What ``ctx.memory`` is like before the first step, where a rule has one."""
+        """What ``ctx.memory`` is like before the first step, where a rule has one: the names and shapes never change.
+
+        Checkpoints of a rule that needs no loss are checked against it.
+        """
         return {}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

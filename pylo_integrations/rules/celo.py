@@ -1,4 +1,4 @@
-"""Celo: VeLO's MLPs under one learned schedule for the whole model (spec §4).
+"""Celo: VeLO's MLPs under one learned schedule for the whole model (docs/mathematics.md).
 
 Moudgil et al., "Celo: Training Versatile Learned Optimizers on a Compute Diet", 2025.
 
@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
@@ -56,10 +57,12 @@ class CeloRule(MixtureRule):
             phase: 1 or 2, see :class:`CeloRule`.
 
         Raises:
-            ValueError: A name is missing or unknown, a shape does not fit, or there is no such phase.
+            ValueError: A name is missing or unknown, a shape does not fit, a scale is not finite, or there is no such
+                phase.
         """
         if phase not in (1, 2):
             raise ValueError(f"phase={phase!r} must be 1 (without the learned schedule) or 2 (with it)")
+        check_mults(exp_mult=exp_mult, step_mult=step_mult)
         return cls(**cls._fields(arrays), exp_mult=exp_mult, step_mult=step_mult, phase=phase)
 
     def initial_memory(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-r"""CELO2, CELO2-base and ELO-CELO2: a small per-parameter MLP whose output is normalised (spec §6 and §7).
+r"""CELO2, CELO2-base and ELO-CELO2: a small per-parameter MLP whose output is normalised (docs/mathematics.md).
 
 30 features of every parameter (15 for vectors), each divided by its root mean square, enter an MLP with outputs
 ``(d, a, unused)``. Of a matrix, the steps ``u = d exp(a exp_mult)`` are then orthogonalised, where the rule does that.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.moments import MomentRule
@@ -80,8 +81,10 @@ class Celo2(MomentRule):
             adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``.
 
         Raises:
-            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+            ValueError: A name is missing or unknown, a shape does not fit, or a scale is not finite; the message says
+                which.
         """
+        check_mults(exp_mult=exp_mult, step_mult=step_mult)
         rest = dict(arrays)
         first: list[Tensor] = []
         for index, channels in enumerate(channel_counts(cls.features)):

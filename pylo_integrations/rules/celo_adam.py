@@ -1,4 +1,4 @@
-r"""Celo-Adam: Adam under Celo's learned schedule (spec §5).
+r"""Celo-Adam: Adam under Celo's learned schedule (docs/mathematics.md).
 
 Moudgil et al., "Celo: Training Versatile Learned Optimizers on a Compute Diet", 2025.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, ema_, rounded_to_float32
-from pylo_integrations.rules.arrays import check_arrays
+from pylo_integrations.rules.arrays import check_arrays, check_mults
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty, read_clipped_gradient
 from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
@@ -66,8 +66,10 @@ class CeloAdamRule(Rule):
             step_mult: Adam's learning rate before the learned factor.
 
         Raises:
-            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+            ValueError: A name is missing or unknown, a shape does not fit, or the scale is not finite; the message says
+                which.
         """
+        check_mults(step_mult=step_mult)
         check_arrays("celo_adam", arrays, lstm_shapes("celo_adam", arrays, SCHEDULE_FEATURES))
         return cls(dict(arrays), step_mult)
 

@@ -1,4 +1,6 @@
-"""Whole-model control: how the loss went, how much of the run is left, and the LSTM that decides by it (spec §3, §4).
+"""Whole-model control: how the loss went, how much of the run is left, and the LSTM that decides by it.
+
+The formulas are those of docs/mathematics.md, "VeLO" and "Celo".
 
 VeLO runs one LSTM row per tensor, the Celo family one for the whole model. The LSTM's weights go by the reference's
 names throughout, so ``weights["rnn_params/step_size/w"]`` is what it says.
@@ -20,6 +22,13 @@ from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 LOSS_AVERAGES = 10
 SHORTEST_HALF_LIFE = 10
 """Of the averages of the loss, in steps."""
+
+LONGEST_IN_FLOAT32 = 300_000
+"""Half-life in steps up to which averages are made in float32, as the reference does. Of a longer one the decay is so
+near to 1 that rounding it would change its complement, and with it the half-life, by more than 1 %."""
+
+LONGEST_IN_FLOAT64 = 2**50
+"""Likewise, to be safe; no run is longer."""
 
 HORIZON_MARKS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 """Fractions of the run around which the horizon features change."""
@@ -46,7 +55,12 @@ class LossMemory(NamedTuple):
 
     @classmethod
     def recall(cls, memory: Mapping[str, Tensor], like: Tensor) -> LossMemory:
-        """What :meth:`store_` put into ``memory``, else a fresh one; on the device and in the dtype of ``like``."""
+        """What :meth:`store_` put into ``memory``, else a fresh one; on the device and in the dtype of ``like``.
+
+        Args:
+            memory: Of the rule.
+            like: Decays, whose dtype is wide enough.
+        """
         if "loss_means" in memory:
             return cls(memory["loss_means"].to(like), memory["loss_minima"].to(like))
         return cls(like.new_zeros(LOSS_AVERAGES), like.new_full((LOSS_AVERAGES,), 999_999_999_999))
@@ -54,8 +68,9 @@ class LossMemory(NamedTuple):
     @classmethod
     def initial(cls) -> dict[str, Tensor]:
         """The memory of a run before its first loss, with the features that there are then."""
-        memory: dict[str, Tensor] = {"loss_features": torch.zeros(LOSS_AVERAGES - 1)}
-        cls.recall({}, torch.empty(0)).store_(memory)
+        features = torch.zeros(LOSS_AVERAGES - 1, dtype=torch.float32, device="cpu")
+        memory = {"loss_features": features}
+        cls.recall({}, features).store_(memory)
         return memory
 
     def store_(self, memory: dict[str, Tensor]) -> None:
@@ -70,7 +85,7 @@ class LossMemory(NamedTuple):
             decays: ``(10,)``, see :func:`loss_decays`.
             seen: Losses observed before this one.
         """
-        correction = 1 - decays ** (seen + 1)
+        loss, correction = loss.to(self.means), _seen_part(decays, seen + 1)
         if seen:
             # By the count that includes the new loss, as the reference has it.
             loss = torch.minimum(loss, 2 * (self.means / correction).max().abs())
@@ -81,20 +96,34 @@ class LossMemory(NamedTuple):
         """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses."""
         if seen <= 2:
             return torch.zeros_like(self.means[1:])
-        means, floor = self.means / (1 - decays**seen), self.minima[:-1]
+        means, floor = self.means / _seen_part(decays, seen), self.minima[:-1]
         return ((means[:-1] - floor) / (means[1:] - floor).clamp_min(1e-8) - 1).clamp(-1, 1)
 
 
 def loss_decays(longest: int, like: Tensor) -> Tensor:
-    """EMA coefficients of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps, ``(10,)``."""
+    """EMA coefficients of ten half-lives spaced evenly in logarithm from 10 to ``longest`` steps, ``(10,)``.
+
+    They are like ``like``, but in float64 where float32 cannot tell them from 1.
+    """
     ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
-    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64)
-    return torch.exp(-1 / half_lives).to(like)
+    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
+    is_wide = longest > LONGEST_IN_FLOAT32 and like.device.type != "mps"  # which has no float64
+    dtype = torch.float64 if is_wide else like.dtype
+    longest = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
+    return torch.exp(-1 / half_lives.clamp(max=longest)).to(like.device, dtype)
+
+
+def _seen_part(decays: Tensor, count: int) -> Tensor:
+    """``1 - decays ** count``: what of an average is made of the last ``count`` values."""
+    if decays.dtype == torch.float64:
+        return -torch.expm1(decays.log() * count)  # without cancelling
+    return 1 - decays**count
 
 
 def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
     """``tanh(10 * (t / N - mark))`` for every mark, ``(9,)``; ``t`` counts from 0 and may pass ``N``."""
-    return torch.tanh(10 * (iteration / num_steps - torch.tensor(HORIZON_MARKS, dtype=torch.float64))).to(like)
+    marks = torch.tensor(HORIZON_MARKS, dtype=torch.float64, device="cpu")
+    return torch.tanh(10 * (iteration / num_steps - marks)).to(like)
 
 
 def param_squares(block: Block) -> PartialSum:
@@ -130,9 +159,9 @@ def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = Non
     """
     assert ctx.num_steps is not None
     decays = loss_decays(longest or ctx.num_steps, loss)
-    memory = LossMemory.recall(ctx.memory, loss).observe(loss, decays, ctx.iteration)
+    memory = LossMemory.recall(ctx.memory, decays).observe(loss, decays, ctx.iteration)
     memory.store_(ctx.memory)
-    features = memory.features(decays, ctx.iteration + 1)
+    features = memory.features(decays, ctx.iteration + 1).to(loss)
     ctx.memory["loss_features"] = features
     return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
 

@@ -1,4 +1,4 @@
-"""Named per-parameter features (spec §1 and §3g).
+"""Named per-parameter features (docs/mathematics.md, "Features").
 
 A rule lists the names it feeds its network; feature 13 therefore means the same thing in every backend. Features of
 rows or columns stay compact, with extent 1 along the axis they do not depend on, until the network needs them.

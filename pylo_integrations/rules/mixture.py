@@ -1,4 +1,4 @@
-r"""Steps by a mixture of small MLPs: what VeLO and Celo share (spec §3 e to h).
+r"""Steps by a mixture of small MLPs: what VeLO and Celo share (docs/mathematics.md).
 
 A bank holds K MLPs. A controller decides the coefficients with which their weights, not their outputs, are summed, so
 that every tensor is stepped by one MLP of its own, with outputs ``(d, a, unused)``:

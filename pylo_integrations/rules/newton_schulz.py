@@ -1,4 +1,4 @@
-"""Approximate orthogonalisation of matrices by Newton-Schulz iteration (spec §6)."""
+"""Approximate orthogonalisation of matrices by Newton-Schulz iteration (docs/mathematics.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""small_fc_lopt: a per-parameter MLP over Adafactor-style features (spec §1).
+r"""small_fc_lopt: a per-parameter MLP over Adafactor-style features (docs/mathematics.md).
 
 Metz et al., "Practical tradeoffs between memory, compute, and performance in learned optimizers", CoLLAs 2022.
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
+from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
 from pylo_integrations.rules.moments import MomentRule
@@ -75,13 +76,15 @@ class SmallFC(MomentRule):
             step_mult: Scale of the whole step.
 
         Raises:
-            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+            ValueError: A name is missing or unknown, a shape does not fit, or a scale is not finite; the message says
+                which.
         """
+        check_mults(exp_mult=exp_mult, step_mult=step_mult)
         inputs = channel_count(cls.features) + len(TIME_SCALES)
         weights, biases = read_mlp(arrays, "small_fc", "nn/~/", inputs, 2, cls.initial_decays)
         decays = {}
         for name, initial in cls.initial_decays.items():
-            offsets = arrays[name] if name in arrays else torch.zeros(len(initial))
+            offsets = arrays[name] if name in arrays else torch.zeros(len(initial), dtype=torch.float32, device="cpu")
             if tuple(offsets.shape) != (len(initial),):
                 raise ValueError(f"small_fc theta: {name} is {tuple(offsets.shape)}; expected ({len(initial)},)")
             decays[name] = decays_from_offsets(initial, offsets)

@@ -1,4 +1,4 @@
-"""VeLO: an LSTM per tensor controls the MLP that steps it (spec §3).
+"""VeLO: an LSTM per tensor controls the MLP that steps it (docs/mathematics.md).
 
 Metz et al., "VeLO: Training Versatile Learned Optimizers by Scaling Up", 2022.
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import MOMENTUM, RMS
+from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
@@ -73,8 +74,10 @@ class VeLORule(MixtureRule):
             use_bugged_next_lstm_state: As the reference's flag of that name; the released weights were trained without.
 
         Raises:
-            ValueError: A name is missing or unknown, or a shape does not fit; the message says which.
+            ValueError: A name is missing or unknown, a shape does not fit, or a scale is not finite; the message says
+                which.
         """
+        check_mults(exp_mult=exp_mult, step_mult=step_mult)
         return cls(
             **cls._fields(arrays),
             exp_mult=exp_mult,

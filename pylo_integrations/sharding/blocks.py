@@ -168,7 +168,12 @@ class Block:
 
     def store_param_(self, value: Tensor) -> None:
         """Write new parameters of shape ``(tensors, 1, *box)``, rounding to their storage dtype."""
-        torch._foreach_copy_(self._views(self.bucket.params[self.tensors]), list(value.squeeze(1).unbind()))
+        views, values = self._views(self.bucket.params[self.tensors]), list(value.squeeze(1).unbind())
+        if not any(map(Tensor.is_neg, views)):
+            torch._foreach_copy_(views, values)
+            return
+        for view, new in zip(views, values, strict=True):  # lazily negated ones are refused in lists
+            view.copy_(new)
 
     def rows(self, per_tensor: Tensor) -> Tensor:
         """This block's entries of a tensor whose leading axis runs over the bucket's tensors (or has extent 1)."""

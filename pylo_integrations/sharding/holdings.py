@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ class Holdings:
         shares_steps: Whether ranks that all have a whole parameter share the work of its step.
         ranks: The processes that train together.
         flat_slices: What is known about FSDP1's 1-D slices; may be filled later.
+        names: Of parameters in the model that was bound; may be filled later.
     """
 
     shares_steps: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     flat_slices: dict[Tensor, FlatSlice] = field(default_factory=dict)
+    names: dict[Tensor, str] = field(default_factory=dict)
 
     def shares(self, param: Tensor) -> bool:
         """Whether ranks share the work of a parameter's step: not of one that is sharded anyway, nor of a scalar."""
@@ -42,6 +45,21 @@ class Holdings:
         """
         shape, held = locate(param, self.flat_slices, self.ranks.size)
         return shape, share_of(shape, self.ranks) if self.shares(param) else held
+
+    def name(self, param: Tensor) -> str | None:
+        """The name of a parameter in the model that was bound, if one was."""
+        flat = self.flat_slices.get(param)
+        return flat.name if flat else self.names.get(param)
+
+    def describe(self, param: Tensor) -> str:
+        """Shape of the whole of a parameter and how ranks divide it; the same on all of them."""
+        if param in self.flat_slices:
+            flat = self.flat_slices[param]
+            return f"{flat.shape} in {flat.parts} flat slices"
+        if hasattr(param, "placements"):
+            mesh: Any = getattr(param, "device_mesh")  # noqa: B009
+            return f"{tuple(param.shape)} placed {param.placements} on a mesh {tuple(mesh.shape)}"
+        return f"{tuple(param.shape)}{' shared' if self.shares(param) else ''}"
 
     def zero_state(self, param: Tensor, held: Held, dtype: torch.dtype) -> Tensor:
         """Zeros for a state that is shaped, and sharded, like what is ``held`` of a parameter."""

@@ -3,7 +3,7 @@
 The published rules are written for tensors whose last two axes are (in, out): a dense kernel is (in, out), a
 convolution (kh, kw, in, out). A PyTorch parameter is (out, in, *kernel), or (in, out, *kernel) for ``nn.Embedding``,
 transformers' ``Conv1D`` and transposed convolutions. Nothing is ever permuted in memory: a layout only says which
-torch axis plays which reference role (spec, "Layout policy").
+torch axis plays which reference role (docs/mathematics.md, "Axes").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def factored_axes(shape: Sequence[int], order: Sequence[int]) -> tuple[int, int]
     """The torch axes ``(d1, d0)`` of the second-largest and largest extent, or None below rank 2.
 
     Ties go to the later reference axis. The sort is explicitly stable: numpy's default argsort is not, and gives the
-    same tensor different statistics on different processors (spec §8.1).
+    same tensor different statistics on different processors (docs/mathematics.md, "Axes").
     """
     if len(shape) < 2:
         return None
@@ -76,8 +76,8 @@ class Box:
 class TensorLayout:
     """Roles of the axes of a whole (unsharded) parameter; the same on every rank.
 
-    A 0-d parameter is described as shape ``(1,)`` (spec §0). What this process holds of it is another matter, see
-    :class:`~pylo_integrations.sharding.pieces.Held`.
+    A 0-d parameter is described as shape ``(1,)`` (docs/mathematics.md). What this process holds of it is another
+    matter, see :class:`~pylo_integrations.sharding.pieces.Held`.
 
     Attributes:
         shape: Shape of the whole tensor.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pylo_integrations.sharding.layout import Box
 
 _PLAIN = (Tensor, nn.Parameter)
+_WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
 _MELTED = (
     "a parameter is a FlatParameter of FSDP, in which the tensors that a learned optimizer sees one by one are melted "
     "together: wrap the model with FullyShardedDataParallel(..., use_orig_params=True) or fully_shard(); in Accelerate "
@@ -227,9 +228,21 @@ def _check_divides(shards: int, num_ranks: int) -> None:
         )
 
 
-def unwrapped_name(name: str) -> str:
-    """The name of a parameter in the model before FSDP1 wrapped it."""
-    return name.replace("_fsdp_wrapped_module.", "")
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Names of a model's parameters, without what FSDP1, DDP, ``torch.compile`` and other wrappers put into them.
+
+    Parameters that are tied have the first of their names.
+    """
+    names: dict[Tensor, str] = {}
+    for path, param in model.named_parameters():
+        parts, module = [], model
+        for part in path.split("."):
+            replica = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+            if part not in _WRAPPERS and not (replica and part == "module"):
+                parts.append(part)
+            module = getattr(module, part, module)
+        names[param] = ".".join(parts)
+    return names
 
 
 def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
@@ -239,7 +252,7 @@ def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
         ShardingError: FSDP1 melted trainable parameters into one, or flattened one in another order than row-major.
     """
     found: dict[Tensor, FlatSlice] = {}
-    names = {param: unwrapped_name(name) for name, param in model.named_parameters()}
+    names = parameter_names(model)
     for module in model.modules():
         flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)  # spares importing FSDP
         if flat is None:

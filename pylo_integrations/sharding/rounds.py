@@ -6,7 +6,8 @@ the same bits on every rank, and so has everything that is decided from it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class RankError(RuntimeError):
+    """This process cannot go on, since another rank that trains with it raised, stopped, or was killed."""
 
 
 class Ranks:
@@ -48,8 +53,28 @@ class Ranks:
         return dist.get_rank(self._group) if self.size > 1 else 0
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group; None if there is none."""
+        return self._process_group if self.size > 1 else None
+
+    @property
     def _process_group(self) -> dist.ProcessGroup:
         return cast(dist.ProcessGroup, self._group or dist.group.WORLD)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say what is behind it if a collective fails: backends tell of sockets and sizes of messages."""
+        try:
+            yield
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            others = "other rank that trains" if self.size == 2 else f"{self.size - 1} other ranks that train"
+            raise RankError(
+                f"rank {self.rank} could not exchange anything with the {others} with it ({first}). Most likely "
+                "another rank raised, was killed (by the system when memory ran out, for instance), or did not take "
+                "the same step: look for the first error in the logs of all ranks. What a step had written by then may "
+                "be incomplete; restart all ranks from the last checkpoint"
+            ) from error
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """The ranks in one row."""
@@ -62,32 +87,30 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> None:
         """Add up ``tensor`` over the ranks, in place."""
-        dist.all_reduce(tensor, group=self._group)
-
-    def any(self, flag: Tensor) -> bool:
-        """Whether a 0-d ``flag`` is set on any rank."""
-        votes = flag.to(torch.float32)
-        self.sum_(votes)
-        return bool(votes > 0)
+        with self._waiting():
+            dist.all_reduce(tensor, group=self._group)
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every rank, in their order."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with self._waiting():
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """A picklable value of the first rank."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, dist.get_global_rank(self._process_group, 0), self._group)
+            with self._waiting():
+                dist.broadcast_object_list(values, dist.get_global_rank(self._process_group, 0), self._group)
         return values[0]
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """Fill ``received``, ``(ranks, n)``, with what every rank sends, ``(n,)``."""
         # Renamed in newer versions of torch.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(received.view(-1), sent, group=self._group)
+        with self._waiting():
+            gather(received.view(-1), sent, group=self._group)
 
     def all_to_all(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
         """Exchange flat tensors, in one collective.
@@ -103,7 +126,8 @@ class Ranks:
         flat = torch.cat([like.new_empty(0), *(tensor.to(like) for tensors in outgoing for tensor in tensors)])
         received = like.new_empty(sum(sizes))
         splits = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-        dist.all_to_all_single(received, flat, list(sizes), splits, group=self._group)
+        with self._waiting():
+            dist.all_to_all_single(received, flat, list(sizes), splits, group=self._group)
         return list(torch.split(received, list(sizes)))
 
 

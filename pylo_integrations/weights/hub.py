@@ -2,19 +2,34 @@
 
 Everything goes through the ``huggingface_hub`` client, so its cache, its tokens, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT``
 apply. The client is imported when it is first needed: it is slow to import, and most runs never need it.
+
+Two things it does are not what a user of this package wants. It makes paths in its cache of what the hub answers, so an
+answer could name a file anywhere; every answer is looked at before it goes on. And it tries an unreachable hub for half
+a minute, with a line for every attempt; whether the hub can be reached is found out first, in one attempt.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pylo_integrations.paths import LARGEST_THETA
 
 THETA_FILE = "theta.safetensors"
 FLAX_FILE = "theta.state"
 PYTORCH_FILE = "model.safetensors"
+
+CONNECT_SECONDS = 2.0
+"""How long to wait for a connection with the hub; for its answer, as long as the client does (HF_HUB_ETAG_TIMEOUT)."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")  # no separator, no drive, nothing hidden, not too long
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 @dataclass(frozen=True)
@@ -115,17 +130,21 @@ def fetch(
     Raises:
         FileNotFoundError: Not cached and the hub cannot be reached or is switched off; or the hub has no such
             repository, revision or file, or not for you.
-        OSError: The download failed midway.
-        ValueError: Not a repository name; or another digest.
+        OSError: The download failed midway, or the cache cannot be read.
+        ValueError: Not a repository name; another digest; a larger file than any theta; or the hub's answer is
+            malformed in a way that would have the client write outside its cache.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     address = f"hub:{repository}@{revision}" if revision else f"hub:{repository}"
     unreachable: Exception | None = None
     for filename in filenames:
         try:
-            with _naming(f"{address}: fetching {filename}"):
+            with _naming(f"{address}: fetching {filename}"), _looking_at_answers():
+                if not local_files_only:
+                    unreachable = _why_unreachable(repository, filename, revision)
+                    local_files_only = unreachable is not None
                 found = hf_hub_download(repository, filename, revision=revision, local_files_only=local_files_only)
         except LocalEntryNotFoundError as error:
             unreachable = unreachable or error
@@ -136,13 +155,91 @@ def fetch(
             return _verified(Path(found), address, sha256)
     if unreachable is None:
         raise FileNotFoundError(f"{address} has no {' or '.join(filenames)}")
+    _check_cache(Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}"))
     at_revision = f" --revision {revision}" if revision else ""
+    why = " ".join(str(unreachable).split())[:200]
     raise FileNotFoundError(
         f"{address} is not in the local cache and the hub cannot be reached (no network, HF_HUB_OFFLINE is set, or "
         f"HF_ENDPOINT is no hub). On a machine with network run `pylo weights convert {address} {THETA_FILE}`, bring "
         "the file and pass its path as weights=; or, where the cache is shared, run `hf download "
-        f"{repository} {filenames[0]}{at_revision}`"
+        f"{repository} {filenames[0]}{at_revision}`. What happened: {type(unreachable).__name__}: {why}"
     ) from unreachable
+
+
+def _why_unreachable(repository: str, filename: str, revision: str | None) -> Exception | None:
+    """What one attempt to ask the hub about a file meets; None if it answers, be it with a refusal.
+
+    Raises:
+        EntryNotFoundError: The repository has no such file.
+        ValueError: Not a repository name, or an answer that :func:`_check_answer` refuses.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    timeout: Any = (CONNECT_SECONDS, constants.HF_HUB_ETAG_TIMEOUT)  # to connect, to read
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=timeout)
+    except (EntryNotFoundError, ValueError):
+        raise
+    except HfHubHTTPError as error:  # overloaded or down; the client would go on asking
+        return error if error.response.status_code in (408, 429) or error.response.status_code >= 500 else None
+    except Exception as error:  # transport errors are those of requests, httpx or httpx2
+        return error
+    if metadata.commit_hash is None or metadata.etag is None:
+        return ConnectionError(f"{metadata.location} answers, but not as a hub does")
+    return None
+
+
+@contextmanager
+def _looking_at_answers() -> Iterator[None]:
+    """Within, every answer that the client gets passes :func:`_check_answer` before the client acts on it."""
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # where all versions have it
+
+    session: Any = get_session()
+    # requests has hooks, httpx event hooks; both are called with every answer, those that redirect among them.
+    hooks = (session.hooks if hasattr(session, "hooks") else session.event_hooks).setdefault("response", [])
+    hooks.append(_check_answer)
+    try:
+        yield
+    finally:
+        hooks.remove(_check_answer)
+
+
+def _check_answer(response: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse an answer about a file whose headers the client would make paths of.
+
+    It stores a file as ``blobs/<etag>``, links to it from ``snapshots/<commit>``, and notes a missing one below
+    ``.no_exist/<commit>``.
+
+    Raises:
+        ValueError: The etag or the commit is none, or the file is too large.
+    """
+    if response.request.method != "HEAD":
+        return
+    headers, url = response.headers, str(response.request.url)
+    commit = headers.get("X-Repo-Commit")
+    if commit is not None and not _COMMIT.fullmatch(commit):
+        raise ValueError(f"{url} answers with the commit {commit!r:.100}, which is none. Do not trust this endpoint")
+    etag = headers.get("X-Linked-ETag") or headers.get("ETag")
+    if commit is not None and etag is not None and not _FILE_NAME.fullmatch(etag.removeprefix("W/").strip('"')):
+        raise ValueError(
+            f"{url} answers with the etag {etag!r:.100}, which cannot be a file's name in the cache. Do not trust this "
+            "endpoint"
+        )
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or "0"
+    if commit is not None and not (size.isdecimal() and len(size) < 20 and int(size) <= LARGEST_THETA):
+        raise ValueError(f"{url} announces {size:.40} bytes; a theta has at most {LARGEST_THETA}")
+
+
+def _check_cache(folder: Path) -> None:
+    """Raise PermissionError if what the cache has of a repository is closed to us; the client takes it for absent."""
+
+    def closed(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise PermissionError(f"the cache of the hub at {error.filename!r} cannot be read: no permission")
+
+    for _ in os.walk(folder, onerror=closed):
+        pass
 
 
 def _verified(path: Path, address: str, sha256: str | None) -> Path:
@@ -209,5 +306,7 @@ def _naming(action: str) -> Iterator[None]:
         raise OSError(f"{action} failed: {error}. If it is about rights, log in with `hf auth login`") from error
     except ValueError as error:
         raise ValueError(f"{action} failed: {error}") from error
+    except PermissionError as error:  # of the cache
+        raise PermissionError(f"{action} failed: {error}") from error
     except Exception as error:
         raise OSError(f"{action} failed: {type(error).__name__}: {error}; try again") from error

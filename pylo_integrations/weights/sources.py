@@ -35,7 +35,7 @@ def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -
 
     Raises:
         FileNotFoundError: No such file or builtin; or a hub repository that is neither cached nor reachable.
-        OSError: A download failed midway.
+        OSError: A download failed midway; or a file, or the cache of the hub, cannot be read.
         ValueError: The contents do not fit, see :class:`Theta`, or are in no known layout, see
             :func:`~pylo_integrations.weights.convert.convert`; or have another digest than the catalogue pins.
         TypeError: None of the accepted forms.
@@ -53,7 +53,12 @@ def load_theta(weights: Weights, name: str, *, local_files_only: bool = False) -
             shipped = [f"builtin:{name}" for name in builtin_names()]
             raise FileNotFoundError(f"weights={weights!r}: {error}. Without a network there are {shipped}") from error
     if isinstance(weights, (str, os.PathLike)):
-        return Theta.load(weights)
+        try:
+            return Theta.load(weights)
+        except FileNotFoundError as error:
+            if weights in builtin_names():
+                raise FileNotFoundError(f"{error}, or 'builtin:{weights}'") from None
+            raise
     raise TypeError(
         f"weights must be a Theta, a path, 'builtin:<name>', 'hub:<owner>/<repo>[@revision]' or a mapping of arrays, "
         f"not {type(weights).__name__}"

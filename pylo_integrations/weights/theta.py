@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.files import write_whole
+from pylo_integrations.paths import check_file
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
 from pylo_integrations.rules.celo2 import Celo2
@@ -170,8 +171,6 @@ class Theta:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
         record = {
             "name": self.name,
             "architecture": self.architecture,
@@ -183,8 +182,15 @@ class Theta:
             "sha256": self.sha256,
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "theta": json.dumps(record, sort_keys=True)}
+
+        def write(temporary: Path) -> None:
+            safetensors.torch.save_file(dict(self.arrays), str(temporary), metadata)
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda temporary: safetensors.torch.save_file(dict(self.arrays), str(temporary), metadata))
+        try:
+            write_whole(path, write, overwrite=overwrite)
+        except FileExistsError as error:
+            raise FileExistsError(f"{error}; pass overwrite=True to replace it") from None
         return path
 
     @classmethod
@@ -193,11 +199,14 @@ class Theta:
 
         Raises:
             FileNotFoundError: No such file.
+            OSError: The file cannot be read: permissions, or it is a folder, a FIFO or a device.
             ValueError: Not a theta file, a newer version, another feature list, or damaged contents.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no theta file {str(path)!r}; give the path of a .safetensors file")
+        try:
+            check_file(path, "theta file")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; give the path of a .safetensors file") from None
         try:
             with safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}

@@ -15,7 +15,7 @@ try:
     from transformers import get_scheduler
 
     from pylo_integrations import create_optimizer
-    from pylo_integrations.accelerate import attach
+    from pylo_integrations.accelerate import attach, prepare_scheduler
 except ModuleNotFoundError as error:
     sys.exit(f"this recipe needs {error.name}: pip install 'pylo-integrations[recipes]', in a clone '.[recipes]'")
 
@@ -33,7 +33,8 @@ model = make_model(recipe)
 optimizer = create_optimizer(model, args.optim.value, args.learning_rate, args.weight_decay)
 scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(args.max_steps), args.max_steps)
 loader = DataLoader(training, args.train_batch_size, shuffle=True, drop_last=True, generator=torch.Generator())
-model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+scheduler = prepare_scheduler(accelerator, scheduler)
 attach(accelerator, optimizer, num_steps=args.max_steps)
 
 batch, last_batch = 0, args.max_steps * accumulation

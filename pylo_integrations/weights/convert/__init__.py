@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pylo_integrations.paths import LARGEST_CONFIG
 from pylo_integrations.weights.convert.errors import ConversionError, naming, read_bytes
 from pylo_integrations.weights.convert.flax import read_flax
 from pylo_integrations.weights.convert.pytorch import name_some, read_config, read_module
@@ -25,9 +26,8 @@ from pylo_integrations.weights.theta import Theta, architecture_of
 __all__ = ["OPTIMIZERS", "ConversionError", "Foreign", "check_config", "convert", "find_file", "read_foreign"]
 
 CONFIG_FILE = "config.json"
-LARGEST_CONFIG = 1 << 20
 VELO_INPUTS, CELO_INPUTS = 30, 18
-"""Features that enter the LSTM (spec §3c, §4)."""
+"""Features that enter the LSTM (docs/mathematics.md, "VeLO", "Celo")."""
 
 _RECOGNISED = {("MetaMLP",): "mulo", ("CELO2MLP",): "celo2", ("VeLO_MLP", "VeLO_RNN"): "velo"}
 
@@ -77,6 +77,7 @@ def convert(*sources: str | os.PathLike[str], architecture: str | None = None, *
 
     Raises:
         FileNotFoundError: No such file, or none of a known name in the folder.
+        OSError: A file cannot be read: permissions, or it is a FIFO or a device.
         ConversionError: A pickle, a damaged or hostile file, an unknown layout, or arrays that fit no rule; the message
             begins with the file's name.
     """
@@ -127,7 +128,7 @@ def find_file(source: str | os.PathLike[str]) -> Path:
     if not path.is_dir():
         return path
     for name in (FLAX_FILE, PYTORCH_FILE, "params"):
-        if (path / name).is_file():
+        if (path / name).exists():
             return path / name
     raise FileNotFoundError(f"{path} has no {FLAX_FILE}, {PYTORCH_FILE} or params; give the path of the file")
 
@@ -157,7 +158,7 @@ def _read(path: Path) -> _Part:
             return _Part(_recognise(arrays), arrays, sha256)
     config = {}
     beside = path.with_name(CONFIG_FILE)
-    if beside.is_file():
+    if beside.exists():
         with naming(beside):
             config = read_config(read_bytes(beside, LARGEST_CONFIG))
     with naming(path):

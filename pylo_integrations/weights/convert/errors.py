@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LARGEST_FILE = 256 << 20
-"""Bytes. The largest published theta has about 20 MB; more is a mistaken or a hostile file."""
+from pylo_integrations.paths import LARGEST_THETA, check_file
 
 _PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt", ".joblib", ".npz"}
 _MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))  # torch.save's zip; pickle protocols
@@ -26,15 +25,14 @@ def naming(path: Path) -> Iterator[None]:
         raise ConversionError(f"{path}: {error}") from error
 
 
-def read_bytes(path: Path, largest: int = LARGEST_FILE) -> bytes:
+def read_bytes(path: Path, largest: int = LARGEST_THETA) -> bytes:
     """The contents of a file that is neither too large nor a pickle.
 
     Raises:
-        FileNotFoundError: No such file.
+        OSError: As :func:`~pylo_integrations.paths.check_file`.
         ConversionError: Too large, or a pickle.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+    check_file(path)
     with path.open("rb") as file:
         data = file.read(largest + 1)
     # Magic is looked for under every name, and names count too: text pickles (protocol 0) have no magic.

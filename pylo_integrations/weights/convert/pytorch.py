@@ -19,7 +19,7 @@ from torch import Tensor
 from pylo_integrations.weights.convert.errors import ConversionError
 
 GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
-"""Channels of the 14 feature groups for which VeLO, Celo and CELO2 name their first-layer weights apart (spec §3g)."""
+"""Channels of the 14 feature groups for which VeLO and its descendants name weights apart (docs/mathematics.md)."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

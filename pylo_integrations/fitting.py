@@ -1,0 +1,236 @@
+"""Whether parameter, gradient and state fit each other, asked before a step writes anything.
+
+All three are other people's to change: they cast models, reshape and grow parameters, edit state, and keep gradients of
+what a parameter was before. What loses nothing is put right, which is a state of another floating type or one that is
+only a lazy view of its numbers; for the rest there is an exception that says what was found where.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
+
+_GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class StateError(ValueError):
+    """A parameter, its gradient or its state do not fit each other; none of them was changed."""
+
+
+class Stepped(NamedTuple):
+    """A parameter that is to be stepped, and what a rule keeps of it.
+
+    Attributes:
+        param: As the optimizer has it.
+        held: What is here of it.
+        state: ``optimizer.state[p]``; may have entries that are not the rule's.
+        shapes: Names and shapes of the rule's entries; None stands for "shaped like what is stepped here".
+        dtype: Of those entries.
+    """
+
+    param: Tensor
+    held: Held
+    state: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...] | None]
+    dtype: torch.dtype
+
+
+def fit_states(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check parameters and states, then cast states of another floating type and give lazy ones memory of their own.
+
+    Args:
+        stepped: All parameters of a step.
+        groups: The parameter groups, for the names of parameters.
+
+    Raises:
+        StateError: One is missing, no dense tensor, on another device or of another shape or kind of type, has too
+            little memory, or shares it; nothing was changed.
+        ShardingError: A state is of another part of its parameter than this rank steps; nothing was changed.
+    """
+    fitted: list[tuple[dict[str, Any], str, Tensor]] = []
+    for one in stepped:
+        subject = f"parameter {name_of(one.param, groups)}"
+        local = local_part(one.param)
+        if fault := _missing_memory(local) or _write_protection(local):
+            raise StateError(f"{subject} {fault}")
+        for name, shape in one.shapes.items():
+            if name not in one.state:
+                raise StateError(
+                    f"the state of {subject} has no {name!r}, only {sorted(map(str, one.state))}: load a checkpoint "
+                    "that has it, or delete optimizer.state[param] to start from a fresh state"
+                )
+            value = one.state[name]
+            fit = _fitted(value, f"the state {name!r} of {subject}", shape, one)
+            if fit is not value:
+                fitted.append((one.state, name, fit))
+    _check_disjoint(stepped, groups)
+    for state, name, value in fitted:
+        state[name] = value
+
+
+def fit_gradient(param: Tensor, held: Held, dtype: torch.dtype, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The gradient of what is stepped here of a parameter, a dense tensor of numbers as they are in memory.
+
+    Args:
+        param: As the optimizer has it.
+        held: What is here of it.
+        dtype: Of arithmetic; a gradient of a wider type is cast.
+        groups: The parameter groups, for the names of parameters.
+
+    Raises:
+        StateError: It has another shape or device than the parameter, or too little memory.
+    """
+    grad, local = local_gradient(param), local_part(param)
+    if grad.shape != local.shape or grad.device != local.device:
+        raise StateError(
+            f"the gradient of parameter {name_of(param, groups)} is {_look(grad)}, expected {_look(local)} as the "
+            "parameter: the parameter was changed after backward(); call zero_grad() and compute gradients anew"
+        )
+    if fault := _missing_memory(grad):
+        raise StateError(f"the gradient of parameter {name_of(param, groups)} {fault}")
+    if is_lazy(grad):
+        grad = grad.clone()
+    if grad.dtype not in _GRADIENT_DTYPES or grad.dtype.itemsize > dtype.itemsize:
+        grad = grad.to(dtype)
+    return held.of(grad)
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether numbers are not those in memory: of ``torch._neg_view()``, ``.imag`` of a conjugate, or a ZeroTensor."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def name_of(param: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+    """What to call a parameter in a message: its name or number, and its group."""
+    for index, group in enumerate(groups):
+        for position, other in enumerate(group["params"]):
+            if other is param:
+                names = group.get("param_names")
+                return f"{names[position]!r} of group {index}" if names else f"{position} of group {index}"
+    return f"of shape {tuple(param.shape)}"
+
+
+def memory_span(tensor: Tensor) -> int:
+    """Number of elements from the first to the last in memory, gaps included."""
+    return (
+        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether elements are neighbours in memory, without gaps or overlaps."""
+    return memory_span(tensor) == tensor.numel() and not _overlaps_itself(tensor)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it can be asked where it is: not one of a tracer, nor of the meta device."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory; slices of dense tensors do not."""
+    reach = 0
+    for step, n in sorted((step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if step <= reach:
+            return True
+        reach += (n - 1) * step
+    return False
+
+
+def _look(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _missing_memory(local: Tensor) -> str | None:
+    """Why a plain tensor cannot be read; None if it can."""
+    if not has_memory(local) or not local.numel() or local._is_zerotensor():
+        return None
+    there, needed = local.untyped_storage().nbytes(), (local.storage_offset() + memory_span(local)) * local.itemsize
+    if there >= needed:
+        return None
+    return f"has {there} of the {needed} bytes of its storage: it was freed or resized; bring it back before the step"
+
+
+def _write_protection(local: Tensor) -> str | None:
+    """Why a plain tensor cannot be written; None if it can."""
+    if local._is_zerotensor():
+        return "is a ZeroTensor, which has no memory: assign param.data = param.data.clone()"
+    if has_memory(local) and _overlaps_itself(local):
+        return f"has elements that share memory (strides {local.stride()}): assign param.data = param.data.clone()"
+    if local.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made under torch.inference_mode() and cannot be changed outside: make it anew, or step inside"
+    return None
+
+
+def _fitted(value: Any, what: str, shape: tuple[int, ...] | None, one: Stepped) -> Tensor:
+    """A state, or what to put in its place."""
+    param = one.held.of(local_part(one.param))
+    expected = tuple(param.shape if shape is None else shape)
+    wanted = f"expected {one.dtype} of shape {expected} on {param.device}"
+    if not isinstance(value, Tensor):
+        raise StateError(f"{what} is {type(value).__name__}, {wanted}: {_REMEDY}")
+    local = local_part(value)
+    if tuple(local.shape) != expected and (local.numel() or param.numel()):
+        if shape is None and (one.held.parts > 1 or is_sharded(value)):
+            raise ShardingError(
+                f"{what} has {local.numel()} elements, where this rank steps {one.held.numel} of shape {expected}: it "
+                "was created, or loaded, when other ranks trained together. Initialise torch.distributed and call "
+                "bind_model() before the first step, and carry state from one number of ranks to another in a "
+                "checkpoint"
+            )
+        raise StateError(f"{what} is {_look(local)}, {wanted}: {_REMEDY}")
+    if local.device != param.device or local.layout != torch.strided or not local.dtype.is_floating_point:
+        layout = "" if local.layout == torch.strided else f"{local.layout} "
+        raise StateError(f"{what} is {layout}{_look(local)}, {wanted}: {_REMEDY}")
+    if fault := _missing_memory(local):
+        raise StateError(f"{what} {fault}")
+    if is_lazy(local) or _write_protection(local):
+        in_format_of_param = shape is None and local is value
+        value = torch.empty_like(param, dtype=value.dtype).copy_(value) if in_format_of_param else value.clone()
+    fitted: Tensor = value.to(one.dtype)
+    return fitted
+
+
+_REMEDY = (
+    "change state together with its parameter, or delete optimizer.state[param] to start from a fresh state; "
+    "load_state_dict() brings state to the parameter's device"
+)
+
+
+class _Span(NamedTuple):
+    """A stretch of memory, from byte to byte, of a state or, without a name, of the parameter itself."""
+
+    start: int
+    end: int
+    name: str | None
+    param: Tensor
+
+
+def _check_disjoint(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StateError if a state shares memory with another one, or with a parameter. Parameters may share theirs."""
+    spans: dict[torch.device, list[_Span]] = {}
+    for one in {id(one.param): one for one in stepped}.values():  # a parameter may be given twice
+        for name in (None, *one.shapes):
+            local = local_part(one.param if name is None else one.state[name])
+            if has_memory(local) and is_dense(local) and (start := local.data_ptr()):
+                span = _Span(start, start + local.numel() * local.itemsize, name, one.param)
+                spans.setdefault(local.device, []).append(span)
+    for mine in spans.values():
+        mine.sort(key=lambda span: span.start)
+        for furthest, span in zip(itertools.accumulate(mine, _further), mine[1:], strict=False):
+            if span.start < furthest.end and (span.name, furthest.name) != (None, None):
+                first, second = (
+                    f"{'' if name is None else f'the state {name!r} of '}parameter {name_of(param, groups)}"
+                    for *_, name, param in (span, furthest)
+                )
+                raise StateError(f"{first} shares memory with {second}: give each a tensor of its own, with clone()")
+
+
+def _further(one: _Span, other: _Span) -> _Span:
+    return max(one, other, key=lambda span: span.end)

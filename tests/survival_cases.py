@@ -1,0 +1,136 @@
+"""What ranks run for tests of what survives a path of torch's checkpoints; see pylo_integrations.workers."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import torch
+from sharded_cases import loss_of, make, net, wrap
+from torch import nn
+
+STEPS = 3
+
+
+def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0) -> None:
+    for step in steps:
+        loss = loss_of(model, step, rank, torch.float32)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        optimizer.zero_grad()
+
+
+def start(name: str, wrapper: str, world: int, num_steps: int | None) -> tuple[nn.Module, Any]:
+    model: nn.Module = net(torch.float32)
+    if wrapper != "plain":
+        model = wrap(model, wrapper.replace("shard_step", "ddp"), world)
+    optimizer = make(name, model.named_parameters(), shard_step=wrapper == "shard_step")
+    optimizer.set_num_steps(num_steps)
+    optimizer.bind_model(model)
+    return model, optimizer
+
+
+def progress(optimizer: Any) -> tuple[Any, dict[str, Any]]:
+    counts = (optimizer.iteration, optimizer.num_steps, optimizer.nonfinite_steps)
+    return counts, {key: value.double().flatten().tolist() for key, value in optimizer._progress.memory.items()}
+
+
+def flattened(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """As torchtitan saves."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+def flatten_case(rank: int, world: int, name: str, wrapper: str, folder: str | None) -> tuple[Any, Any, float]:
+    """Progress before and after, and how far a resumed run is from the one that went on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    twin, other = start(name, wrapper, world, None)
+    twin.load_state_dict(model.state_dict())
+    state = flattened(model, optimizer)
+    if folder is None:
+        state = copy.deepcopy(state)
+    else:
+        dcp.save(state, checkpoint_id=folder)
+        state = flattened(twin, other)
+        dcp.load(state, checkpoint_id=folder)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    set_optimizer_state_dict(twin, other, state, options=options)
+    found = progress(optimizer), progress(other)
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    train(twin, other, range(STEPS, STEPS + 2))
+    return *found, distance(model, twin)
+
+
+def in_place_case(rank: int, world: int, name: str, wrapper: str, folder: str) -> tuple[Any, Any, float]:
+    """``dcp.load(optimizer.state_dict())`` and nothing else."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+    twin, other = start(name, wrapper, world, None)
+    other.init_state()
+    twin.load_state_dict(model.state_dict())
+    dcp.load({"optimizer": other.state_dict()}, checkpoint_id=folder)
+    found = progress(optimizer), progress(other)
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    train(twin, other, range(STEPS, STEPS + 2))
+    return *found, distance(model, twin)
+
+
+def zero_case(rank: int, world: int, name: str) -> tuple[Any, Any, float]:
+    """``ZeroRedundancyOptimizer`` around the class."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def begin() -> tuple[nn.Module, Any]:
+        model = net(torch.float32)
+        cls, options = recipe(name)
+        return model, ZeroRedundancyOptimizer(model.parameters(), cls, **options)
+
+    model, zero = begin()
+    train(model, zero, range(STEPS))
+    zero.consolidate_state_dict(0)
+    file = io.BytesIO()
+    if rank == 0:
+        torch.save(zero.state_dict(), file)
+    saved = [file.getvalue()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(saved)
+    twin, other = begin()
+    other.optim.set_num_steps(None)
+    twin.load_state_dict(model.state_dict())
+    # Torch puts all arguments into the groups, and with them the theta.
+    other.load_state_dict(torch.load(io.BytesIO(saved[0]), weights_only=False))
+    found = progress(zero.optim), progress(other.optim)
+    train(model, zero, range(STEPS, STEPS + 2))
+    train(twin, other, range(STEPS, STEPS + 2))
+    assert other.optim.iteration == STEPS + 2
+    return *found, distance(model, twin)
+
+
+def recipe(name: str) -> tuple[type, dict[str, Any]]:
+    """Class and options of a catalogue entry, for who makes optimizers himself."""
+    from thetas import is_absent, theta_for
+
+    from pylo_integrations import get_optimizer_info
+
+    spec = get_optimizer_info(name)
+    options = {**spec.defaults, "num_steps": 40}
+    if is_absent(spec.cls):
+        options["weights"] = theta_for(name)
+    return spec.cls, options
+
+
+def distance(model: nn.Module, twin: nn.Module) -> float:
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return max(float((local(p) - local(q)).abs().max()) if local(p).numel() else 0.0 for p, q in pairs)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
