@@ -165,24 +165,33 @@ def test_readme_commands_start_from_nothing_and_name_real_extras(wheel_metadata)
     assert "pylo recipe vit" in commands["train"] and "pytest" in commands["tests"]
 
 
+CI_STEPS = [
+    "python3 -m venv .venv",
+    "pip install -e .[dev]",
+    "ruff check .",
+    "ruff format --check .",
+    "mypy",
+    "mkdocs build --strict --config-file .mkdocs.yml",
+    "python -m pytest -m not slow and not dist",
+    "python -m pytest -m slow or dist",
+]
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("outcome", "checks"), [("true", True), ("false", False)])
-def test_ci_runs_the_test_command_of_the_readme(tmp_path, outcome, checks):
-    """`.ci/run` in a copy whose README command and tools only leave a trace."""
+@pytest.mark.parametrize("failing", [*CI_STEPS, None])
+def test_ci_takes_the_steps_of_the_readmes_command_and_stops_where_one_fails(tmp_path, failing):
+    """`.ci/run` in a copy whose tools only leave a trace."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci/run").write_text((ROOT / ".ci/run").read_text())
-    command = readme_command(TEST_MARK)
-    readme = (ROOT / "README.md").read_text().replace(command, f"echo README >> trace\n{outcome}\n")
-    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for tool in ("ruff", "mypy", "mkdocs", "python", "pip"):
-        (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> trace\n')
+    for tool in ("ruff", "mypy", "mkdocs", "python", "python3", "pip"):
+        script = f'#!/bin/sh\nstep=$(echo {tool} "$@")\necho "$step" >> trace\n[ "$step" != "{failing}" ]\n'
+        (tools / tool).write_text(script)
         (tools / tool).chmod(0o755)
-    environment = {**os.environ, "PYLO_CI_SKIP_APT": "1"}
+    environment = {**os.environ, "PYLO_CI_SKIP_APT": "1", "PATH": f"{tools}:{os.environ['PATH']}"}
     run = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     trace = (tmp_path / "trace").read_text().splitlines()
-    assert trace[0] == "README"
-    assert (run.returncode == 0) == checks, run.stderr
-    expected = ["ruff check .", "ruff format --check .", "mypy", "mkdocs build --strict --config-file .mkdocs.yml"]
-    assert [line for line in trace[1:]] == (expected if checks else [])
+    assert (run.returncode == 0) == (failing is None), run.stderr
+    assert trace == (CI_STEPS if failing is None else CI_STEPS[: CI_STEPS.index(failing) + 1])

@@ -74,9 +74,8 @@ def trained(workers):
 
     @functools.cache
     def run(layout: str, world: int):
-        possible = [
-            cell for cell in cells(layout, world) if cell[1] == "reference" or not isinstance(loader.load(), str)
-        ]
+        backends = ["reference"] if isinstance(loader.load(), str) else ["reference", "native"]
+        possible = [cell for cell in cells(layout, world) if cell[1] in backends]
         return workers.run(world, layout_case, layout=layout, cells=possible)
 
     return run
