@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import pylo_integrations
 
 ROOT = Path(pylo_integrations.__file__).parent
