@@ -63,6 +63,7 @@ class Member:
         shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
         dtype: Of its states.
         is_slice: Whether it is a 1-D slice made by FSDP1.
+        names: That states of the optimizer have, whoever's; what has others is other code's.
     """
 
     param: Tensor
@@ -72,6 +73,7 @@ class Member:
     shapes: Mapping[str, tuple[int, ...] | None]
     dtype: torch.dtype
     is_slice: bool
+    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -387,8 +389,9 @@ def read_states(
     has_stepped = progress is None or progress.iteration > 0
     for number, (index, member) in enumerate(zip(indices, members, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
-        own = {name: value for name, value in found.items() if name in member.shapes}
-        others = {} if blob is not None else {name: value for name, value in found.items() if name not in member.shapes}
+        mine = member.names if blob is None else member.shapes  # FSDP1 gives all slices the same states
+        own = {name: value for name, value in found.items() if name in mine}
+        others = {name: value for name, value in found.items() if name not in mine} if blob is None else {}
         if own and not member.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
             own = (absent if member.is_slice else {}) | own

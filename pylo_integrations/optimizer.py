@@ -785,14 +785,16 @@ class LearnedOptimizer(Optimizer):
             names = group.get("param_names") or [None] * len(group["params"])
             for param, name in zip(group["params"], names, strict=True):
                 if is_lazy(param):
-                    members.append(Member(param, name, (), Held(()), {}, state_dtype(param), False))
+                    members.append(Member(param, name, (), Held(()), {}, state_dtype(param), False, self._state_names))
                     continue
                 shape, held = self._holdings.locate(param)
                 rule, layout = self._rule_of(shape, options)
                 flat = self._holdings.flat_slices.get(param)
                 name = flat.name if flat else name
                 shapes = rule.state_shapes(layout)
-                members.append(Member(param, name, shape, held, shapes, state_dtype(param), flat is not None))
+                members.append(
+                    Member(param, name, shape, held, shapes, state_dtype(param), flat is not None, self._state_names)
+                )
         return members
 
     def _states(self, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
