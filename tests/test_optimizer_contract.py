@@ -222,8 +222,6 @@ def test_sparse_and_complex_gradients_are_refused_before_anything_changes():
     assert_unchanged(optimizer, before)
     with pytest.raises(TypeError, match="real floating-point"):
         SmallFCLOpt([nn.Parameter(torch.randn(3, dtype=torch.complex64))])
-    with pytest.raises(TypeError, match="real floating-point"):
-        SmallFCLOpt([nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)])
 
 
 # -- non-finite values ----------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ class Theta:
             raise ValueError(f"theta architecture {self.architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
         if bad := [name for name, value in self.hyper.items() if not _is_finite_number(value)]:
             raise ValueError(f"theta constants {bad} are not finite numbers")
-        arrays = {name: torch.as_tensor(value).detach().cpu() for name, value in self.arrays.items()}
+        # torch.as_tensor() would bring tensors to the default device, which may be "meta".
+        given = {n: v if isinstance(v, Tensor) else torch.as_tensor(v, device="cpu") for n, v in self.arrays.items()}
+        arrays = {name: value.detach().cpu() for name, value in given.items()}
         arrays = {name: array.to(torch.float32, copy=True).contiguous() for name, array in sorted(arrays.items())}
         if bad := [name for name, array in arrays.items() if not array.isfinite().all()]:
             raise ValueError(f"theta arrays {bad} hold values that are not finite")
