@@ -142,6 +142,7 @@ class LearnedOptimizer(Optimizer):
     """
 
     _twins: _Twins | None  # of the last compiled step
+    _is_made: bool = True
 
     rule_type: ClassVar[type[Rule]]
 
@@ -212,7 +213,9 @@ class LearnedOptimizer(Optimizer):
             "rule": "learned",
             MOMENTUM: 0.0,
         }
+        self._is_made = False  # until then, groups of which some have names are an error, as in torch
         super().__init__(params, defaults)
+        del self._is_made
         self._tell(self._watch.look_at_start(self.param_groups))
 
     # -- what the rule needs to know -------------------------------------------------------------------------------
@@ -706,8 +709,8 @@ class LearnedOptimizer(Optimizer):
 
     def _name_all(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """Give names to all groups, if this new one or those before have them; returns those that had none."""
-        if not isinstance(param_group, dict) or "params" not in param_group or not self.param_groups:
-            return []  # nothing to agree with, or for torch to refuse
+        if not isinstance(param_group, dict) or "params" not in param_group or not self._is_made:
+            return []  # for torch to refuse
         params = param_group["params"]
         params = param_group["params"] = [params] if isinstance(params, Tensor) else params
         if not isinstance(params, set):  # which torch refuses
