@@ -317,7 +317,7 @@ def misfit(optimizer: Any, model: nn.Module) -> Undo:
 RAISING: dict[str, tuple[Callable[[Any, nn.Module], Undo], str]] = {
     "sparse gradient": (sparse, "TypeError: the gradient of parameter"),
     "no horizon": (aimless, "needs to know how many steps"),
-    "state": (misfit, "ShardingError: "),
+    "state": (misfit, "the state "),
 }
 
 
