@@ -292,9 +292,11 @@ def test_bad_tables_and_steps_are_refused(shim):
     for field, value, message in (
         ("precision", 7, "precision 7"),
         ("grad", 0, "tensor 1: grad is null"),
+        ("grad_bytes", 27, "tensor 1: grad has 27 bytes, must have 28"),
         ("grad_dtype", 9, "tensor 1: grad_dtype 9 is unknown"),
     ):
         table_of(stages).steps["grad"] = [p.grad.data_ptr() for p in params]
+        table_of(stages).steps["grad_bytes"] = [p.grad.nbytes for p in params]
         table_of(stages).steps["grad_dtype"] = 0
         shim._precision = 1
         if field == "precision":

@@ -624,6 +624,7 @@ def test_a_bad_call_is_refused(library, attribute, value, message):
     give_gradients(params, 0)
     table = table_of(stages)
     table.steps["grad"] = [p.grad.data_ptr() for p in params]
+    table.steps["grad_bytes"] = [p.grad.nbytes for p in params]
     before = snapshot(stages.optimizer, params)
     setattr(table.call, attribute, value)
     with pytest.raises(NativeError, match=message):
