@@ -97,7 +97,7 @@ class OptionCheck:
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError if the options of a group are not in range.
 
-        A learning rate that is a tensor on the CPU is read every time. One on another device is read when it is put
+        An option that is a tensor on the CPU is read every time. One on another device is read when it is put
         into a group: later reads would have to wait for the device.
         """
         good = self._good
@@ -105,9 +105,8 @@ class OptionCheck:
             good[:] = [()] * len(groups)
         for index, group in enumerate(groups):
             values: tuple[Any, ...] = tuple(map(group.get, _COMPARED))
-            lr = values[0]
             known = len(good[index]) and all(map(is_, values, good[index]))
-            if not known or (type(lr) is not float and isinstance(lr, Tensor) and lr.device.type == "cpu"):
+            if not known or any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
                 good[index] = ()
                 check_options(group, self._choices, index)
                 good[index] = values

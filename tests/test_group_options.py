@@ -34,7 +34,7 @@ BAD = [
     ("weight_decay", math.nan),
     ("weight_decay", -0.1),
     ("weight_decay", "0.1"),
-    ("weight_decay_policy", "adamw"),
+    ("weight_decay_policy", "sgd"),
     ("weight_decay_policy", None),
     ("maximize", None),
     ("maximize", "false"),

@@ -384,10 +384,11 @@ class NativeStages:
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
         try:
-            memory = self._read_memory(self._tensors_now())
+            tensors = self._tensors_now()
+            memory = self._read_memory(tensors)
         except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
             return False
-        return np.array_equal(memory, self._memory) and not any(map(Tensor.is_neg, self._params))
+        return np.array_equal(memory, self._memory) and not any(map(Tensor.is_neg, tensors))
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.

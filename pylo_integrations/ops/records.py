@@ -246,7 +246,7 @@ class Table:
         if isinstance(value, Tensor) and value.device.type != "cpu":
             self._on_device[key] = value
         else:
-            self.steps[field][rows] = value.numpy() if isinstance(value, Tensor) else value
+            self.steps[field][rows] = value.detach().float().numpy() if isinstance(value, Tensor) else value
         if isinstance(value, int | float):  # last, so that an interrupted call is not taken for a finished one
             self._entered[key] = value
 
