@@ -105,7 +105,7 @@ class SettingsWatch:
             shrink = float(shrinkage(as_largest, adamw_scale=self._adamw_lr / self._lr))
             times = shrink / self._adamw_lr  # the number that would decay as fast in AdamW
             low, high = ADAMW_DECAYS
-            if low / TOLERANCE < times < high * TOLERANCE:
+            if not times or low / TOLERANCE < times < high * TOLERANCE:
                 continue
             policies = "" if policy == "adamw" else ', or pass weight_decay_policy="adamw" with 0.01 to 0.1'
             return {

@@ -228,13 +228,13 @@ def test_doctor_reports_damaged_weights(capsys, monkeypatch):
 
 
 def test_doctor_reports_an_optimizer_that_does_not_move(capsys, monkeypatch):
-    monkeypatch.setattr(pylo_integrations.LearnedOptimizer, "_step", lambda self, loss: None)
+    monkeypatch.setattr(pylo_integrations.LearnedOptimizer, "_step", lambda self, loss, result: None)
     assert cli.main(["doctor"]) == 1
     assert "BROKEN: a step does not change a parameter" in capsys.readouterr().out
 
 
 def test_doctor_reports_an_optimizer_that_raises(capsys, monkeypatch):
-    def step(self, loss):
+    def step(self, loss, result):
         raise OSError("no kernel")
 
     monkeypatch.setattr(pylo_integrations.LearnedOptimizer, "_step", step)
