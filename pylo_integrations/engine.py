@@ -45,6 +45,7 @@ from pylo_integrations.sharding.agreement import (
     DisagreementError,
     Statement,
     checksums,
+    compared,
     constants_of,
     contract_of,
     digest_of,
@@ -106,7 +107,7 @@ class _Plan:
     sharded: list[Tensor] = field(default_factory=list)  # those of the candidates that ranks divide among themselves
     able: list[bool] = field(default_factory=list)  # of each of them, False if something here is in the kernels' way
     shares: list[Collection] = field(default_factory=list)  # of parameters that every rank has
-    idle: list[int] = field(default_factory=list)  # numbers of those that every rank has, and that have no gradient
+    idle: list[int] = field(default_factory=list)  # numbers of those that every rank has whole, without a gradient
     contract: bytes | None = None  # digest of what all ranks must have alike, once that is known
     look: Any = None  # of all parameters, and of the states that no kernel steps
 
@@ -397,22 +398,32 @@ class Engine:
     def is_any(
         self,
         flag: bool,
+        question: str,
         groups: Sequence[Mapping[str, Any]],
         progress: Progress,
         on_nonfinite: NonFinitePolicy,
         max_grad_norm: float | None,
+        *,
+        of_replicas: bool = False,
     ) -> bool:
         """Whether ``flag`` is set on any of the ranks that divide parameters, all of which have to ask before a step.
+
+        Args:
+            flag: Of this rank.
+            question: What is asked, for ranks that do not.
+            groups: As those of :meth:`step`; so are the others.
+            of_replicas: Ask also where nothing is divided, of ranks that have to exchange their losses.
 
         Raises:
             DisagreementError: Another rank does not ask.
             RankError: Another rank raised or is gone.
         """
-        if not self._talks(groups):
+        if not self._talks(groups) and not (of_replicas and self._ranks.size > 1 and self._rule.needs_loss):
             return flag
         values = self._values(groups, progress, on_nonfinite, max_grad_norm, True, [])
-        state = functools.partial(self._statement, groups, values)
-        return self._agreement.vote("is it a step?", flag, state, _device_of(groups))
+        return self._agreement.vote(
+            question, flag, lambda: {"this step": question, **self._statement(groups, values)}, _device_of(groups)
+        )
 
     def _talks(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether other ranks begin their step with an exchange, as far as can be told without a plan."""
@@ -621,7 +632,11 @@ class Engine:
         able_here = [param not in unable_here for param in sharded]
         shares = self._collections(buckets)
         divided = set(sharded)
-        idle = [number[id(param)] for _, param in candidates if param.grad is None and param not in divided]
+        idle = [
+            number[id(param)]
+            for *_, param in compared(groups, self._holdings)
+            if param.grad is None and may_step(param) and param not in divided
+        ]
         return _Plan(key, buckets, rules, blocks, native, candidates, sharded, able_here, shares, idle)
 
     def _collections(self, buckets: Sequence[Bucket]) -> list[Collection]:

@@ -356,7 +356,7 @@ class LearnedOptimizer(Optimizer):
         Args:
             model: As wrapped for training.
             process_group: The ranks that train this model together, over which losses are averaged, and steps shared
-                with ``shard_step``; by default all.
+                with ``shard_step``; by default those of the last call, else all.
 
         Raises:
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
@@ -431,12 +431,8 @@ class LearnedOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | float | None, result: Any) -> None:
         with self._steplock.stepping(), torch.no_grad(), self._full_precision():
-            self._check_settings()
-            self._options.check(self.param_groups)
-            known = self._take_loss(loss, result)
-            self._whole.clear()
             try:
-                taken = self._step_with(known, self._engine.recall(self.param_groups, self.state))
+                taken = self._step_with(loss, result)
             finally:
                 self._engine.release_gradients()
         if not taken:
@@ -450,21 +446,28 @@ class LearnedOptimizer(Optimizer):
         if norm is not None and not (isinstance(norm, Real) and norm > 0):
             raise ValueError(f"max_grad_norm={norm!r} must be a positive number, or None for no clipping")
 
-    def _step_with(self, loss: Tensor | None, recalled: bool) -> bool:
-        """Check, and step if it was not a probe; False if the step was skipped."""
+    def _step_with(self, loss: Tensor | float | None, result: Any) -> bool:
+        """Check, and step if there is anything to step; False if the step was skipped."""
         progress, policies = self._progress, (self.on_nonfinite, self.max_grad_norm)
-        known = None if recalled else set(self.state)
+        known: set[Tensor] | None = None
         try:
+            self._check_settings()
+            self._options.check(self.param_groups)
+            observed = self._take_loss(loss, result)
+            recalled = self._engine.recall(self.param_groups, self.state)
             if not recalled:
+                known = set(self.state)
                 self._check_gradients(self.param_groups)
-            if loss is None and self._is_state_probe():
+            if observed is None and self._is_state_probe():
                 self.init_state()
                 return True
             # Where other ranks may have gradients, a loss here says that they are waiting.
-            alone = loss is None or self._holdings.ranks.size == 1
+            alone = observed is None or self._holdings.ranks.size == 1
             if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
-                return True
-            self._check_needs(loss)
+                question = "neither gradients nor a loss"
+                if not self._engine.is_any(False, question, self.param_groups, progress, *policies, of_replicas=True):
+                    return True
+            self._check_needs(observed)
             if not recalled:
                 self.init_state()
         except (DisagreementError, RankError):
@@ -472,11 +475,12 @@ class LearnedOptimizer(Optimizer):
         except Exception as error:
             self._engine.tell(error, self.param_groups)
             raise
+        self._whole.clear()
         self._warn_of_horizon(progress)
         self._tell(self._watch.look(self.param_groups, progress.iteration, progress.num_steps))
-        loss = loss if self.rule.needs_loss else None
+        used = observed if self.rule.needs_loss else None
         try:
-            return self._engine.step(self.param_groups, self.state, progress, loss, *policies, recalled=recalled)
+            return self._engine.step(self.param_groups, self.state, progress, used, *policies, recalled=recalled)
         except (DisagreementError, RankError):
             # New state may be of the wrong kind for what the ranks will agree on.
             for param in [] if known is None else set(self.state) - known:
@@ -537,7 +541,8 @@ class LearnedOptimizer(Optimizer):
         found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
         # Shards may be zero on some ranks only, and all of them have to decide alike.
         policies = self.on_nonfinite, self.max_grad_norm
-        return not self._engine.is_any(bool(found), self.param_groups, self._progress, *policies)
+        question = "lr 0 and no loss, as to create state"
+        return not self._engine.is_any(bool(found), question, self.param_groups, self._progress, *policies)
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:

@@ -170,6 +170,20 @@ def watched(optimizer: Any, model: nn.Module) -> Undo:
     return optimizer.disable_telemetry
 
 
+def idle(optimizer: Any, model: nn.Module) -> Undo:
+    """Neither gradients nor a loss: alone, a rank would take that for nothing to step."""
+    step, grads = optimizer.step, {param: param.grad for param in model.parameters()}
+    model.zero_grad()
+    optimizer.step = lambda loss: step()
+
+    def undo() -> None:
+        del optimizer.step
+        for param, grad in grads.items():
+            param.grad = grad
+
+    return undo
+
+
 SPOILT: dict[str, tuple[Callable[[Any, nn.Module], Undo], tuple[str, ...]]] = {
     "lr": (option("lr", 0.75), ("lr of group 0: ", "0.75 on rank")),
     "weight_decay": (option("weight_decay", 0.125), ("weight_decay of group 0: ", "0.125 on rank")),
@@ -186,13 +200,16 @@ SPOILT: dict[str, tuple[Callable[[Any, nn.Module], Undo], tuple[str, ...]]] = {
     "frozen": (frozen, ("parameter 0 of group 0", "frozen on rank")),
     "no gradient": (ungraded, ("parameters without a gradient", "0 of group 0 on rank")),
     "telemetry": (watched, ("telemetry: ", "True on rank")),
+    "nothing to step": (idle, ("this step: ", "neither gradients nor a loss on rank 1")),
 }
 
 
 def is_allowed(layout: str, what: str) -> bool:
     """Whether ranks may differ so under a layout."""
     # Shards without a gradient count as zero; sums of whole replicas are complete without the others.
-    return (what == "no gradient" and layout != "ddp") or (what == "telemetry" and layout == "ddp")
+    needs_nothing = RULES[layout] in ("celo2", "small_fc_lopt")
+    is_zero = layout != "ddp" and (what == "no gradient" or (what == "nothing to step" and needs_nothing))
+    return is_zero or (what == "telemetry" and layout == "ddp")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
@@ -314,10 +331,20 @@ def misfit(optimizer: Any, model: nn.Module) -> Undo:
     return lambda: optimizer.state.__setitem__(param, state)
 
 
+def lossless(optimizer: Any, model: nn.Module) -> Undo:
+    """The loss is of two elements."""
+    step = optimizer.step
+    optimizer.step = lambda loss: step(loss=loss.expand(2))
+    return lambda: optimizer.__dict__.pop("step") and None
+
+
 RAISING: dict[str, tuple[Callable[[Any, nn.Module], Undo], str]] = {
     "sparse gradient": (sparse, "TypeError: the gradient of parameter"),
     "no horizon": (aimless, "needs to know how many steps"),
     "state": (misfit, "the state "),
+    "lr": (option("lr", None), "lr=None"),
+    "max_grad_norm": (attribute("max_grad_norm", -1.0), "max_grad_norm=-1.0"),
+    "loss": (lossless, "loss"),
 }
 
 

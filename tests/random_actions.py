@@ -39,7 +39,7 @@ GUARD = 16
 """Elements before and after a guarded tensor."""
 
 SENTINEL = 1.375
-"""What they hold: exact in every dtype."""
+"""What they hold, cast to the dtype."""
 
 SANE_LR = 10.0
 """Learning rates above may overflow what was finite."""
@@ -173,6 +173,7 @@ class Session:
         if grad.shape == param.shape and grad.dtype == param.dtype:
             param.grad = grad
             return
+        param.grad = None
         data = param.data
         param.data = torch.empty(grad.shape, dtype=grad.dtype)
         param.grad = grad
@@ -205,7 +206,8 @@ class Session:
         self.check(mine is theirs, f"the session's step: {mine}, the twin's: {theirs} ({getattr(self, 'error', '')})")
         for base, n in self.guards:
             ends = torch.cat([base[:GUARD], base[GUARD + n :]])
-            self.check(bool((ends == SENTINEL).all()), "a guard was overwritten")
+            expected = torch.full_like(ends, SENTINEL)
+            self.check(torch.equal(ends, expected), "a guard was overwritten")
         if mine is not None:
             self.check(mine is not KeyError, f"an error without a message for people: {self.error!r}")
             same = self.optimizer.iteration == iteration
@@ -358,7 +360,7 @@ def no_gradients(s: Session) -> None:
 def odd_values_of_a_gradient(s: Session) -> None:
     p = s.one()
     if p.grad is not None and p.grad.numel() and p.grad.layout == torch.strided:
-        p.grad = p.grad.clone()
+        s.force_gradient(p, p.grad.clone())
         p.grad.view(-1)[0] = s.random.choice([math.nan, math.inf, -math.inf, 0.0, 1e-30])
 
 
@@ -390,7 +392,7 @@ def gradient_of_other_form(s: Session) -> None:
 def one_gradient_for_two(s: Session) -> None:
     p, q = s.one(), s.one()
     if p.grad is not None and p.shape == q.shape and p.dtype == q.dtype:
-        q.grad = p.grad
+        s.force_gradient(q, p.grad)
 
 
 @action

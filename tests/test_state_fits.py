@@ -6,6 +6,7 @@ import pytest
 import torch
 from share_cases import misfit_case
 from state_changes import Run, assert_equal_runs
+from thetas import create
 from torch import nn
 
 from pylo_integrations import StateError, list_optimizers
@@ -262,6 +263,29 @@ def test_the_rest_is_refused_before_anything_is_written(change, backend):
             with pytest.raises(StateError, match=f"(?s){REFUSED[change]}"):
                 run.step()
             assert run.bits() == before and run.optimizer.iteration == iteration, name
+
+
+@pytest.mark.parametrize("name", ["celo2", "small_fc_lopt", "velo", "celo_adam"])
+def test_memory_that_shrank_where_it_was_is_refused(name):
+    """Address and format are those of the last step, which the cached step knows them by."""
+    param = nn.Parameter(torch.ones(9 * 2**20))  # so large that the system, not the allocator, gives it its place
+    optimizer = create([param], name)
+    for what in ("parameter", "gradient", "rms"):
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step(loss=1.0)
+        tensor = {"parameter": param, "gradient": param.grad}.get(what, optimizer.state[param]["rms"])
+        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        others = [torch.empty(tensor.nbytes, dtype=torch.uint8) for _ in range(30)]  # in all other free places
+        storage.resize_(0)
+        storage.resize_(tensor.nbytes - 4)
+        del others
+        assert tensor.data_ptr() == address
+        for _ in range(2):
+            with pytest.raises(StateError, match=f"{tensor.nbytes - 4} of the {tensor.nbytes} bytes"):
+                optimizer.step(loss=1.0)
+        storage.resize_(tensor.nbytes)
+        tensor.detach().fill_(1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

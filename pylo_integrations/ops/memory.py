@@ -8,7 +8,7 @@ functions that newer versions of torch lend to other libraries: DLPack's C excha
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -40,6 +40,17 @@ def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
             return memory
     known = [(tensor.data_ptr(), _format(tensor), id(tensor)) for tensor in objects]
     return np.array(known, np.uint64).reshape(count, 3)
+
+
+def rooms(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Bytes of every tensor's storage, and where in it the tensor begins, in elements.
+
+    Other code may take memory back from under a tensor, with ``storage.resize_()``, and a smaller storage may then lie
+    at the old address.
+    """
+    sizes = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
+    offsets: Iterable[Any] = map(Tensor.storage_offset, tensors)
+    return list(zip(sizes, offsets, strict=True))
 
 
 def addresses(memory: Memory) -> Memory:

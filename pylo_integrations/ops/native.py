@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pylo_integrations.fitting import has_memory, is_lazy, memory_span
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
-from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory
+from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
 from pylo_integrations.ops.records import (
     DTYPES,
     Table,
@@ -319,11 +319,12 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             layer.table.check()
-        self._memory = self._read_memory(self._written)
+        self._memory, self._rooms = self._read_memory(self._written)
         if self._sharded:
             self._written += list(map(local_part, self._written))  # wrappers and what they wrap count by themselves
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: Memory | None = None  # which the kernels read as they are
+        self._grad_rooms: list[tuple[int, int]] = []
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
         self._networks: list[_Network] = []
 
@@ -374,21 +375,23 @@ class NativeStages:
         states = (entries for get, owners in self._entries for entries in map(get, owners))
         return [*self._params, *itertools.chain.from_iterable(states)]
 
-    def _read_memory(self, tensors: Sequence[Tensor]) -> Memory:
+    def _read_memory(self, tensors: Sequence[Tensor]) -> tuple[Memory, list[tuple[int, int]]]:
         if not self._sharded:
-            return read_memory(tensors, len(tensors))
-        memory = read_memory(map(local_part, tensors), len(tensors))
+            return read_memory(tensors, len(tensors)), rooms(tensors)
+        local = list(map(local_part, tensors))
+        memory = read_memory(local, len(tensors))
         identities(memory)[:] = [id(tensor) for tensor in tensors]
-        return memory
+        return memory, rooms(local)
 
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
         try:
             tensors = self._tensors_now()
-            memory = self._read_memory(tensors)
+            memory, room = self._read_memory(tensors)
         except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
             return False
-        return np.array_equal(memory, self._memory) and not any(map(Tensor.is_neg, tensors))
+        is_same = np.array_equal(memory, self._memory) and room == self._rooms
+        return is_same and not any(map(Tensor.is_neg, tensors))
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.
@@ -399,10 +402,12 @@ class NativeStages:
         if self._grad_formats is None:
             return False
         try:
-            memory = read_memory(grads, len(grads))
+            memory, room = read_memory(grads, len(grads)), rooms(grads)
         except (RuntimeError, BufferError):  # one has no memory, as sparse ones
             return False
-        if not np.array_equal(formats(memory), self._grad_formats) or any(map(Tensor.is_neg, grads)):
+        if not np.array_equal(formats(memory), self._grad_formats) or room != self._grad_rooms:
+            return False
+        if any(map(Tensor.is_neg, grads)):
             return False
         self._enter_gradients(grads, memory)
         return True
@@ -448,7 +453,7 @@ class NativeStages:
         grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
         memory = read_memory(grads, len(grads))
         as_given = all(grad is old for grad, old in zip(grads, given, strict=True))
-        self._grad_formats = formats(memory) if as_given else None
+        self._grad_formats, self._grad_rooms = (formats(memory) if as_given else None), rooms(grads)
         self._grad_sizes = np.array([grad.itemsize for grad in grads], np.uint64)
         room = np.array([bytes_from(grad) for grad in grads], np.int64)
         dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)

@@ -252,12 +252,23 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     contract = {**common, "parameter groups": str(len(groups))}
     for index, group in enumerate(groups):
         contract |= {f"{option} of group {index}": repr(group[option]) for option in ("axes", "rule")}
-        contract |= {
-            f"parameter {position} of group {index}": _describe(param, names, position, holdings)
-            for names in [group.get("param_names")]
-            for position, param in enumerate(group["params"])
-        }
+    for index, position, name, param in compared(groups, holdings):
+        contract[f"parameter {position} of group {index}"] = _describe(param, name, holdings)
     return contract
+
+
+def compared(groups: Sequence[Mapping[str, Any]], holdings: Holdings) -> Iterator[tuple[int, int, str | None, Tensor]]:
+    """Parameters that ranks must have alike: their group, position there, name, and they themselves.
+
+    Those that have a name, or are divided among ranks. Of others nothing is mixed up, and there is no telling whose
+    they are: each rank may have its own, as ``ZeroRedundancyOptimizer`` gives them.
+    """
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or ()
+        for position, param in enumerate(group["params"]):
+            name = names[position] if position < len(names) else holdings.name(param)
+            if name is not None or holdings.divides(param):
+                yield index, position, name, param
 
 
 def may_step(param: Tensor) -> bool:
@@ -265,8 +276,7 @@ def may_step(param: Tensor) -> bool:
     return (param.requires_grad or param.grad is not None) and not is_lazy(param)
 
 
-def _describe(param: Tensor, names: Sequence[str] | None, position: int, holdings: Holdings) -> str:
-    name = names[position] if names and position < len(names) else holdings.name(param)
+def _describe(param: Tensor, name: str | None, holdings: Holdings) -> str:
     told = [] if name is None else [name]
     if not may_step(param):
         return " ".join([*told, "frozen"])

@@ -30,12 +30,14 @@ class Ranks:
         self._mesh: tuple[Any, DeviceMesh] | None = None
 
     def bind(self, group: Any) -> None:
-        """Let ``group`` be the ranks that train together; None stands for all.
+        """Let ``group`` be the ranks that train together; None leaves them as they are, which is all at first.
 
         Raises:
             ValueError: This process is not a member.
         """
-        if group is not None and dist.get_rank(group) < 0:
+        if group is None:  # of an adapter, perhaps, after the user has named a group
+            return
+        if dist.get_rank(group) < 0:
             raise ValueError("process_group must contain the process that passes it")
         self._group = group
 
