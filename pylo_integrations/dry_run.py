@@ -26,12 +26,16 @@ from torch.utils._pytree import tree_leaves
 from pylo_integrations.bench import DTYPES, ParamShape, make_contender, state_bytes
 from pylo_integrations.engine import Engine
 from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.agreement import Agreement, Answer, Statement
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.collectives import Collective, Collectives, is_collective
 from pylo_integrations.sharding.exchange import Assembly
+from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import Box
 from pylo_integrations.sharding.pieces import local_part
+from pylo_integrations.sharding.rounds import Ranks
+from pylo_integrations.step.policies import Policies
 from pylo_integrations.strategies import SIMULABLE, STRATEGIES, spread
 
 
@@ -81,34 +85,39 @@ def dry_run(
     with _fake_process_group(ranks):
         _, parameters = spread(shapes, strategy, ranks, DTYPES[dtype], "meta")
         options = STRATEGIES[strategy].options
-        return {name: _step_dry(name, parameters, ranks, options) for name in optimizers}
+        return {name: _step_dry(name, parameters, options) for name in optimizers}
 
 
-def _step_dry(
-    name: str, parameters: Sequence[tuple[Tensor, ParamShape]], ranks: int, options: Mapping[str, Any]
-) -> StepCosts:
-    optimizer, step = make_contender(name, parameters, **options)
+def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], options: Mapping[str, Any]) -> StepCosts:
+    optimizer, _ = make_contender(name, parameters, **options)
     assert isinstance(optimizer, LearnedOptimizer), f"{name} is no catalogue name"
-    engine = optimizer._engine
-    # On the object, since all parts of the optimizer share it.
-    engine._agreement = _Unanimous(engine._ranks)
-    engine._ranks.gather = lambda value: _answers(engine, value, ranks)  # type: ignore[method-assign]
+    groups, state = optimizer.param_groups, optimizer.state
     optimizer.init_state()
-    with _DryCollectives() as noted:
+
+    ranks_there = _AbsentRanks()
+    holdings = Holdings(optimizer.shard_step, ranks_there)
+
+    def engine_of(chunk_bytes: int) -> Engine:
+        return Engine(optimizer.rule, "reference", chunk_bytes, holdings, agreement=_Unanimous(ranks_there))
+
+    with _DryCollectives() as noted, torch.no_grad():
         start = time.perf_counter()
-        blocks = engine._planned(optimizer.param_groups, optimizer.state).blocks
-        if whole := _finished_elsewhere(engine):
-            engine._assembly = Assembly(whole, engine._ranks)
+        plan = engine_of(optimizer.chunk_bytes).plan(groups, state)
+        ranks_there.assembled = [
+            bucket for rule, bucket in zip(plan.rules, plan.buckets, strict=True) if rule.finishes and bucket.parts > 1
+        ]
+        if ranks_there.assembled:
+            Assembly(ranks_there.assembled, ranks_there)
         plan_seconds = time.perf_counter() - start
+        progress = Progress(0, optimizer.num_steps, memory=optimizer.rule.initial_memory())
+        loss = torch.ones((), device="meta") if optimizer.needs_loss else None
         # Blocks bound temporaries, and here those take no memory, only time for each operation.
-        engine._block_numel = lambda rule, bucket: sys.maxsize  # type: ignore[method-assign]
-        engine._plan = type(engine._plan)()
-        step()
+        engine_of(sys.maxsize).step(groups, state, progress, loss, Policies())
     return StepCosts(
         elements=sum(local_part(param.detach()).numel() for param, _ in parameters),
         state_bytes=state_bytes(optimizer),
         collectives=tuple(noted.seen),
-        blocks=sum(map(len, blocks)),
+        blocks=sum(len(bucket.blocks) for bucket in plan.buckets),
         plan_seconds=plan_seconds,
     )
 
@@ -125,6 +134,43 @@ def _fake_process_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class _AbsentRanks(Ranks):
+    """Ranks that are not there.
+
+    Attributes:
+        assembled: Buckets of whole tensors that ranks put together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.assembled: list[Bucket] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        """What :class:`Assembly` asks all ranks for, the boxes that each holds; of those that are not here, computed.
+
+        Raises:
+            NotImplementedError: Something else is asked for.
+        """
+        answers: list[Any] = []
+        for rank in range(self.size):
+            buckets: list[list[tuple[Box, ...]]] = []
+            for bucket in self.assembled:
+                # Of parameters that every rank has, the states tell how ranks share their steps.
+                divided: list[Any] = [
+                    param
+                    if hasattr(param, "placements")
+                    else next(s for s in state.values() if hasattr(s, "placements"))
+                    for param, state in zip(bucket.params, bucket.states, strict=True)
+                ]
+                buckets.append(
+                    [_boxes(tuple(d.shape), tuple(d.device_mesh.shape), d.placements, rank) for d in divided]
+                )
+            answers.append(buckets)
+        if value != answers[0]:
+            raise NotImplementedError("a dry run cannot tell what other ranks would answer here")
+        return answers
 
 
 class _Unanimous(Agreement):
@@ -169,34 +215,6 @@ def _done(func: Any, args: Sequence[Any]) -> Any:
     # All of c10d's overwrite their first argument, and return it unless they return nothing but the work.
     work = FakeWork().boxed()  # type: ignore[attr-defined]
     return work if len(func._schema.returns) == 1 else (args[0], work)
-
-
-def _finished_elsewhere(engine: Engine) -> list[Bucket]:
-    """Buckets of the current plan whose tensors have owners, that is, of which no rank has the whole to finish it."""
-    plan = engine._plan
-    return [bucket for rule, bucket in zip(plan.rules, plan.buckets, strict=True) if rule.finishes and bucket.parts > 1]
-
-
-def _answers(engine: Engine, own: Any, ranks: int) -> list[Any]:
-    """What :class:`Assembly` asks all ranks for, the boxes that each holds; of those that are not here, computed.
-
-    Raises:
-        NotImplementedError: Something else is asked for.
-    """
-    answers = []
-    for rank in range(ranks):
-        buckets: list[list[tuple[Box, ...]]] = []
-        for bucket in _finished_elsewhere(engine):
-            # Of parameters that every rank has, the states tell how ranks share their steps.
-            divided: list[Any] = [
-                param if hasattr(param, "placements") else next(s for s in state.values() if hasattr(s, "placements"))
-                for param, state in zip(bucket.params, bucket.states, strict=True)
-            ]
-            buckets.append([_boxes(tuple(d.shape), tuple(d.device_mesh.shape), d.placements, rank) for d in divided])
-        answers.append(buckets)
-    if own != answers[0]:
-        raise NotImplementedError("a dry run cannot tell what other ranks would answer here")
-    return answers
 
 
 @functools.lru_cache(maxsize=4096)

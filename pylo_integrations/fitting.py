@@ -101,6 +101,21 @@ def fit_gradient(param: Tensor, held: Held, dtype: torch.dtype, groups: Sequence
     return held.of(grad)
 
 
+def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError unless all gradients are dense tensors of real floating-point numbers."""
+    for group in groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None or (grad.layout == torch.strided and grad.is_floating_point()):
+                continue
+            kind = "sparse" if grad.layout != torch.strided else f"of type {grad.dtype}"
+            kind = "complex" if grad.is_complex() else kind
+            raise TypeError(
+                f"the gradient of parameter {name_of(param, groups)} is {kind}; learned optimizers need dense real "
+                "gradients (for nn.Embedding, pass sparse=False)"
+            )
+
+
 def is_lazy(tensor: Tensor) -> bool:
     """Whether numbers are not those in memory: of ``torch._neg_view()``, ``.imag`` of a conjugate, or a ZeroTensor."""
     return tensor.is_neg() or tensor._is_zerotensor()

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, ClassVar, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ from pylo_integrations.checkpoints import (
     whole_states,
 )
 from pylo_integrations.decay import DecayPolicy
-from pylo_integrations.engine import Engine, NonFinitePolicy, state_dtype
+from pylo_integrations.engine import Engine
+from pylo_integrations.fitting import check_gradients
 from pylo_integrations.hints import Hints, SettingsWatch
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.ops.step import register
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
 from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
 from pylo_integrations.rules.base import Rule
@@ -56,6 +56,9 @@ from pylo_integrations.sharding.pieces import (
     read_flat_slices,
 )
 from pylo_integrations.sharding.rounds import RankError
+from pylo_integrations.step.compiled import CompiledSteps, StepTensors, register
+from pylo_integrations.step.plan import state_dtype
+from pylo_integrations.step.policies import NonFinitePolicy, Policies
 from pylo_integrations.steplock import StepLock
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
@@ -84,22 +87,6 @@ _WITHOUT_PROGRESS = (
     "states were loaded without the iteration, horizon and loss memory of their run, which state_dict() has in the "
     "first parameter group and among the states: training goes on from iteration {iteration}"
 )
-
-
-class _Twins(NamedTuple):
-    """Groups and states like an optimizer's own, but with other tensors in the place of some of its parameters.
-
-    Attributes:
-        key: Where those tensors are.
-        groups: The parameter groups.
-        states: By parameter.
-        params: Those that are others.
-    """
-
-    key: tuple[Any, ...]
-    groups: list[dict[str, Any]]
-    states: dict[Tensor, dict[str, Any]]
-    params: list[Tensor]
 
 
 class LearnedOptimizer(Optimizer):
@@ -141,7 +128,6 @@ class LearnedOptimizer(Optimizer):
         TypeError: A parameter that requires gradients is complex or not floating point. Others are left as they are.
     """
 
-    _twins: _Twins | None  # of the last compiled step
     _is_made: bool = True
 
     rule_type: ClassVar[type[Rule]]
@@ -414,7 +400,8 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if torch.compiler.is_compiling() and self._can_be_traced():
+        alone = self._holdings.ranks.size == 1
+        if alone and torch.compiler.is_compiling() and self._compiled.allows(self.param_groups, self.state):
             self._step_traced(self._take_loss(loss, result))
         else:
             self._step(loss, result)
@@ -446,18 +433,22 @@ class LearnedOptimizer(Optimizer):
         if norm is not None and not (isinstance(norm, Real) and norm > 0):
             raise ValueError(f"max_grad_norm={norm!r} must be a positive number, or None for no clipping")
 
+    @property
+    def _policies(self) -> Policies:
+        return Policies(self.on_nonfinite, self.max_grad_norm)
+
     def _step_with(self, loss: Tensor | float | None, result: Any) -> bool:
         """Check, and step if there is anything to step; False if the step was skipped."""
-        progress, policies = self._progress, (self.on_nonfinite, self.max_grad_norm)
+        engine, groups, progress, policies = self._engine, self.param_groups, self._progress, self._policies
         known: set[Tensor] | None = None
         try:
             self._check_settings()
-            self._options.check(self.param_groups)
+            self._options.check(groups)
             observed = self._take_loss(loss, result)
-            recalled = self._engine.recall(self.param_groups, self.state)
+            recalled = engine.recall(groups, self.state)
             if not recalled:
                 known = set(self.state)
-                self._check_gradients(self.param_groups)
+                check_gradients(groups)
             if observed is None and self._is_state_probe():
                 self.init_state()
                 return True
@@ -465,7 +456,7 @@ class LearnedOptimizer(Optimizer):
             alone = observed is None or self._holdings.ranks.size == 1
             if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
                 question = "neither gradients nor a loss"
-                if not self._engine.is_any(False, question, self.param_groups, progress, *policies, of_replicas=True):
+                if not engine.ranks.is_any(False, question, groups, progress, policies, of_replicas=True):
                     return True
             self._check_needs(observed)
             if not recalled:
@@ -473,14 +464,13 @@ class LearnedOptimizer(Optimizer):
         except (DisagreementError, RankError):
             raise
         except Exception as error:
-            self._engine.tell(error, self.param_groups)
+            engine.ranks.tell(error, groups)
             raise
         self._whole.clear()
-        self._warn_of_horizon(progress)
-        self._tell(self._watch.look(self.param_groups, progress.iteration, progress.num_steps))
+        self._hint(groups, progress)
         used = observed if self.rule.needs_loss else None
         try:
-            return self._engine.step(self.param_groups, self.state, progress, used, *policies, recalled=recalled)
+            return engine.step(groups, self.state, progress, used, policies, recalled=recalled)
         except (DisagreementError, RankError):
             # New state may be of the wrong kind for what the ranks will agree on.
             for param in [] if known is None else set(self.state) - known:
@@ -495,23 +485,6 @@ class LearnedOptimizer(Optimizer):
     def _device_type(self) -> str:
         kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
         return kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
-
-    @staticmethod
-    def _check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-        for index, group in enumerate(groups):
-            for position, param in enumerate(group["params"]):
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.layout != torch.strided or not grad.is_floating_point():
-                    kind = "sparse" if grad.layout != torch.strided else f"of type {grad.dtype}"
-                    kind = "complex" if grad.is_complex() else kind
-                    names = group.get("param_names")
-                    name = names[position] if names else f"{position} of group {index}"
-                    raise TypeError(
-                        f"the gradient of parameter {name} is {kind}; learned optimizers need dense real gradients "
-                        "(for nn.Embedding, pass sparse=False)"
-                    )
 
     def _has_gradients(self) -> bool:
         return any(param.grad is not None for group in self.param_groups for param in group["params"])
@@ -540,9 +513,9 @@ class LearnedOptimizer(Optimizer):
             nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
         found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
         # Shards may be zero on some ranks only, and all of them have to decide alike.
-        policies = self.on_nonfinite, self.max_grad_norm
         question = "lr 0 and no loss, as to create state"
-        return not self._engine.is_any(bool(found), question, self.param_groups, self._progress, *policies)
+        asked = question, self.param_groups, self._progress, self._policies
+        return not self._engine.ranks.is_any(bool(found), *asked)
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
@@ -559,6 +532,11 @@ class LearnedOptimizer(Optimizer):
             "ones are only counted, in `nonfinite_steps`",
         )
 
+    def _hint(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
+        """Warn of what will not train well, before a step."""
+        self._warn_of_horizon(progress)
+        self._tell(self._watch.look(groups, progress.iteration, progress.num_steps))
+
     def _tell(self, hints: Hints) -> None:
         for subject, message in hints.items():
             self._warn_once(subject, message)
@@ -570,35 +548,11 @@ class LearnedOptimizer(Optimizer):
 
     # -- stepping in compiled functions ----------------------------------------------------------------------------
 
-    def _can_be_traced(self) -> bool:
-        """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
-        stepped = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        if self._holdings.ranks.size > 1:
-            return False
-        states = [(param, self.state.get(param, {})) for param in stepped]
-        if any(self._state_names.isdisjoint(state) for _, state in states):
-            return False
-        # A step casts other states, and what stands for them in a compiled function would not be what it cast.
-        return all(
-            isinstance(value, Tensor) and value.dtype == state_dtype(param)
-            for param, state in states
-            for name, value in state.items()
-            if name in self._state_names
-        )
-
     def _step_traced(self, loss: Tensor | None) -> None:
-        """Have the compiler see one operator, see :mod:`pylo_integrations.ops.step`."""
-        everything = [param for group in self.param_groups for param in group["params"]]
-        first = {param: i for i, param in reversed(list(enumerate(everything)))}  # a tied one may come twice
-        numbers = [i for i, param in enumerate(everything) if param.grad is not None and first[param] == i]
-        params = [everything[i] for i in numbers]
-        names = self._state_names
-        state = [value for param in params for name, value in self.state[param].items() if name in names]
-        memory = self._progress.memory
-        run = [self._progress.clock, *[memory[name] for name in sorted(memory)]]
+        """Have the compiler see one operator, see :mod:`pylo_integrations.step.compiled`."""
         with torch.no_grad():
-            grads = [param.grad for param in params]
-            torch.ops.pylo_integrations.step(self._handle, numbers, params, grads, state, run, loss)
+            tensors = self._compiled.tensors_of(self.param_groups, self.state, self._progress)
+            torch.ops.pylo_integrations.step(self._handle, *tensors, loss)
 
     def step_tensors(
         self,
@@ -611,75 +565,23 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         """Take a step in tensors that stand for this optimizer's; what compiled functions call.
 
-        For the arguments see :class:`~pylo_integrations.ops.step.Stepper`. Raises as :meth:`step` does.
+        For the arguments see :class:`~pylo_integrations.step.compiled.Stepper`. Raises as :meth:`step` does.
         """
-        with self._steplock.stepping():
+        compiled, tensors = self._compiled, StepTensors(numbers, params, grads, state, run)
+        with self._steplock.stepping(), torch.no_grad(), self._full_precision():
             self._options.check(self.param_groups)
             self._check_settings()
-            self._step_twins(numbers, params, grads, state, run, loss)
-
-    def _step_twins(
-        self,
-        numbers: Sequence[int],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Sequence[Tensor],
-        run: Sequence[Tensor],
-        loss: Tensor | None,
-    ) -> None:
-        self._whole.clear()
-        self._check_needs(loss)
-        own = self._progress
-        memory = dict(zip(sorted(own.memory), run[1:], strict=True))
-        progress = Progress(int(run[0]), own.num_steps, memory=dict(memory))
-        _, groups, states, twins = self._twins_of(numbers, params, state)
-        self._warn_of_horizon(progress)
-        self._tell(self._watch.look(groups, progress.iteration, progress.num_steps))
-        with torch.no_grad(), self._full_precision():
+            self._check_needs(loss)
+            self._whole.clear()
+            progress = compiled.progress_of(tensors, self._progress)
+            self._hint(compiled.groups_of(tensors, self.param_groups, self.state), progress)
+            used = loss if self.rule.needs_loss else None
             try:
-                for twin, grad in zip(twins, grads, strict=True):
-                    twin.grad = grad
-                recalled = self._traced_engine.recall(groups, states)
-                if not recalled:
-                    self._check_gradients(groups)
-                taken = self._traced_engine.step(
-                    groups,
-                    states,
-                    progress,
-                    loss if self.rule.needs_loss else None,
-                    self.on_nonfinite,
-                    self.max_grad_norm,
-                    recalled=recalled,
-                )
+                taken = compiled.step(tensors, self.param_groups, self.state, progress, used, self._policies)
             finally:
-                own.nonfinite_steps += progress.nonfinite_steps
-                self._traced_engine.release_gradients()
-                for twin in twins:
-                    twin.grad = None
+                self._progress.nonfinite_steps += progress.nonfinite_steps
         if not taken:
             self._warn_of_skip(progress)
-        run[0].fill_(progress.iteration)
-        for name, value in memory.items():
-            value.copy_(progress.memory[name])
-
-    def _twins_of(self, numbers: Sequence[int], params: Sequence[Tensor], state: Sequence[Tensor]) -> _Twins:
-        """These tensors in the place of ours; the same objects for the same memory, and with today's options."""
-        key = (tuple(numbers), [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in (*params, *state)])
-        if self._twins is None or self._twins.key != key:
-            everything: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
-            twins, values, names = [param.detach() for param in params], iter(state), self._state_names
-            states: dict[Tensor, dict[str, Any]] = {}
-            twin_of: dict[Tensor, Tensor] = {}
-            for twin, number in zip(twins, numbers, strict=True):
-                param = everything[number]
-                states[twin] = {name: next(values) for name in self.state[param] if name in names}
-                twin_of[param] = twin
-            rest = iter([twin_of.get(param, param) for param in everything])
-            groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in self.param_groups]
-            self._twins = _Twins(key, groups, states, twins)
-        for twin_group, group in zip(self._twins.groups, self.param_groups, strict=True):
-            twin_group.update({name: value for name, value in group.items() if name != "params"})
-        return self._twins
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -1026,8 +928,7 @@ class LearnedOptimizer(Optimizer):
         fixed = self.rule, self.backend, self.chunk_bytes
         more = self.stochastic_rounding, self.theta, self.adamw_lr / self.default_lr
         self._engine = Engine(*fixed, self._holdings, *more)
-        self._traced_engine = Engine(*fixed, Holdings(), *more)
-        self._twins = None
+        self._compiled = CompiledSteps(Engine(*fixed, Holdings(), *more), self.rule.state_names)
         self._handle = register(self)
         self._steplock = StepLock()
         self._options = OptionCheck(self.rule.choices)

@@ -57,15 +57,13 @@ class StepRecord:
         sums = {name: PartialSum.of(left * right, axes, block.box.shape) for name, (left, right) in pairs.items()}
         self._totals[index].add_(block, sums)
 
-    def add_applied(
-        self, index: int, before: list[Tensor], blocks: Sequence[Block], keep: float | Tensor, ctx: StepContext
-    ) -> None:
+    def add_applied(self, index: int, before: list[Tensor], keep: float | Tensor, ctx: StepContext) -> None:
         """Add all blocks of a bucket whose parameters were stored already; ``before`` are the old ones.
 
         The update is then told as the dtype of the parameters rounded it.
         """
         old = replace(self.buckets[index], params=before)
-        for block in blocks:
+        for block in old.blocks:
             earlier = replace(block, bucket=old)
             self.add(index, earlier, earlier.param * keep - block.param, ctx)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from plans import is_native
 from thetas import create
 from torch import Tensor, nn
 
@@ -92,12 +93,6 @@ def promised(name: str, world: int, sharded: bool) -> list[str]:
         return ["allreduce_"] * rule.needs_loss
     rounds = 1 if name.startswith("toy") or name == "celo_adam" else 2  # those need no sums of features
     return ["allreduce_"] * rounds + ["alltoall_base_"] * (2 * rule.finishes)
-
-
-def is_native(optimizer) -> bool:
-    """Whether all of the last step was the kernels'."""
-    plan = optimizer._engine._plan
-    return len(plan.natively) == len(plan.buckets) > 0
 
 
 # -- real wrappers around a model -------------------------------------------------------------------------------------

@@ -824,7 +824,7 @@ with toy_loss_optimizer():
         assert same_everywhere(flat), f"{name}, {backend}: replicas differ"
         assert not torch.equal(start, flat), f"{name}, {backend}: nothing was trained"
         optimizer = unwrap_optimizer(trainer.optimizer)
-        assert optimizer.iteration == 3 and bool(optimizer._engine._plan.native) == (backend == "native")
+        assert optimizer.iteration == 3 and bool(native_parts(optimizer)) == (backend == "native")
         seen = getattr(optimizer.rule, "seen_losses", None)
         if seen is not None:
             logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -11,6 +11,7 @@ import functools
 
 import pytest
 import torch
+from plans import last_buckets
 from thetas import create
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def test_equal_blocks_of_a_large_tensor_share_their_functions(graphs):
     params, twins = parameters([(64, 8)]), parameters([(64, 8)])
     fast = create(params, "small_fc_lopt", backend="compile", chunk_bytes=1 << 15)
     take_step(fast, 0)
-    blocks = fast._engine._plan.blocks[0]
+    blocks = last_buckets(fast)[0].blocks
     assert len(blocks) > len({block.box.shape for block in blocks})
     assert len(graphs) == FUNCTIONS * len({block.box.shape for block in blocks})
     take_step(create(twins, "small_fc_lopt", backend="reference"), 0)

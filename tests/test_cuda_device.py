@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from native_library import library_or_skip
+from plans import native_parts
 from test_native_kernels import LARGE, SHAPES, assert_equal_bits, give_gradients, parameters, snapshot, theta
 from thetas import create
 from torch import nn
@@ -92,7 +93,7 @@ def stages_and_step(params):
     """Native stages after two ordinary steps, and a function that runs them once more on the same gradients."""
     optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
     take_steps(optimizer, params, 2)
-    ((_, stages),) = optimizer._engine._plan.native.items()
+    (stages,) = native_parts(optimizer)
     buckets = stages._buckets
     for bucket in buckets:
         bucket.grads = [p.grad for p in bucket.params]
@@ -100,9 +101,10 @@ def stages_and_step(params):
     controls = optimizer.rule.control(buckets, [{}] * len(buckets), context)
 
     def step() -> None:
-        stages.prepare_(stages.collect(context), context)
-        stages.describe()
-        stages.apply_(controls, context, [(1.0, 1.0)] * len(buckets))
+        contexts = [context] * len(buckets)
+        stages.prepare_(stages.collect(contexts), contexts)
+        stages.describe_(contexts)
+        stages.step_(controls, contexts, [(1.0, 1.0)] * len(buckets), None, range(len(buckets)))
 
     return optimizer, step
 

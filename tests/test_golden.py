@@ -23,6 +23,7 @@ from golden_files import (
     replay_float64,
     to_torch,
 )
+from plans import native_parts
 from torch import Tensor
 
 from pylo_integrations import SmallFCLOpt, Theta
@@ -127,4 +128,4 @@ def test_either_backend_is_what_runs(auto_backend):
     param.grad = torch.ones(3)
     optimizer = small_fc(Golden("small_fc_h32_pylo"), [param])
     optimizer.step()
-    assert bool(optimizer._engine._plan.native) == (auto_backend == "native")
+    assert bool(native_parts(optimizer)) == (auto_backend == "native")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from golden_files import Golden
 from native_library import CSRC, library_or_skip
+from plans import native_buckets, native_parts
 from torch import nn
 
 from pylo_integrations import SmallFCLOpt, Theta
@@ -278,10 +279,11 @@ def stages_of(params, *, isa=None, library=None):
         for bucket in buckets:
             bucket.grads = [p.grad for p in bucket.params]
         context = StepContext(iteration, None, None, constants=constants)
-        stages.prepare_(stages.collect(context), context)
-        stages.describe()
+        contexts = [context] * len(buckets)
+        stages.prepare_(stages.collect(contexts), contexts)
+        stages.describe_(contexts)
         controls = rule.control(buckets, [{}] * len(buckets), context)
-        stages.apply_(controls, context, [(1.0, scale)] * len(buckets))
+        stages.step_(controls, contexts, [(1.0, scale)] * len(buckets), None, range(len(buckets)))
 
     stages.optimizer = optimizer
     return stages, run
@@ -368,8 +370,7 @@ def test_auto_leaves_float64_to_the_reference():
     give_gradients([double, single], 0)
     optimizer = SmallFCLOpt([double, single], weights=theta())
     optimizer.step()
-    plan = optimizer._engine._plan
-    assert [plan.buckets[i].dtype for i in plan.natively] == [torch.float32]
+    assert [bucket.dtype for bucket in native_buckets(optimizer)] == [torch.float32]
     with pytest.raises(RuntimeError, match=r"backend='native' cannot step a tensor of shape \(4, 3\).*float64.*auto"):
         SmallFCLOpt([double], weights=theta(), backend="native").step()
 
@@ -490,16 +491,16 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
             bucket.grads = [whole.grad[box.slices(origin)].contiguous()]
         run(iteration=step)
         context = StepContext(step, None, None, constants=constants)
-        collected = [shard.collect(context)[0] for shard in shards]
+        collected = [shard.collect([context])[0] for shard in shards]
         total = {name: sum(c[name] for c in collected) for name in collected[0]}
         for shard in shards:
-            shard.prepare_([total], context)
-        described = [shard.describe()[0]["features"] for shard in shards]
+            shard.prepare_([total], [context])
+        described = [shard.describe_([context])[0]["features"] for shard in shards]
         features = sum(d.clone() for d in described)
         for mine in described:
             mine.copy_(features)
         for shard, bucket in zip(shards, buckets, strict=True):
-            shard.apply_(rule.control([bucket], [{}], context), context, [(1.0, 1.0)])
+            shard.step_(rule.control([bucket], [{}], context), [context], [(1.0, 1.0)], None, [0])
     for bucket, box in zip(buckets, boxes, strict=True):
         want = whole.detach()[box.slices(origin)]
         moved = (whole.detach() - start).abs().max()
@@ -652,7 +653,7 @@ def test_without_a_library_auto_works_and_native_raises(monkeypatch):
     give_gradients(params, 0)
     optimizer = SmallFCLOpt(params, weights=theta())
     optimizer.step()
-    assert not optimizer._engine._plan.native
+    assert not native_parts(optimizer)
     with pytest.raises(RuntimeError, match="backend='native' is not available: it is not there"):
         SmallFCLOpt(params, weights=theta(), backend="native")
 

@@ -125,7 +125,7 @@ def test_a_step_like_the_last_one_makes_no_plan(monkeypatch):
     optimizer = create([param], "small_fc_lopt", backend="native")
     for step in range(3):
         if step:
-            monkeypatch.setattr(optimizer._engine, "_planned", lambda *args: pytest.fail("planned again"))
+            monkeypatch.setattr(optimizer._engine, "plan", lambda *args: pytest.fail("planned again"))
         param.grad = torch.full((4, 3), step + 1.0)
         optimizer.step()
     assert optimizer.iteration == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plans import last_buckets, native_parts
 from share_cases import misfit_case
 from state_changes import Run, assert_equal_runs
 from thetas import create
@@ -423,8 +424,8 @@ def test_compiled_steps_cast_and_refuse_too():
 def test_the_library_refuses_buffers_that_are_too_small(entry, monkeypatch):
     """Whatever this package believes: the table's sizes come from the storage of tensors."""
     run = Run("small_fc_lopt", "native")
-    bucket = next(b for b in run.optimizer._engine._plan.buckets if b.layout.shape == (6, 5))
-    (stages,) = run.optimizer._engine._plan.native.values()
+    bucket = next(b for b in last_buckets(run.optimizer) if b.layout.shape == (6, 5))
+    (stages,) = native_parts(run.optimizer)
     value = bucket.states[0][entry]
     value.untyped_storage().resize_(value.nbytes - 1)
     with pytest.raises(
@@ -435,7 +436,7 @@ def test_the_library_refuses_buffers_that_are_too_small(entry, monkeypatch):
 
 def test_the_library_refuses_gradients_that_are_too_small():
     run = Run("small_fc_lopt", "native")
-    (stages,) = run.optimizer._engine._plan.native.values()
+    (stages,) = native_parts(run.optimizer)
     table = stages._layers[0].table
     run.optimizer.step()
     table.steps["grad"] = table.tensors["param"]
@@ -452,7 +453,7 @@ def test_the_library_refuses_gradients_that_are_too_small():
 
 def test_sizes_are_those_of_the_tensor_and_end_where_its_storage_ends():
     run = Run("small_fc_lopt", "native")
-    (stages,) = run.optimizer._engine._plan.native.values()
+    (stages,) = native_parts(run.optimizer)
     record = stages._layers[0].table.tensors[0]
     whole = torch.zeros(100)
     enter_buffers(record, "rms", [whole[10:20]])

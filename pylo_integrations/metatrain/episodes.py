@@ -24,6 +24,7 @@ from pylo_integrations.rules.base import Control, Rule, StepContext
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
+from pylo_integrations.step.stages import Part, ReferenceStages, run_stages
 
 SplitName = Literal["train", "validation"]
 
@@ -104,6 +105,7 @@ class _Stack(Bucket):
     ) -> None:
         super().__init__(layout, [], [], group, param.dtype)
         self.param, self.grad, self.values = param, grad, values
+        self.blocks = [_StackBlock(self)]
 
     def __len__(self) -> int:
         return len(self.param)
@@ -320,7 +322,7 @@ class Episode:
         constants: Mapping[str, Tensor],
         tiled: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
-        """The stages of :class:`~pylo_integrations.engine.Engine`, of every member."""
+        """A step of every member, through the same stages as an optimizer's."""
         now, rules = self._now, [slot.rule for slot in self._slots]
         stacks = [
             _Stack(
@@ -332,7 +334,6 @@ class Episode:
             )
             for slot, values in zip(self._slots, now.states, strict=True)
         ]
-        blocks = [_StackBlock(stack) for stack in stacks]
         contexts = [
             StepContext(
                 self.iteration,
@@ -343,24 +344,24 @@ class Episode:
             )
             for slot in self._slots
         ]
-        sums = [_values(rule.collect(block, ctx)) for rule, block, ctx in zip(rules, blocks, contexts, strict=True)]
-        prepared = [
-            rule.prepare_(stack, total, ctx)
-            for rule, stack, total, ctx in zip(rules, stacks, sums, contexts, strict=True)
-        ]
-        controls = self._control(stacks, sums, losses, constants)
-        described = [
-            _values(rule.describe_(block, ready, ctx))
-            for rule, block, ready, ctx in zip(rules, blocks, prepared, contexts, strict=True)
-        ]
-        params: dict[str, Tensor] = {}
+        stages = ReferenceStages(rules, stacks)
         factor = lr_factor(self.schedule, self.iteration / self.horizon)
-        for i, (slot, block) in enumerate(zip(self._slots, blocks, strict=True)):
-            rule = slot.rule
-            step = rule.propose(block, prepared[i], described[i], controls[i], contexts[i])
-            if rule.finishes:
-                step = rule.finish(step, slot.layout, contexts[i]).to(self.dtype)
-            keep, scale = keep_and_scale(slot.group, rule.lr_mult * factor)
+        factors = [keep_and_scale(slot.group, slot.rule.lr_mult * factor) for slot in self._slots]
+        proposed, _ = run_stages(
+            [Part(tuple(range(len(stacks))), stages)],
+            stages.collect(contexts),
+            contexts,
+            factors,
+            lambda sums: self._control(stacks, sums, losses, constants),
+        )
+        params: dict[str, Tensor] = {}
+        for slot, stack, steps, (keep, scale), ctx in zip(
+            self._slots, stacks, proposed, factors, contexts, strict=True
+        ):
+            assert steps is not None, "torch's functions leave the steps to us"
+            (block,), (step,) = stack.blocks, steps
+            if slot.rule.finishes:
+                step = slot.rule.finish(step, slot.layout, ctx).to(self.dtype)
             new = (block.param * keep - step * scale).squeeze(1)
             params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))
         now.params = {name: value.reshape(now.params[name].shape) for name, value in params.items()}
@@ -487,11 +488,6 @@ class Episode:
     @staticmethod
     def _along(scale: Tensor, like: Tensor) -> Tensor:
         return scale.view(-1, *(1,) * (like.dim() - 1))
-
-
-def _values(partial_sums: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Sums over whole tensors: a block of members covers them."""
-    return {name: partial.value for name, partial in partial_sums.items()}
 
 
 def _without_nonfinite(grad: Tensor) -> Tensor:

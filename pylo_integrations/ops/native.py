@@ -42,9 +42,10 @@ from pylo_integrations.rules.mixture import MixtureRule
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.small_fc import SmallFC
 from pylo_integrations.rules.velo import VeLORule
-from pylo_integrations.sharding.blocks import Block, Bucket, Sums, by_tensors
+from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import local_part
+from pylo_integrations.telemetry import StepRecord
 
 ZERO_NONFINITE = 1
 
@@ -261,7 +262,7 @@ class _Layer:
 class NativeStages:
     """Buckets of one rule, stepped by the native kernels.
 
-    The methods are the stages of :class:`~pylo_integrations.rules.base.Rule`, over whole buckets.
+    One of the :class:`~pylo_integrations.step.stages.Stages`.
 
     Args:
         library: The loaded library.
@@ -272,6 +273,8 @@ class NativeStages:
     Raises:
         NativeError: The library refuses the table.
     """
+
+    recalls = True
 
     def __init__(
         self, library: NativeLibrary, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None
@@ -425,8 +428,9 @@ class NativeStages:
         for layer in self._layers:
             layer.table.run(stage)
 
-    def collect(self, ctx: StepContext) -> list[Sums]:
-        """The rule's sums before any state may change, for every bucket; float64. Changes nothing else."""
+    def collect(self, contexts: Sequence[StepContext]) -> list[Sums]:
+        """See :class:`~pylo_integrations.step.stages.Stages`; float64."""
+        ctx = contexts[0]
         self._read_gradients()
         self._read_policy(ctx)
         self._run("collect")
@@ -477,14 +481,9 @@ class NativeStages:
                 table.enter("grad_scale", rows, -clip_scale if bucket.group["maximize"] else clip_scale)
                 table.enter("l2", rows, l2_penalty(bucket.group))
 
-    def prepare_(self, collected: Sequence[Sums], ctx: StepContext) -> None:
-        """Update factored state from the complete sums of :meth:`collect`.
-
-        Args:
-            collected: Of every bucket.
-            ctx: For the gradients' scale, which may have been found since they were collected.
-        """
-        self._read_policy(ctx)
+    def prepare_(self, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> None:
+        """See :class:`~pylo_integrations.step.stages.Stages`."""
+        self._read_policy(contexts[0])  # the gradients' scale may have been found since sums were collected
         # From here on the kernels write, which autograd does not see.
         torch.autograd.graph.increment_version(self._written)
         if isinstance(self._rule, _ADAM):
@@ -511,8 +510,12 @@ class NativeStages:
                 of_slices = mean.expand(-1, -1, *shape).flatten(2).transpose(1, 2)
                 self._statistics[index][:, :, slot : slot + 3] = of_slices
 
-    def describe(self) -> list[Sums]:
-        """Sums of squared features for every bucket, ``(tensors, norm slices, 30)``. Changes nothing else."""
+    def describe_(self, contexts: Sequence[StepContext]) -> list[Sums]:
+        """See :class:`~pylo_integrations.step.stages.Stages`.
+
+        Sums of squared features, ``(tensors, norm slices, SLOTS)``; state that is shaped like parameters is updated
+        with these, later.
+        """
         if isinstance(self._rule, _ADAM):
             return [{}] * len(self._buckets)
         self._run("describe")
@@ -522,49 +525,38 @@ class NativeStages:
                 total[members] += share
         return [{"features": described} for described in first.described]
 
-    def apply_(
+    def step_(
         self,
         controls: Sequence[Control],
-        ctx: StepContext,
-        keep_and_scale: Sequence[tuple[float | Tensor, float | Tensor]],
-    ) -> None:
-        """Update parameter-shaped state and parameters from the complete sums of :meth:`describe`, in place.
+        contexts: Sequence[StepContext],
+        factors: Sequence[tuple[float | Tensor, float | Tensor]],
+        record: StepRecord | None,
+        numbers: Sequence[int],
+    ) -> list[Iterator[Tensor] | None]:
+        """See :class:`~pylo_integrations.step.stages.Stages`.
 
-        Args:
-            controls: Of every bucket.
-            ctx: With the rule's constants.
-            keep_and_scale: Of every bucket, see :mod:`pylo_integrations.decay`.
+        Parameters are left to others where a rule finishes steps, or rounds as the kernels do not; only the steps of a
+        block's tensors are then held at a time.
         """
-        networks = self._read_decisions(controls, ctx)
+        networks = self._read_decisions(controls, contexts[0])
+        if self._rule.finishes or self._buckets[0].rounds_stochastically:
+            return [self._propose_bucket_(index, networks) for index in range(len(self._buckets))]
+        before = [] if record is None else [[p.clone() for p in bucket.params] for bucket in self._buckets]
         for layer in self._layers:
-            for rows, (keep, scale) in zip(layer.rows, keep_and_scale, strict=True):
+            for rows, (keep, scale) in zip(layer.rows, factors, strict=True):
                 layer.table.enter("keep", rows, keep)
                 layer.table.enter("scale", rows, scale)
         self._run("apply")
         del networks  # which had to live until here
+        if record is not None:
+            for number, params, (keep, _), ctx in zip(numbers, before, factors, contexts, strict=True):
+                record.add_applied(number, params, keep, ctx)
+        return [None] * len(self._buckets)
 
-    def propose_(
-        self, blocks: Sequence[Sequence[Block]], controls: Sequence[Control], ctx: StepContext
-    ) -> list[Iterator[Tensor]]:
-        """As :meth:`apply_`, but for a rule that finishes: parameters stay, and the proposed steps are returned.
-
-        Only those of a block's tensors are held at a time.
-
-        Args:
-            blocks: Of every bucket, what steps to return.
-            controls: Of every bucket.
-            ctx: With the rule's constants.
-
-        Returns:
-            For every bucket an iterator over the steps of its blocks, ``(tensors, 1, *box)``.
-        """
-        networks = self._read_decisions(controls, ctx)
-        return [self._propose_bucket_(index, mine, networks) for index, mine in enumerate(blocks)]
-
-    def _propose_bucket_(self, index: int, blocks: Sequence[Block], networks: list[Tensor]) -> Iterator[Tensor]:
+    def _propose_bucket_(self, index: int, networks: list[Tensor]) -> Iterator[Tensor]:
         # `networks` is memory that the table refers to: this iterator keeps it alive.
         bucket = self._buckets[index]
-        for pieces in by_tensors(blocks):
+        for pieces in by_tensors(bucket.blocks):
             tensors = pieces[0].tensors
             stepped = map(bucket.stepped, range(len(bucket))[tensors])
             steps = [torch.empty_like(param, dtype=torch.float32) for param in stepped]

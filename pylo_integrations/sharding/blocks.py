@@ -62,6 +62,7 @@ class Bucket:
         grads: This step's gradients of what is here, plain tensors, set by the engine.
         numbers: Of each parameter, its number among all of the optimizer.
         rounds_stochastically: Whether new parameters are rounded so, and not to the nearest.
+        blocks: What is here, cut; see :meth:`cut_`.
     """
 
     layout: TensorLayout
@@ -74,6 +75,7 @@ class Bucket:
     grads: Sequence[Tensor] = ()
     numbers: list[int] = field(default_factory=list)
     rounds_stochastically: bool = False
+    blocks: list[Block] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -95,7 +97,7 @@ class Bucket:
         """Write ``value`` of shape ``(tensors, *state shape)`` back into the states."""
         torch._foreach_copy_([state[name] for state in self.states], list(value.unbind()))
 
-    def blocks(self, max_numel: int) -> list[Block]:
+    def cut_(self, max_numel: int) -> None:
         """Cut what is here of the bucket into blocks of about ``max_numel`` elements at most; at least one."""
         blocks: list[Block] = []
         for held, run in itertools.groupby(range(len(self)), key=self.held.__getitem__):
@@ -105,7 +107,7 @@ class Bucket:
                 tensors = slice(start, min(start + count, indices[-1] + 1))
                 for piece in held.pieces:
                     blocks += [Block(self, tensors, piece, box) for box in piece.box.split(max_numel)]
-        return blocks or [self._empty_block()]
+        self.blocks = blocks or [self._empty_block()]
 
     def _empty_block(self) -> Block:
         nothing = Box((0,) * len(self.layout.shape), (0,) * len(self.layout.shape))

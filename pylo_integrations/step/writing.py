@@ -1,0 +1,106 @@
+"""From proposed steps to parameters: steps are finished, scaled, recorded and stored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.rounding import block_noise, round_stochastically
+from pylo_integrations.rules.base import Rule, StepContext
+from pylo_integrations.sharding.blocks import Block, by_tensors
+from pylo_integrations.sharding.exchange import Assembly
+from pylo_integrations.sharding.rounds import Ranks
+from pylo_integrations.step.plan import Plan
+from pylo_integrations.step.stages import Factors
+from pylo_integrations.telemetry import StepRecord
+
+
+class Writer:
+    """Writes parameters.
+
+    Args:
+        ranks: Who trains together.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._assembly: Assembly | None = None
+
+    def write_(
+        self,
+        plan: Plan,
+        proposed: Sequence[Iterator[Tensor] | None],
+        factors: Sequence[Factors],
+        contexts: Sequence[StepContext],
+        record: StepRecord | None,
+    ) -> None:
+        """Step all parameters that have not been stepped yet, and have every rank collect what others stepped.
+
+        Args:
+            plan: Of the step.
+            proposed: For every bucket the steps of its blocks; None where its parameters have been stepped.
+            factors: What parameters and steps of every bucket are multiplied with.
+            contexts: Of every bucket.
+            record: Gets the updates, if the step is watched.
+        """
+        proposed = self._finished_by_owners(plan, proposed, contexts)
+        for i, (rule, bucket, steps) in enumerate(zip(plan.rules, plan.buckets, proposed, strict=True)):
+            if steps is None:
+                continue
+            keep, scale = factors[i]
+            for blocks in by_tensors(bucket.blocks):
+                mine: Iterable[Tensor] = itertools.islice(steps, len(blocks))
+                if rule.finishes and bucket.parts == 1:
+                    mine = finished(rule, blocks, mine, contexts[i])
+                for block, step in zip(blocks, mine, strict=True):
+                    if record is not None:
+                        record.add(i, block, step * scale, contexts[i])
+                    block.store_param_(_rounded(block.param * keep - step * scale, block, contexts[i]))
+        for collection in plan.collections:
+            collection.collect_()
+
+    def _finished_by_owners(
+        self, plan: Plan, proposed: Sequence[Iterator[Tensor] | None], contexts: Sequence[StepContext]
+    ) -> Sequence[Iterator[Tensor] | None]:
+        """The same, with steps finished where rules finish tensors that no rank has the whole of.
+
+        Every such tensor has an owner among the ranks, which gets its proposed step, finishes it, and returns it.
+        """
+        mine = [i for i, rule in enumerate(plan.rules) if rule.finishes and plan.buckets[i].parts > 1]
+        if not mine:
+            return proposed
+        buckets = [plan.buckets[i] for i in mine]
+        if self._assembly is None or not self._assembly.fits(buckets):
+            self._assembly = Assembly(buckets, self._ranks)
+        blocks = [bucket.blocks for bucket in buckets]
+        wholes = self._assembly.gather(blocks, [list(proposed[i] or ()) for i in mine])
+        done = [
+            plan.rules[i].finish(whole, bucket.layout, contexts[i]) if len(whole) else whole
+            for i, bucket, whole in zip(mine, buckets, wholes, strict=True)
+        ]
+        returned = dict(zip(mine, self._assembly.scatter(blocks, done), strict=True))
+        return [iter(returned[i]) if i in returned else steps for i, steps in enumerate(proposed)]
+
+
+def finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:
+    """The steps of one or more whole tensors, cut into ``blocks``, as the rule finishes them."""
+    layout, bucket = blocks[0].layout, blocks[0].bucket
+    origin = (0,) * len(layout.shape)
+    pieces = [(slice(None), slice(None), *block.box.slices(origin)) for block in blocks]
+    whole = torch.empty(len(blocks[0]), 1, *layout.shape, dtype=bucket.dtype, device=bucket.device)
+    for piece, step in zip(pieces, steps, strict=True):
+        whole[piece] = step
+    del step  # what kernels proposed is one tensor as large as the whole
+    whole = rule.finish(whole, layout, ctx)
+    return [whole[piece] for piece in pieces]
+
+
+def _rounded(values: Tensor, block: Block, ctx: StepContext) -> Tensor:
+    """New parameters as they can be stored, where that is not to be the nearest."""
+    if not block.bucket.rounds_stochastically:
+        return values
+    noise = block_noise(block, block.bucket.numbers[block.tensors], ctx.iteration)
+    return round_stochastically(values, noise)
