@@ -36,6 +36,7 @@ from pylo_integrations.checkpoints import (
     split_run,
     whole_states,
 )
+from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients
@@ -56,7 +57,6 @@ from pylo_integrations.sharding.pieces import (
     read_flat_slices,
 )
 from pylo_integrations.sharding.rounds import RankError
-from pylo_integrations.step.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.step.plan import state_dtype
 from pylo_integrations.step.policies import NonFinitePolicy, Policies
 from pylo_integrations.steplock import StepLock
@@ -549,7 +549,7 @@ class LearnedOptimizer(Optimizer):
     # -- stepping in compiled functions ----------------------------------------------------------------------------
 
     def _step_traced(self, loss: Tensor | None) -> None:
-        """Have the compiler see one operator, see :mod:`pylo_integrations.step.compiled`."""
+        """Have the compiler see one operator, see :mod:`pylo_integrations.compiled`."""
         with torch.no_grad():
             tensors = self._compiled.tensors_of(self.param_groups, self.state, self._progress)
             torch.ops.pylo_integrations.step(self._handle, *tensors, loss)
@@ -565,7 +565,7 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         """Take a step in tensors that stand for this optimizer's; what compiled functions call.
 
-        For the arguments see :class:`~pylo_integrations.step.compiled.Stepper`. Raises as :meth:`step` does.
+        For the arguments see :class:`~pylo_integrations.compiled.Stepper`. Raises as :meth:`step` does.
         """
         compiled, tensors = self._compiled, StepTensors(numbers, params, grads, state, run)
         with self._steplock.stepping(), torch.no_grad(), self._full_precision():

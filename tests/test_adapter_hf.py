@@ -798,6 +798,7 @@ import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import transformers
 from pylo_integrations import hf, unwrap_optimizer
+from plans import native_parts
 from test_adapter_hf import gpt2, texts
 from toy_loss_rule import toy_loss_optimizer
 

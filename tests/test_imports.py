@@ -17,9 +17,11 @@ PACKAGE = ROOT.name
 LAYERS = [
     {"sharding", "files", "paths", "steplock"},
     {"rules", "sealed"},
-    {"weights", "decay", "progress", "rounding", "fitting"},
-    {"ops", "telemetry", "options", "hints"},
+    {"weights", "decay", "progress", "rounding", "fitting", "telemetry"},
+    {"ops", "options", "hints"},
+    {"step"},
     {"engine", "checkpoints"},
+    {"compiled"},
     {"optimizer"},
     {"optimizers", "state"},
     {"groups", "attach"},

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylo_integrations import list_optimizers
-from pylo_integrations.engine import Engine
 from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.step.writing import Writer
 from pylo_integrations.steplock import StepLock
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
@@ -223,7 +223,7 @@ def test_a_step_that_failed_is_not_remembered(name, monkeypatch):
     give(params, 0)
     optimizer.step(loss=1.0)
     before = {key: value.clone() for key, value in optimizer._progress.memory.items()}
-    monkeypatch.setattr(Engine, "_finish_sharded", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(Writer, "write_", lambda *args: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         optimizer.step(loss=5.0)
     assert all(torch.equal(value, before[key]) for key, value in optimizer._progress.memory.items())
