@@ -34,29 +34,14 @@ from pylo_integrations.ops.records import (
     strides,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
-from pylo_integrations.rules.adamw import AdamW
-from pylo_integrations.rules.base import CLIP, LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.celo2 import Celo2
-from pylo_integrations.rules.celo_adam import CeloAdamRule
-from pylo_integrations.rules.mixture import MixtureRule
-from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.small_fc import SmallFC
-from pylo_integrations.rules.velo import VeLORule
+from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.telemetry import StepRecord
 
 ZERO_NONFINITE = 1
-
-NativeRule = SmallFC | MixtureRule | Celo2 | AdamW | CeloAdamRule
-"""The rules that the kernels know."""
-
-CudaRule = SmallFC | MixtureRule
-"""Those that the kernels for CUDA know."""
-
-_ADAM = AdamW | CeloAdamRule
-"""Those without a network."""
 
 _MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squares": slice(5, TENSOR_SUMS)}
 """Sums over parameters, momenta and second moment before the step, by the names under which rules know them."""
@@ -65,50 +50,43 @@ _MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squar
 # -- rules as the library sees them ------------------------------------------------------------------------------------
 
 
-def _measured(rule: Rule, bucket: Bucket) -> list[str]:
+def _spec_of(rule: Rule) -> KernelSpec:
+    spec = rule.kernel_spec
+    assert spec is not None, "see obstacle()"
+    return spec
+
+
+def _measured(spec: KernelSpec, bucket: Bucket) -> tuple[str, ...]:
     """Which of :data:`_MEASURED` a rule asks for."""
-    if isinstance(rule, VeLORule):
-        return list(_MEASURED)
-    asks = isinstance(rule, MixtureRule) or (isinstance(rule, CeloAdamRule) and l2_penalty(bucket.group) != 0)
-    return ["param_squares"] if asks else []
+    return spec.sums_with_l2 if l2_penalty(bucket.group) else spec.sums
 
 
-def _widths(rule: NativeRule) -> list[int]:
-    """Outputs of every layer of the network; none without one."""
-    if isinstance(rule, MixtureRule):
-        return [shape[0] for name, shape in rule.parts.items() if name.startswith("b")]
-    return [] if isinstance(rule, _ADAM) else [len(bias) for bias in rule.biases]
+def _norm_axes(spec: KernelSpec, layout: TensorLayout) -> list[int]:
+    """Axes over which features are normalised; of Adam's step, which has none, all."""
+    return list(spec.step.norm_axes(layout) if isinstance(spec.step, NetworkSpec) else range(len(layout.shape)))
 
 
-def _norm_axes(rule: NativeRule, layout: TensorLayout) -> list[int]:
-    return list(rule.norm_axes(layout) if isinstance(rule, MomentRule) else range(len(layout.shape)))
-
-
-def _rule_struct(rule: NativeRule, names: Sequence[str]) -> RuleStruct:
+def _rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
     """A rule as the library reads it; ``names`` are the library's slots."""
-    constants = rule.constants(torch.device("cpu"), torch.float32)
-    struct = RuleStruct(grad_clip=CLIP, grad_limit=LARGEST_GRADIENT)
+    constants, spec = rule.constants(torch.device("cpu"), torch.float32), _spec_of(rule)
+    struct = RuleStruct(grad_clip=spec.clip, grad_limit=LARGEST_GRADIENT)
     for kind in ("momentum", "factored"):
         weights = constants.get(f"{kind}_weight", torch.empty(0, device="cpu"))
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
     rms = constants["rms_weight"]
     struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()
-    if isinstance(rule, _ADAM):
-        struct.adam_eps, struct.adam_eps_root = rule.eps, rule.eps_root
-        struct.measures = int(isinstance(rule, CeloAdamRule))
-        if not rule.clips:
-            struct.grad_clip = math.inf
+    asked = spec.sums or spec.sums_with_l2
+    struct.measures = TENSOR_SUMS if len(asked) > 1 else len(asked)
+    if isinstance(spec.step, AdamSpec):
+        struct.adam_eps, struct.adam_eps_root = spec.step.eps, spec.step.eps_root
         return struct
-    widths = _widths(rule)
-    struct.layers = len(widths)
-    struct.width[: len(widths)] = widths
-    struct.features = sum(1 << slot for slot in _slots(rule.features, names))
-    struct.rms_eps, struct.vector_momentum_eps, struct.norm_eps = rule.rms_eps, rule.vector_momentum_eps, rule.norm_eps
-    struct.exp_mult = rule.exp_mult
-    struct.measures = TENSOR_SUMS if isinstance(rule, VeLORule) else int(isinstance(rule, MixtureRule))
-    if isinstance(rule, SmallFC):
-        struct.grad_clip = math.inf
+    network = spec.step
+    struct.layers = len(network.widths)
+    struct.width[: len(network.widths)] = network.widths
+    struct.features = sum(1 << slot for slot in _slots(network.features, names))
+    for name in ("rms_eps", "vector_momentum_eps", "norm_eps", "exp_mult"):
+        setattr(struct, name, getattr(network, name))
     return struct
 
 
@@ -167,29 +145,31 @@ def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Ten
 
 def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     """Why the native kernels cannot step a bucket, on any rank, in words; None if they can."""
-    if not isinstance(rule, NativeRule):
+    spec = rule.kernel_spec
+    if spec is None:
         return f"they do not know the rule {type(rule).__name__}"
-    widths = _widths(rule)
+    widths = spec.step.widths if isinstance(spec.step, NetworkSpec) else ()
     if widths and (not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH):
-        return f"layers of {widths} units are more or wider than they take"
+        return f"layers of {list(widths)} units are more or wider than they take"
     if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
-    if bucket.device.type == "cuda" and not isinstance(rule, CudaRule):
+    if bucket.device.type == "cuda" and not spec.has_cuda:
         return f"those for CUDA do not know the rule {type(rule).__name__}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 
 
-def local_obstacle(rule: NativeRule, bucket: Bucket) -> str | None:
+def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
     """Why they cannot step what this process holds of it, which may lie in memory otherwise than on other ranks."""
-    factored = not isinstance(rule, _ADAM)
+    spec = _spec_of(rule)
     for position, state in enumerate(bucket.states):
         local = bucket.stepped(position)
         for piece in pieces_of(bucket, position):
             order = piece_order(piece, local)
             if order is None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
-            if factored and record_axes(bucket.layout, order, piece.box, _norm_axes(rule, bucket.layout)) is None:
+            axes = _norm_axes(spec, bucket.layout)
+            if isinstance(spec.step, NetworkSpec) and record_axes(bucket.layout, order, piece.box, axes) is None:
                 return f"its shape {bucket.layout.shape} has too many axes of different roles"
         if is_lazy(local):
             return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
@@ -238,7 +218,7 @@ class _Layer:
     def __init__(
         self,
         table: Table,
-        rule: NativeRule,
+        rule: Rule,
         buckets: Sequence[Bucket],
         members: list[list[int]],
         slices: list[int],
@@ -276,20 +256,20 @@ class NativeStages:
 
     recalls = True
 
-    def __init__(
-        self, library: NativeLibrary, rule: NativeRule, buckets: Sequence[Bucket], isa: str | None = None
-    ) -> None:
+    def __init__(self, library: NativeLibrary, rule: Rule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
         names = library.feature_names()
         self._rule = rule
+        self._spec = spec = _spec_of(rule)
+        network = spec.step if isinstance(spec.step, NetworkSpec) else None
         self._buckets = buckets
         self._struct = _rule_struct(rule, names)
-        self._norm_axes = [_norm_axes(rule, bucket.layout) for bucket in buckets]
+        self._norm_axes = [_norm_axes(spec, bucket.layout) for bucket in buckets]
         slices = [
             math.prod(norm_shape(bucket.layout, axes)) for bucket, axes in zip(buckets, self._norm_axes, strict=True)
         ]
         self._slots = [
             torch.tensor(
-                _slots(rule.features_of(bucket.layout), names) if isinstance(rule, MomentRule) else [],
+                _slots(network.features_of(bucket.layout), names) if network else [],
                 dtype=torch.int64,
                 device=library.device,
             )
@@ -346,7 +326,7 @@ class NativeStages:
         enter_buffers(record, "rms", [local_part(state["rms"])], piece)
         enter_buffers(record, "momentum", [local_part(state[name]) for name in MOMENTUM if name in owned], piece)
         enter_buffers(record, "tensor_sums", [layer.measured[index][row]])
-        if isinstance(self._rule, _ADAM):
+        if isinstance(self._spec.step, AdamSpec):
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
             record["extent"][0] = piece.box.numel
             return
@@ -434,7 +414,7 @@ class NativeStages:
         self._read_gradients()
         self._read_policy(ctx)
         self._run("collect")
-        measured = [_measured(self._rule, bucket) for bucket in self._buckets]
+        measured = [_measured(self._spec, bucket) for bucket in self._buckets]
         if any(measured):
             self._run("measure")
         first, *others = self._layers
@@ -486,7 +466,7 @@ class NativeStages:
         self._read_policy(contexts[0])  # the gradients' scale may have been found since sums were collected
         # From here on the kernels write, which autograd does not see.
         torch.autograd.graph.increment_version(self._written)
-        if isinstance(self._rule, _ADAM):
+        if isinstance(self._spec.step, AdamSpec):
             return
         first = self._layers[0]
         for ours, sums in zip(first.collected, collected, strict=True):
@@ -516,7 +496,7 @@ class NativeStages:
         Sums of squared features, ``(tensors, norm slices, SLOTS)``; state that is shaped like parameters is updated
         with these, later.
         """
-        if isinstance(self._rule, _ADAM):
+        if isinstance(self._spec.step, AdamSpec):
             return [{}] * len(self._buckets)
         self._run("describe")
         first, *others = self._layers
@@ -601,8 +581,8 @@ class NativeStages:
         networks: dict[tuple[int, ...], Tensor] = {}
         for index, control in enumerate(controls):
             values: dict[str, Any] = {}
-            if isinstance(self._rule, _ADAM):
-                values["momentum_correction"], values["rms_correction"] = self._rule.corrections(ctx.iteration)
+            if isinstance(self._spec.step, AdamSpec):
+                values["momentum_correction"], values["rms_correction"] = self._spec.step.corrections(ctx.iteration)
             else:
                 layers = _layers(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
@@ -613,8 +593,7 @@ class NativeStages:
                 values["network_bytes"] = network.element_size() * network.shape[1]
                 if len(network) > 1:
                     values["network"] += values["network_bytes"] * np.arange(len(network), dtype=np.uint64)
-            # A rule that finishes scales its steps then.
-            mult = 1.0 if self._rule.finishes else getattr(self._rule, "step_mult", 1.0)
+            mult: float | Tensor = self._spec.step_mult
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
                 mult = control[factor] * mult if factor in control else mult
             for layer in self._layers:
@@ -635,7 +614,7 @@ def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:
     return sums.view(*sums.shape, *(1,) * len(bucket.layout.shape))
 
 
-def _empty_sums(rule: NativeRule, bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
+def _empty_sums(rule: Rule, bucket: Bucket, members: Sequence[int]) -> dict[str, Tensor]:
     if bucket.layout.factored is None or "row" not in rule.state_shapes(bucket.layout):
         return {}
     d1, d0 = bucket.layout.factored

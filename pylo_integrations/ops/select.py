@@ -10,7 +10,7 @@ import torch
 from pylo_integrations.ops import cuda, loader
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import NativeLibrary
-from pylo_integrations.ops.native import NativeRule, NativeStages, entangled_buckets, local_obstacle, obstacle
+from pylo_integrations.ops.native import NativeStages, entangled_buckets, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 
@@ -74,7 +74,7 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     entangled = entangled_buckets(buckets)
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
         common = obstacle(rule, bucket) or _reluctance(backend, bucket.device)
-        reason = common or _why_no_library(bucket.device) or local_obstacle(cast(NativeRule, rule), bucket)
+        reason = common or _why_no_library(bucket.device) or local_obstacle(rule, bucket)
         if reason is None and index in entangled:
             reason = "it shares memory with another parameter, or was given twice"
         if reason is None:
@@ -107,9 +107,9 @@ def native_stages(
     rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
 ) -> dict[tuple[int, ...], NativeStages]:
     """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
-    together: dict[tuple[NativeRule, torch.device, bool], list[int]] = {}
+    together: dict[tuple[Rule, torch.device, bool], list[int]] = {}
     for index in indices:
-        rule, bucket = cast(NativeRule, rules[index]), buckets[index]
+        rule, bucket = rules[index], buckets[index]
         # The kernels only round to the nearest; where that is not wanted, they leave the last step to the engine.
         together.setdefault((rule, bucket.device, bucket.rounds_stochastically), []).append(index)
     return {

@@ -7,13 +7,15 @@ Decoupled weight decay is the engine's, as for every rule.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import RMS, ema_, rounded_to_float32
-from pylo_integrations.rules.base import Control, Rule, StepContext, read_clipped_gradient, read_gradient
+from pylo_integrations.rules.base import CLIP, Control, Rule, StepContext, read_clipped_gradient, read_gradient
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec
 from pylo_integrations.sharding.blocks import Block, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -54,6 +56,11 @@ class AdamW(Rule):
         if not self.bias_correction:
             return 1.0, 1.0
         return 1 - self.betas[0] ** (iteration + 1), 1 - self.betas[1] ** (iteration + 1)
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Adam's step."""
+        return KernelSpec(AdamSpec(self.eps, self.eps_root, self.corrections), CLIP if self.clips else math.inf)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update both averages."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -127,6 +128,11 @@ class Rule(ABC):
 
         With it, clipping the gradient norm costs no exchange between ranks of its own.
         """
+        return None
+
+    @property
+    def kernel_spec(self) -> KernelSpec | None:
+        """What native kernels need to know to run the stages; None if they do not know this rule."""
         return None
 
     @property

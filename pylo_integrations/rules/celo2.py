@@ -23,8 +23,9 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.adamw import AdamW
 from pylo_integrations.rules.arrays import check_mults
-from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
+from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, mlp, read_mlp
 from pylo_integrations.rules.newton_schulz import orthogonalise
@@ -124,6 +125,11 @@ class Celo2(MomentRule):
         if self.adamw is not None and (group["rule"] == "adamw" or len(layout.shape) < 2):
             return self.adamw
         return self
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """One network for all matrices; :meth:`finish` is not the kernels', and scales the steps."""
+        return KernelSpec(self.network_spec([len(bias) for bias in self.biases], self.exp_mult), CLIP)
 
     @property
     def workspace(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, ema_, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, check_mults
-from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty, read_clipped_gradient
+from pylo_integrations.rules.base import CLIP, Control, Rule, StepContext, l2_penalty, read_clipped_gradient
 from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
     global_lr_mult,
@@ -30,6 +30,7 @@ from pylo_integrations.rules.control import (
     objective,
     param_squares,
 )
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -45,7 +46,6 @@ class CeloAdamRule(Rule):
         step_mult: Adam's learning rate before the learned factor.
         eps: Added to the root of the second moment.
         eps_root: Added to the second moment under the root.
-        clips: Whether the gradient is clipped element by element.
     """
 
     controller: Mapping[str, Tensor]
@@ -55,7 +55,6 @@ class CeloAdamRule(Rule):
     needs_horizon: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-8
     eps_root: ClassVar[float] = 1e-10
-    clips: ClassVar[bool] = True
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], *, step_mult: float = 1e-3) -> CeloAdamRule:
@@ -99,6 +98,12 @@ class CeloAdamRule(Rule):
         """Divisors of both averages after ``iteration`` earlier steps."""
         (beta,), (rms_beta,) = DECAYS.momentum, DECAYS.rms
         return 1 - beta ** (iteration + 1), 1 - rms_beta ** (iteration + 1)
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Adam's step, scaled by what the LSTM decides."""
+        step = AdamSpec(self.eps, self.eps_root, self.corrections)
+        return KernelSpec(step, CLIP, sums_with_l2=("param_squares",), step_mult=self.step_mult)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the moments."""

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
 from pylo_integrations.rules.arrays import check_arrays, extent
-from pylo_integrations.rules.base import Control, StepContext, read_clipped_gradient
+from pylo_integrations.rules.base import CLIP, Control, StepContext, read_clipped_gradient
 from pylo_integrations.rules.control import LossMemory, loss_telemetry, lstm_shapes, param_squares
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, steps
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
@@ -91,6 +92,12 @@ class MixtureRule(MomentRule):
             "parts": {name: tuple(part.shape[1:]) for name, part in mlps.items()},
             "controller": {name: arrays[name] for name in controller},
         }
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """A network for every tensor."""
+        network = self.network_spec([shape[0] for name, shape in self.parts.items() if name[0] == "b"], self.exp_mult)
+        return KernelSpec(network, CLIP, ("param_squares",), ("param_squares",), self.step_mult, has_cuda=True)
 
     @property
     def workspace(self) -> int:

@@ -21,6 +21,7 @@ from pylo_integrations.rules.accumulators import (
 )
 from pylo_integrations.rules.base import Rule, StepContext, read_gradient
 from pylo_integrations.rules.features import Moments, channel_count, compact_features
+from pylo_integrations.rules.kernel_spec import NetworkSpec
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -73,6 +74,19 @@ class MomentRule(Rule):
     def gradient(self, block: Block, ctx: StepContext) -> Tensor:
         """The gradient that accumulators and features see, ``(tensors, 1, *box)``."""
         return read_gradient(block, ctx)
+
+    def network_spec(self, widths: Sequence[int], exp_mult: float) -> NetworkSpec:
+        """What kernels need to know of a network on these features."""
+        return NetworkSpec(
+            self.features,
+            self.features_of,
+            self.norm_axes,
+            tuple(widths),
+            exp_mult,
+            self.rms_eps,
+            self.vector_momentum_eps,
+            self.norm_eps,
+        )
 
     def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
         """Sums of squared gradients along the two factored axes."""

@@ -23,6 +23,7 @@ from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
 from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
+from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import read_mlp, steps
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums
@@ -95,6 +96,12 @@ class SmallFC(MomentRule):
             exp_mult=exp_mult,
             step_mult=step_mult,
         )
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """One network for all tensors."""
+        network = self.network_spec([len(bias) for bias in self.biases], self.exp_mult)
+        return KernelSpec(network, step_mult=self.step_mult, has_cuda=True)
 
     @property
     def workspace(self) -> int:

@@ -12,7 +12,7 @@ maximum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from pylo_integrations.rules.control import (
     objective,
     schedule_features_,
 )
+from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.mixture import MixtureRule, param_scales
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
@@ -85,6 +86,12 @@ class VeLORule(MixtureRule):
             use_bugged_loss_features=use_bugged_loss_features,
             use_bugged_next_lstm_state=use_bugged_next_lstm_state,
         )
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """As of any mixture; the LSTM reads how momenta and second moments are scaled too."""
+        sums = ("param_squares", "moments", "moment_squares")
+        return replace(super().kernel_spec, sums=sums, sums_with_l2=sums)
 
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Accumulators, and the tensor's row of the LSTM."""

@@ -1,0 +1,71 @@
+"""What native kernels need to know of a rule: they have its stages, and this fills in the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pylo_integrations.sharding.layout import TensorLayout
+
+
+@dataclass(frozen=True)
+class AdamSpec:
+    """Of a rule that takes Adam's step: ``m / correction / (sqrt(v / correction + eps_root) + eps)``.
+
+    Attributes:
+        eps: Added to the root of the second moment.
+        eps_root: Added to the second moment under the root.
+        corrections: Divisors of both averages, by the number of steps taken before.
+    """
+
+    eps: float
+    eps_root: float
+    corrections: Callable[[int], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Of a rule that feeds Adafactor-style features of every parameter to a network with outputs ``(d, a, ...)``.
+
+    Attributes:
+        features: Names of its inputs, in the order of its weights.
+        features_of: Those of them that a tensor of a layout has.
+        norm_axes: Axes over which a tensor's features are normalised, by layout.
+        widths: Outputs of every layer.
+        exp_mult: Scale of the magnitude output inside the exponential.
+        rms_eps: See :class:`~pylo_integrations.rules.moments.MomentRule`.
+        vector_momentum_eps: See there.
+        norm_eps: See there.
+    """
+
+    features: tuple[str, ...]
+    features_of: Callable[[TensorLayout], tuple[str, ...]]
+    norm_axes: Callable[[TensorLayout], Sequence[int]]
+    widths: tuple[int, ...]
+    exp_mult: float
+    rms_eps: float
+    vector_momentum_eps: float
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A rule, for kernels.
+
+    Attributes:
+        step: What makes steps.
+        clip: Gradient elements are clipped to plus and minus this.
+        sums: Sums that ``control`` reads besides those of squared gradients: ``"param_squares"``, ``"moments"`` and
+            ``"moment_squares"``, in that order, all or the first.
+        sums_with_l2: The same, in a group with an L2 penalty.
+        step_mult: Scale of the whole step, which decisions multiply.
+        has_cuda: Whether the kernels for CUDA have it.
+    """
+
+    step: AdamSpec | NetworkSpec
+    clip: float = math.inf
+    sums: tuple[str, ...] = ()
+    sums_with_l2: tuple[str, ...] = ()
+    step_mult: float = 1.0
+    has_cuda: bool = False
