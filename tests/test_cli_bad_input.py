@@ -26,6 +26,7 @@ from pylo_integrations.bench import steps, tables
 from pylo_integrations.cli import catalog, recipe
 from pylo_integrations.evaluation.runs import RunsFile
 from pylo_integrations.paths import read_text
+from pylo_integrations.plot.runs import _panels
 from pylo_integrations.weights import Theta, bootstrap, load_theta
 
 pytestmark = pytest.mark.timeout(60)
@@ -684,7 +685,7 @@ def test_thousands_of_curves_and_runs_make_a_picture_that_says_what_it_left_out(
 
 def test_many_runs_and_many_steps_stay_within_a_picture(tmp_path):
     series = {"train_loss": {0: 1.0}, "optim/X/param/a/lr_mult": dict.fromkeys(range(9000), 1.0)}
-    panels = plot._panels([plot.RunLog(f"run{index}", series) for index in range(50)])
+    panels = _panels([plot.RunLog(f"run{index}", series) for index in range(50)])
     assert len(panels) == 13 and "38 of 50 runs left out: run12" in panels[-1].left_out
     figure = plot.draw([plot.RunLog("run", series)])
     [mesh] = [axes.collections[0] for axes in figure.axes if axes.get_title().startswith("run")]
