@@ -5,14 +5,7 @@ package's command line.
 """
 
 from pylo_integrations.bench.contenders import BASELINES, DTYPES, Setting, make_contender
-from pylo_integrations.bench.measure import (
-    in_fresh_process,
-    measure_memory,
-    peak_growth,
-    sample_in_turn,
-    sample_step_seconds,
-    state_bytes,
-)
+from pylo_integrations.bench.measure import in_fresh_process, measure_memory, peak_growth, sample_step_seconds
 from pylo_integrations.bench.shapes import SHAPES, ParamShape
 from pylo_integrations.bench.steps import format_table, run_bench
 
@@ -28,7 +21,5 @@ __all__ = [
     "measure_memory",
     "peak_growth",
     "run_bench",
-    "sample_in_turn",
     "sample_step_seconds",
-    "state_bytes",
 ]

@@ -41,8 +41,8 @@ def check_output(output: Path) -> None:
     """Find out before the work whether ``output`` can be written.
 
     Raises:
-        PlotError: It is no file, and cannot become one.
-        OSError: There is no permission.
+        PlotError: It is no path.
+        OSError: Its folder does not exist, it is no file, or there is no permission.
     """
     try:
         check_destination(output, "picture")
