@@ -28,8 +28,12 @@ def _link(role: re.Match[str], obj: griffe.Object) -> str:
     if not name.startswith(_PACKAGE):
         owner = obj if obj.is_module or obj.is_class else obj.parent
         candidates = [owner, *_parents(owner)]
-        scope = next((scope for scope in candidates if name.split(".")[0] in scope.members), obj.module)
-        name = f"{scope.path}.{name}"
+        first, dot, rest = name.partition(".")
+        scope = next((scope for scope in candidates if first in scope.members), obj.module)
+        known = scope.members.get(first)
+        # What a module has imported is known by where it was defined.
+        path = known.target_path if known is not None and known.is_alias else f"{scope.path}.{first}"
+        name = f"{path}{dot}{rest}"
     # Optional: a link only where the API page shows the target.
     return f'<autoref identifier="{name}" optional><code>{text}</code></autoref>'
 

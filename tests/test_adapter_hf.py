@@ -44,6 +44,8 @@ from pylo_integrations import (  # noqa: E402
     unregister_optimizer,
     unwrap_optimizer,
 )
+from pylo_integrations.hf import stock  # noqa: E402
+from pylo_integrations.hf.optimizer import check_supported  # noqa: E402
 from pylo_integrations.ops import loader  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
@@ -690,7 +692,7 @@ def test_unsupported_ways_to_train_are_refused(toy_loss, setting, message):
         **{"fsdp": False, "fsdp_config": None, "deepspeed_plugin": None, "world_size": 1, **setting}
     )
     with pytest.raises(ValueError, match=message):
-        hf._check_supported(toy_loss, args)
+        check_supported(toy_loss, args)
 
 
 # -- can installing be undone? -----------------------------------------------------------------------------------------
@@ -758,7 +760,7 @@ def test_a_failing_install_changes_nothing(monkeypatch):
     def gone(undo):
         raise AttributeError("no such seam")
 
-    monkeypatch.setattr(hf, "_tap_backward", gone)
+    monkeypatch.setattr(stock, "_tap_backward", gone)
     with pytest.raises(RuntimeError, match=r"does not work with transformers \d.*no such seam.*hf.Trainer"):
         hf.install()
     assert everything_changed_by_install() == before

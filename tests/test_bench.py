@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from pylo_integrations import bench, cli, create_optimizer, list_optimizers, param_groups
+from pylo_integrations.bench import measure, steps
 
 TINY = bench.Setting("tiny", "float32", "cpu", torch.get_num_threads())
 MIB = 2**20
@@ -79,7 +81,7 @@ def test_ratios_are_medians_within_rounds(monkeypatch):
     # The machine slows down threefold in the second round; the ratio does not notice, that of the medians would.
     samples = {"small_fc_lopt": [2.0, 6.0, 4.0], "adamw_fused": [1.0, 3.0, 1.0], "adamw_foreach": [1.0, 3.0, 2.0]}
     answers = {bench.sample_step_seconds: lambda *args: samples, bench.measure_memory: lambda *args: (16.0, None)}
-    monkeypatch.setattr(bench, "in_fresh_process", lambda function, *args: answers[function](*args))
+    monkeypatch.setattr(steps, "in_fresh_process", lambda function, *args: answers[function](*args))
     learned, fused, foreach = bench.run_bench(TINY, ["small_fc_lopt"], 3)
     assert (learned["step_seconds"], learned["times_adamw_fused"], learned["times_adamw_foreach"]) == (4.0, 2.0, 2.0)
     table = bench.format_table([learned, fused, foreach]).splitlines()
@@ -92,8 +94,8 @@ def test_contenders_step_in_turn_and_in_alternating_order(monkeypatch):
     def make(name, parameters):
         return None, lambda: order.append(name)
 
-    monkeypatch.setattr(bench, "make_contender", make)
-    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "make_contender", make)
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
     threads = torch.get_num_threads()
     samples = bench.sample_step_seconds(TINY, ["a", "b"], 3)
     assert torch.get_num_threads() == threads
@@ -205,5 +207,5 @@ def test_memory_that_cannot_be_measured_is_unknown(monkeypatch):
     def refuse(self, text):
         raise PermissionError("clear_refs")
 
-    monkeypatch.setattr(bench.Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
     assert bench.peak_growth(lambda: None) is None

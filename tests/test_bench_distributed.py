@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from sharded_cases import promised
 
-from pylo_integrations import bench, bench_distributed, cli, list_optimizers
-from pylo_integrations.bench import SHAPES
-from pylo_integrations.dry_run import dry_run
+from pylo_integrations import cli, list_optimizers
+from pylo_integrations.bench import BASELINES, SHAPES
+from pylo_integrations.bench import ranks as on_ranks
+from pylo_integrations.bench.counts import elements_on_rank_0, state_bytes_on_rank_0
+from pylo_integrations.bench.dry_run import dry_run
+from pylo_integrations.bench.strategies import SIMULABLE
 from pylo_integrations.sharding.agreement import HEADER
 from pylo_integrations.sharding.collectives import Collective, Collectives
-from pylo_integrations.strategies import SIMULABLE
 
 KINDS = ["small_fc_lopt", "velo", "celo_adam", "celo2"]
 """One of each way to talk; the others take the same paths."""
@@ -57,7 +59,7 @@ def measured(workers, strategy, ranks, optimizers):
     """What each rank found of each optimizer, its own torch functions at work."""
     options = {"shapes": "tiny", "dtype": "float32", "strategy": strategy, "repeats": 1}
     names = [f"{name}:reference" for name in optimizers]
-    return workers.run(ranks, bench_distributed.measure_rank, optimizers=names, **options)
+    return workers.run(ranks, on_ranks.measure_rank, optimizers=names, **options)
 
 
 CASES = [
@@ -77,7 +79,7 @@ CASES = [
 def test_real_ranks_count_as_promised_and_as_a_dry_run(workers, strategy, ranks):
     optimizers = list_optimizers() if (strategy, ranks) == ("fsdp2", 2) else KINDS
     by_rank = measured(workers, strategy, ranks, optimizers)
-    assert all(not found[name]["collectives"] for found in by_rank for name in bench.BASELINES)
+    assert all(not found[name]["collectives"] for found in by_rank for name in BASELINES)
     for name in optimizers:
         first, *others = (found[f"{name}:reference"] for found in by_rank)
         want = promised(name, ranks, sharded=strategy != "ddp") + ["_allgather_base_"] * (strategy == "shard_step")
@@ -105,8 +107,8 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()
     for name, costs in dry_run(shapes, strategy, ranks, list_optimizers()).items():
-        assert bench_distributed.state_bytes(name, shapes, strategy, ranks) == costs.state_bytes, name
-        assert bench_distributed.elements_on_rank_0(shapes, strategy, ranks) == costs.elements
+        assert state_bytes_on_rank_0(name, shapes, strategy, ranks) == costs.state_bytes, name
+        assert elements_on_rank_0(shapes, strategy, ranks) == costs.elements
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------
@@ -141,10 +143,10 @@ def test_shared_steps_share_the_state_that_is_shaped_like_parameters():
         long = [extent for extent in kind.shape if extent > 1]
         here = -(-long[0] // ranks) * math.prod(long[1:])
         state += 4 * (4 * here + 3 * rows_and_columns(kind.shape) if len(kind.shape) > 1 else 7 * here)
-    assert bench_distributed.state_bytes("small_fc_lopt", kinds, "shard_step", ranks) == state
+    assert state_bytes_on_rank_0("small_fc_lopt", kinds, "shard_step", ranks) == state
     numel = sum(math.prod(kind.shape) for kind in kinds)
-    assert bench_distributed.elements_on_rank_0(kinds, "shard_step", ranks) == numel
-    assert state < 1.1 * bench_distributed.state_bytes("small_fc_lopt", kinds, "ddp", ranks) / ranks
+    assert elements_on_rank_0(kinds, "shard_step", ranks) == numel
+    assert state < 1.1 * state_bytes_on_rank_0("small_fc_lopt", kinds, "ddp", ranks) / ranks
 
 
 def test_a_7b_model_on_256_ranks():
@@ -209,7 +211,7 @@ def test_the_page_is_what_the_command_prints(capsys):
 
 @pytest.mark.dist
 def test_a_measurement_in_print_and_in_a_file(workers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_distributed, "Workers", lambda: workers)
+    monkeypatch.setattr("pylo_integrations.cli.bench.Workers", lambda: workers)
     monkeypatch.setattr(workers, "close", lambda: None)
     path = tmp_path / "out.json"
     options = ["--shapes", "tiny", "--strategies", "ddp,hsdp", "--ranks", "1,2,4", "--repeats", "2"]
@@ -218,7 +220,7 @@ def test_a_measurement_in_print_and_in_a_file(workers, tmp_path, capsys, monkeyp
     assert {"collectives", "state_bytes", "step_seconds"} <= set(report["method"]) and out.count("measured: tiny") == 4
     found = {(record["strategy"], record["ranks"], record["optimizer"]): record for record in report["results"]}
     assert {key[:2] for key in found} == {("ddp", 1), ("ddp", 2), ("ddp", 4), ("hsdp", 4)}
-    assert {key[2] for key in found} == {"small_fc_lopt", *bench.BASELINES}
+    assert {key[2] for key in found} == {"small_fc_lopt", *BASELINES}
     record = found["hsdp", 4, "small_fc_lopt"]
     assert [each["name"] for each in record["collectives"]] == ["allreduce_"] * 2
     assert len(record["state_bytes"]) == 4 and len(record["step_seconds_samples"]) == 2
@@ -231,8 +233,8 @@ def test_a_failed_measurement_is_told_and_the_others_go_on(capsys, monkeypatch):
             raise RuntimeError("rank 1 of 2: no answer within 600 s")
         return []
 
-    monkeypatch.setattr(bench_distributed, "measure", fail)
-    monkeypatch.setattr(bench_distributed, "format_measured", lambda records: "TABLE")
+    monkeypatch.setattr(on_ranks, "measure", fail)
+    monkeypatch.setattr(on_ranks, "format_measured", lambda records: "TABLE")
     assert cli.main(["bench", "--distributed", "--shapes", "tiny", "--strategies", "ddp,tp", "--ranks", "2"]) == 1
     out, err = capsys.readouterr()
     assert out.count("TABLE") == 1 and "tiny, ddp on 2 ranks failed: rank 1 of 2" in err

@@ -9,19 +9,22 @@ import torch
 from native_library import library_or_skip
 from torch import nn
 
-from pylo_integrations import bench, bench_figures, cli
-from pylo_integrations.bench_figures import NAIVE, NATIVE, PEAK, REFERENCE, Figure
-from pylo_integrations.bench_naive import NaiveSmallFC
+from pylo_integrations import cli
+from pylo_integrations.bench import figures
+from pylo_integrations.bench.accuracy import random_theta, update_error
+from pylo_integrations.bench.figures import NAIVE, NATIVE, PEAK, REFERENCE, Figure
+from pylo_integrations.bench.naive import NaiveSmallFC
 from pylo_integrations.optimizers import SmallFCLOpt
+from pylo_integrations.rules.small_fc import SmallFC
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (6, 6), (4, 3, 5), (7,)])
 def test_the_naive_code_takes_the_same_steps(shape):
-    theta = bench_figures._theta()
+    theta = random_theta()
     generator = torch.Generator().manual_seed(0)
     naive, reference = (nn.Parameter(torch.full(shape, 0.1)) for _ in range(2))
     contenders = [
-        (naive, NaiveSmallFC([naive], bench_figures.small_fc_rule(theta), lr=1.0)),
+        (naive, NaiveSmallFC([naive], SmallFC.from_arrays(theta.arrays, **theta.hyper), lr=1.0)),
         (reference, SmallFCLOpt([reference], weights=theta, backend="reference", lr=1.0)),
     ]
     for _ in range(3):
@@ -35,7 +38,7 @@ def test_the_naive_code_takes_the_same_steps(shape):
 
 def test_an_update_is_measured_to_be_within_its_bound():
     library_or_skip()
-    assert 0 < bench_figures.update_error((24, 20)) < 1e-6
+    assert 0 < update_error((24, 20)) < 1e-6
 
 
 def test_a_loop_makes_as_many_multiply_adds_as_it_was_asked_for():
@@ -53,11 +56,11 @@ def test_ratios_and_the_share_of_the_peak_are_paired(monkeypatch):
     seconds = {NATIVE: [0.5, 1.0], REFERENCE: [2.0, 4.0], NAIVE: [12.5, 25.0], PEAK: [0.001, 0.002]}
 
     def answer(function, *args):
-        return 3e-7 if function is bench_figures.update_error else {name: seconds[name] for name in args[0]}
+        return 3e-7 if function is update_error else {name: seconds[name] for name in args[0]}
 
-    monkeypatch.setattr(bench, "in_fresh_process", answer)
-    monkeypatch.setattr(bench_figures, "_library", Library)
-    found = {figure.name.strip(): figure for figure in bench_figures.kernel(2)}
+    monkeypatch.setattr(figures, "in_fresh_process", answer)
+    monkeypatch.setattr(figures, "_library", Library)
+    found = {figure.name.strip(): figure for figure in figures.kernel(2)}
     assert found["naive eager code takes"].value == 25 and found["the reference backend takes"].value == 4
     # 1600 multiply-adds of each of 768 * 3072 parameters in half a second; the loop makes 16 million in a thousandth.
     expected = 100 * (1600 * 768 * 3072 / 0.5) / (16e6 / 0.001)
@@ -66,7 +69,7 @@ def test_ratios_and_the_share_of_the_peak_are_paired(monkeypatch):
 
 
 def test_bounds_are_from_one_side():
-    table = bench_figures.format_figures(
+    table = figures.format_figures(
         [
             Figure("rate", 150.0, "Mparam/s", 100, 180),
             Figure("rate", 200.0, "Mparam/s", 100, 180),
@@ -84,13 +87,13 @@ def test_the_command_measures_what_it_is_asked_for(monkeypatch, capsys, tmp_path
     def section(name):
         return lambda repeats: asked.append((name, repeats)) or [Figure(name, 1.0, "s")]
 
-    monkeypatch.setattr(bench_figures, "SECTIONS", {name: section(name) for name in bench_figures.SECTIONS})
+    monkeypatch.setattr(figures, "SECTIONS", {name: section(name) for name in figures.SECTIONS})
     path = tmp_path / "figures.json"
     assert cli.main(["bench", "--figures", "many,kernel", "--repeats", "2", "--json", str(path)]) == 0
     assert asked == [("many", 2), ("kernel", 2)]
     assert [record["section"] for record in json.loads(path.read_text())["results"]] == ["many", "kernel"]
     assert cli.main(["bench", "--figures"]) == 0
-    assert [name for name, _ in asked[2:]] == list(bench_figures.SECTIONS)
+    assert [name for name, _ in asked[2:]] == list(figures.SECTIONS)
     with pytest.raises(SystemExit):
         cli.main(["bench", "--figures", "--threads", "2"])
     with pytest.raises(SystemExit):

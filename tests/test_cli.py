@@ -17,7 +17,10 @@ from published_layouts import MetaMLP, VeLO_MLP, VeLO_RNN, module_files, random_
 from thetas import theta_for
 
 import pylo_integrations
-from pylo_integrations import Theta, bench, cli, get_optimizer_info, list_optimizers
+from pylo_integrations import Theta, cli, get_optimizer_info, list_optimizers
+from pylo_integrations.bench import steps
+from pylo_integrations.cli import doctor, trial
+from pylo_integrations.cli.recipe import scripts
 from pylo_integrations.ops import loader
 from pylo_integrations.weights import bootstrap, builtin_names, load_theta
 from pylo_integrations.weights.hub import PUBLISHED
@@ -221,7 +224,8 @@ def test_doctor_reports_damaged_weights(capsys, monkeypatch):
             raise FileNotFoundError
         raise ValueError(f"{weights} is damaged: its sha256 is 0, its record says 1")
 
-    monkeypatch.setattr(cli, "load_theta", damaged)
+    for module in (doctor, trial):
+        monkeypatch.setattr(module, "load_theta", damaged)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "BROKEN: builtin:small_fc_bootstrap is damaged" in out and f"{len(builtin_names())} defects found" in out
@@ -288,7 +292,7 @@ def recipe(tmp_path, monkeypatch):
     (folder / "beside.py").write_text("CODE = 7")
     script = "import json, sys, pathlib, beside\npathlib.Path('seen.json').write_text(json.dumps(sys.argv[1:]))\n"
     (folder / "train.py").write_text(script + "sys.exit(beside.CODE)\n")
-    monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+    monkeypatch.setattr(pylo_integrations, "__file__", str(package / "__init__.py"))
     monkeypatch.setattr(metadata, "requires", requires('torch; extra == "recipes"'))
     monkeypatch.chdir(tmp_path)
     return folder
@@ -313,7 +317,7 @@ def test_a_recipe_without_its_extra_says_what_to_install(recipe, misuse, monkeyp
 
 
 def test_this_repository_has_the_recipes_that_the_readme_names():
-    assert {"vit", "gpt2"} <= set(cli._recipes())
+    assert {"vit", "gpt2"} <= set(scripts())
 
 
 # -- as a program --------------------------------------------------------------------------------------------------
@@ -336,8 +340,8 @@ def test_bench_is_reached_with_its_defaults(monkeypatch, capsys):
         seen.append((setting, optimizers, repeats))
         return []
 
-    monkeypatch.setattr(bench, "run_bench", run_bench)
-    monkeypatch.setattr(bench, "format_table", lambda records: "TABLE")
+    monkeypatch.setattr(steps, "run_bench", run_bench)
+    monkeypatch.setattr(steps, "format_table", lambda records: "TABLE")
     assert cli.main(["bench", "--threads", "1,2"]) == 0
     threads = torch.get_num_threads()
     assert [(s.shapes, s.threads) for s, _, _ in seen] == [

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ import yaml
 
 pytest.importorskip("matplotlib")
 
-from pylo_integrations import bench, cli, list_optimizers, metatrain, plot
+from pylo_integrations import cli, list_optimizers, metatrain, plot
+from pylo_integrations.bench import steps, tables
+from pylo_integrations.cli import catalog, recipe
 from pylo_integrations.evaluation.runs import RunsFile
 from pylo_integrations.paths import read_text
+from pylo_integrations.plot.runs import _panels
 from pylo_integrations.weights import Theta, bootstrap, load_theta
 
 pytestmark = pytest.mark.timeout(60)
@@ -498,7 +502,7 @@ def test_a_destination_that_cannot_be_written_is_told_before_the_work(
     def work(*args, **kwargs):
         raise AssertionError("it was to be found out before")
 
-    monkeypatch.setattr(bench, "run_bench", work)
+    monkeypatch.setattr(steps, "run_bench", work)
     monkeypatch.setattr(metatrain.MetaTrainer, "_evaluate", work)
     monkeypatch.setattr("pylo_integrations.evaluation.plan.train_all", work)
     log = open_folder / "metrics.csv"
@@ -564,9 +568,9 @@ TALKING = [
 
 @pytest.mark.parametrize("argv", TALKING, ids=" ".join)
 def test_output_that_nobody_takes(argv, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "run_bench", lambda setting, names, repeats: [])
-    monkeypatch.setattr(bench, "format_table", lambda records: "TABLE")
-    monkeypatch.setattr("pylo_integrations.bench_distributed.tables", lambda: "TABLE")
+    monkeypatch.setattr(steps, "run_bench", lambda setting, names, repeats: [])
+    monkeypatch.setattr(steps, "format_table", lambda records: "TABLE")
+    monkeypatch.setattr(tables, "tables", lambda: "TABLE")
     monkeypatch.setattr(sys, "stdout", Closed(errno.ENOSPC))
     with pytest.raises(SystemExit) as exit_:
         cli.main(argv)
@@ -621,7 +625,7 @@ def test_a_stranger_s_theta_cannot_steer_the_terminal(tmp_path, capsys):
         (OSError(28, "No space left on device", "x.json"), "No space left on device: 'x.json'"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
-        (cli.BrokenExecutor("died"), "was killed"),
+        (BrokenExecutor("died"), "was killed"),
     ],
     ids=str,
 )
@@ -629,25 +633,25 @@ def test_failures_of_the_machine_are_one_line_in_any_command(raised, said, refus
     def fail(*args):
         raise raised
 
-    monkeypatch.setattr(cli, "list_optimizers", fail)
+    monkeypatch.setattr(catalog, "list_optimizers", fail)
     assert said in refused("list")
-    monkeypatch.setattr(bench, "run_bench", fail)
+    monkeypatch.setattr(steps, "run_bench", fail)
     assert said in refused("bench", "--shapes", "tiny")
 
 
 def test_a_defect_keeps_its_traceback_and_an_interrupt_has_none(monkeypatch, capsys):
     for raised in (TypeError("a defect"), KeyError("x"), RuntimeError("y")):
-        monkeypatch.setattr(cli, "list_optimizers", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
+        monkeypatch.setattr(catalog, "list_optimizers", lambda *args, raised=raised: (_ for _ in ()).throw(raised))
         with pytest.raises(type(raised)):
             cli.main(["list"])
-    monkeypatch.setattr(cli, "list_optimizers", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(catalog, "list_optimizers", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_recipe_that_a_signal_ends_has_the_exit_code_of_a_shell(monkeypatch):
-    monkeypatch.setattr(cli.subprocess, "run", lambda command: Namespace(returncode=-9))
-    monkeypatch.setattr(cli, "_requirements", lambda extra: [])
+    monkeypatch.setattr(subprocess, "run", lambda command: Namespace(returncode=-9))
+    monkeypatch.setattr(recipe, "required_by", lambda extra: [])
     assert cli.main(["recipe", "vit"]) == 137
 
 
@@ -681,7 +685,7 @@ def test_thousands_of_curves_and_runs_make_a_picture_that_says_what_it_left_out(
 
 def test_many_runs_and_many_steps_stay_within_a_picture(tmp_path):
     series = {"train_loss": {0: 1.0}, "optim/X/param/a/lr_mult": dict.fromkeys(range(9000), 1.0)}
-    panels = plot._panels([plot.RunLog(f"run{index}", series) for index in range(50)])
+    panels = _panels([plot.RunLog(f"run{index}", series) for index in range(50)])
     assert len(panels) == 13 and "38 of 50 runs left out: run12" in panels[-1].left_out
     figure = plot.draw([plot.RunLog("run", series)])
     [mesh] = [axes.collections[0] for axes in figure.axes if axes.get_title().startswith("run")]

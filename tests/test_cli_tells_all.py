@@ -6,12 +6,14 @@ import inspect
 import io
 import json
 import os
+import shutil
 import sys
 
 import huggingface_hub.constants
 import pytest
 
-from pylo_integrations import Theta, bench, cli, create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations import Theta, cli, create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.bench import steps
 from pylo_integrations.options import OPTIONS
 from pylo_integrations.weights import builtin_names, load_theta
 
@@ -77,8 +79,8 @@ def test_weights_info_is_short_for_people_and_whole_for_programs(name, told):
 
 def test_bench_measures_what_is_recommended(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(bench, "run_bench", lambda setting, names, repeats: seen.append(names) or [])
-    monkeypatch.setattr(bench, "format_table", lambda records: "TABLE")
+    monkeypatch.setattr(steps, "run_bench", lambda setting, names, repeats: seen.append(names) or [])
+    monkeypatch.setattr(steps, "format_table", lambda records: "TABLE")
     assert cli.main(["bench", "--shapes", "tiny"]) == 0
     assert {"celo2", "celo", "small_fc_lopt"} <= set(seen[0]) <= set(list_optimizers())
 
@@ -93,7 +95,7 @@ class Terminal(io.StringIO):
 )
 def test_tables_fit_a_terminal(argv, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(cli.shutil, "get_terminal_size", lambda *args, **kwargs: os.terminal_size((80, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *args, **kwargs: os.terminal_size((80, 24)))
     assert cli.main(argv) == 0
     assert max(map(len, sys.stdout.getvalue().splitlines())) <= 80
 

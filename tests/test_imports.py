@@ -29,11 +29,9 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"bench", "bench_naive", "plot", "workers"},
-    {"strategies", "metatrain"},
-    {"dry_run", "evaluation"},
-    {"bench_distributed"},
-    {"bench_figures"},
+    {"plot", "workers"},
+    {"bench", "metatrain"},
+    {"evaluation"},
     {"cli"},
 ]
 FRAMEWORKS = {

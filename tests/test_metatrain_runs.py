@@ -18,6 +18,7 @@ import torch
 from thetas import theta_for
 
 from pylo_integrations import Theta, cli, create_optimizer
+from pylo_integrations.cli.metatrain import configs
 from pylo_integrations.metatrain import ConfigError, Family, MetaTrainer, ResumeError, load_config, read_config
 from pylo_integrations.metatrain.tasks import FAMILIES, Task
 
@@ -340,20 +341,20 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         assert exit_.value.code == 2 and message in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", sorted(cli._metatrain_configs()))
+@pytest.mark.parametrize("name", sorted(configs()))
 def test_packaged_configs_are_valid(name):
-    config = load_config(cli._metatrain_configs()[name])
+    config = load_config(configs()[name])
     assert config.selection and config.held_out and config.licence
 
 
 def test_packaged_configs_are_found():
-    assert {"tutorial", "small_fc_lopt", "mulo"} <= set(cli._metatrain_configs())
+    assert {"tutorial", "small_fc_lopt", "mulo"} <= set(configs())
 
 
 @pytest.mark.slow
 def test_the_tutorial_helps_from_its_first_iterations_on(tmp_path):
     pytest.importorskip("sklearn")
-    config = load_config(cli._metatrain_configs()["tutorial"])
+    config = load_config(configs()["tutorial"])
     [stage] = config.stages
     short = replace(
         config,

@@ -119,8 +119,8 @@ def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
         "layer = torch.nn.Linear(2, 2)\n"
         "layer(torch.ones(1, 2)).sum().backward()\n"
         "p.create_optimizer(layer, 'small_fc_lopt').step()\n"
-        "from pylo_integrations import cli\n"
-        "print(*sorted(map(str, cli._recipes().values())))\n"
+        "from pylo_integrations.cli.recipe import scripts\n"
+        "print(*sorted(map(str, scripts().values())))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}
     run = subprocess.run(

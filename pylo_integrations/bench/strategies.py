@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pylo_integrations.bench import ParamShape, fresh_gradient, fresh_parameter
+from pylo_integrations.bench.contenders import fresh_gradient, fresh_parameter
+from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.sharding.shares import share_axis, share_rows
 
@@ -148,6 +149,13 @@ STRATEGIES = {
 """By name."""
 
 SIMULABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.elements)
+
+
+def label(strategy: str, ranks: int) -> str:
+    """A strategy and the number of its ranks, for people."""
+    shards = shards_of_hsdp(ranks) if strategy == "hsdp" else ranks
+    groups = f"{ranks // shards} x {shards}"
+    return f"{strategy}, {groups if strategy == 'hsdp' else ranks} rank{'s' * (ranks > 1)}"
 
 
 def spread(

@@ -23,7 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pylo_integrations.bench import DTYPES, ParamShape, make_contender, state_bytes
+from pylo_integrations.bench.contenders import DTYPES, make_contender
+from pylo_integrations.bench.measure import state_bytes
+from pylo_integrations.bench.shapes import ParamShape
+from pylo_integrations.bench.strategies import SIMULABLE, STRATEGIES, spread
 from pylo_integrations.engine import Engine
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.progress import Progress
@@ -36,7 +39,6 @@ from pylo_integrations.sharding.layout import Box
 from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.step.policies import Policies
-from pylo_integrations.strategies import SIMULABLE, STRATEGIES, spread
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def dry_run(
 
     Args:
         shapes: Of whole parameters.
-        strategy: A name in :data:`~pylo_integrations.strategies.SIMULABLE`.
+        strategy: A name in :data:`~pylo_integrations.bench.strategies.SIMULABLE`.
         ranks: How many train together.
         optimizers: Catalogue names. Their own torch functions run, as on a device without native kernels.
         dtype: Of parameters and gradients.

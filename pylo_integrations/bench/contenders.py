@@ -1,0 +1,93 @@
+"""Who is measured: learned optimizers and AdamW, over parameters of a model's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from pylo_integrations.bench.shapes import SHAPES, ParamShape
+from pylo_integrations.catalog import create_optimizer, get_optimizer_info
+from pylo_integrations.ops.select import Backend
+from pylo_integrations.optimizers import ThetaOptimizer
+from pylo_integrations.rules.base import RuleChoice
+from pylo_integrations.sharding.layout import AxisOrder
+from pylo_integrations.weights.stand_in import stand_in
+
+BASELINES: Mapping[str, dict[str, Any]] = {"adamw_fused": {"fused": True}, "adamw_foreach": {"foreach": True}}
+"""Options of ``torch.optim.AdamW`` by the name that results give it."""
+
+# No float16: torch's AdamW divides by zero in it, its epsilon being below the smallest float16.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def fresh_parameter(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.nn.Parameter:
+    """A parameter of plausible size."""
+    return torch.nn.Parameter(_random(torch.empty(*shape, dtype=dtype, device=device), 0.02))
+
+
+def fresh_gradient(like: Tensor) -> Tensor:
+    """A gradient of plausible size for a plain tensor."""
+    return _random(torch.empty_like(like, requires_grad=False), 0.01)
+
+
+def _random(tensor: Tensor, size: float) -> Tensor:
+    return tensor if tensor.is_meta else tensor.normal_(0, size)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a table share; names only, so that it travels between processes."""
+
+    shapes: str
+    dtype: str
+    device: str
+    threads: int
+
+    def parameters(self) -> list[tuple[Tensor, ParamShape]]:
+        """Fresh parameters with gradients."""
+        torch.manual_seed(0)
+        made: list[tuple[Tensor, ParamShape]] = []
+        for kind in SHAPES[self.shapes]():
+            param = fresh_parameter(kind.shape, DTYPES[self.dtype], self.device)
+            param.grad = fresh_gradient(param)
+            made.append((param, kind))
+        return made
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+def make_contender(
+    name: str, parameters: Sequence[tuple[Tensor, ParamShape]], **options: Any
+) -> tuple[Optimizer, Callable[[], Any]]:
+    """An optimizer over ``parameters`` and the call that steps it.
+
+    Args:
+        name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend.
+        parameters: With gradients; contenders may share them, as no step's cost depends on values.
+        **options: Of learned optimizers.
+    """
+    if name in BASELINES:
+        baseline = AdamW([param for param, _ in parameters], lr=1e-4, **BASELINES[name])
+        return baseline, baseline.step
+    name, _, backend = name.partition(":")
+    spec = get_optimizer_info(name)
+    members: dict[tuple[AxisOrder, RuleChoice], list[Tensor]] = {}
+    for param, kind in parameters:
+        members.setdefault((kind.axes, kind.rule_of(spec)), []).append(param)
+    groups = [{"params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
+    num_steps = 1_000_000 if spec.needs_horizon else None
+    chosen = cast(Backend, backend or "auto")
+    # Published weights may not be at hand, and no step's cost depends on their values.
+    weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
+    small = spec.lr / 10  # so that parameters stay as they are
+    optimizer = create_optimizer(groups, name, small, num_steps=num_steps, backend=chosen, weights=weights, **options)
+    loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
+    return optimizer, lambda: optimizer.step(loss=loss)
