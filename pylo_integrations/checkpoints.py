@@ -419,7 +419,7 @@ def _read_blob(blob: bytes, rule: Rule) -> tuple[Progress, str | None]:
         progress, origin = Progress.from_bytes(blob)
     except ValueError as error:
         raise CheckpointError(f"{error}: the checkpoint is damaged or was not written by this package") from error
-    written, name = origin.get("rule"), type(rule).__name__  # not in the first checkpoints
+    written, name = origin.get("rule"), rule.kind  # not in the first checkpoints
     if written not in (None, name):
         raise CheckpointError(
             f"it was written by an optimizer with the rule {written}, and this one has {name}: create the optimizer "

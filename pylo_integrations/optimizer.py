@@ -672,7 +672,7 @@ class LearnedOptimizer(Optimizer):
 
     def _rule_of(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Rule, TensorLayout]:
         layout = TensorLayout.whole(shape, group["axes"])
-        return self.rule.member(layout, group), layout
+        return self.rule.rule_for(layout, group), layout
 
     def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         shape, held = self._holdings.locate(param)
@@ -713,7 +713,7 @@ class LearnedOptimizer(Optimizer):
 
     def _origin(self) -> dict[str, str | None]:
         """What checkpoints tell about who wrote them."""
-        return {"theta": self.theta.sha256 if self.theta else None, "rule": type(self.rule).__name__}
+        return {"theta": self.theta.sha256 if self.theta else None, "rule": self.rule.kind}
 
     @_between_steps
     def state_dict(self) -> StateDict:

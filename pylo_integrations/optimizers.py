@@ -13,12 +13,12 @@ from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import NonFinitePolicy
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import CHUNK_BYTES, LearnedOptimizer
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
-from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.rules.celo_adam import CeloAdamRule
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.weights.sources import load_theta
 from pylo_integrations.weights.theta import Theta
@@ -138,7 +138,7 @@ class SmallFCLOpt(ThetaOptimizer):
     constructed, not meta-trained (:func:`pylo_integrations.weights.bootstrap`). The loss and ``num_steps`` are unused.
     """
 
-    rule_type = SmallFC
+    rule_type = SmallFCRule
     architecture = "small_fc"
     default_weights = "builtin:small_fc_bootstrap"
 
@@ -299,7 +299,7 @@ class MuLO(ThetaOptimizer):
     networks; those of the authors are ``"hub:btherien/mulo"``.
     """
 
-    rule_type = SmallFC
+    rule_type = SmallFCRule
     architecture = "small_fc"
     theta_name = "mulo"
     default_weights = "builtin:mulo"
@@ -311,7 +311,7 @@ class ELO(ThetaOptimizer):
     Takes the arguments of :class:`ThetaOptimizer`.
     """
 
-    rule_type = SmallFC
+    rule_type = SmallFCRule
     architecture = "small_fc"
     theta_name = "elo"
     default_weights = "hub:DiamondXL/elo"
@@ -328,7 +328,7 @@ class CELO2(ThetaOptimizer):
     networks; the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
     """
 
-    rule_type = Celo2
+    rule_type = Celo2Rule
     architecture = "celo2"
     default_weights = "builtin:celo2"
     default_lr = 3e-4
@@ -336,7 +336,7 @@ class CELO2(ThetaOptimizer):
     wants_schedule = True
     adamw_embeddings = True
     constants: ClassVar[Mapping[str, Any]] = {
-        "adamw": AdamW((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
+        "adamw": AdamWRule((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
     }
 
 
@@ -346,7 +346,7 @@ class CELO2Base(ThetaOptimizer):
     Takes the arguments of :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
     """
 
-    rule_type = Celo2
+    rule_type = Celo2Rule
     architecture = "celo2"
     default_weights = None
     default_lr = 1e-3
@@ -361,7 +361,7 @@ class ELOCELO2(ThetaOptimizer):
     Takes the arguments of :class:`ThetaOptimizer`.
     """
 
-    rule_type = Celo2
+    rule_type = Celo2Rule
     architecture = "celo2"
     default_weights = "hub:DiamondXL/elo-celo2"
     default_lr = 3e-4
@@ -369,4 +369,4 @@ class ELOCELO2(ThetaOptimizer):
     wants_schedule = True
     default_weight_decay = 0.1
     default_max_grad_norm = 1.0
-    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamW((0.9, 0.95), eps=1e-8, clips=True)}
+    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamWRule((0.9, 0.95), eps=1e-8, clips=True)}

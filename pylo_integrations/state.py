@@ -318,7 +318,7 @@ def _check_groups(groups: Any) -> None:
 
 
 def _check_rule(found: str, optimizer: LearnedOptimizer) -> None:
-    rule = type(optimizer.rule).__name__
+    rule = optimizer.rule.kind
     if found != rule:
         raise CheckpointError(
             f"canonical is of an optimizer with the rule {found}, and {type(optimizer).__name__} has {rule}: create "

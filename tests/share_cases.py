@@ -59,7 +59,7 @@ def cost_case(rank: int, world: int, name: str, shard_step: bool) -> dict[str, i
 
         return wrapped
 
-    rules = {type(optimizer.rule.member(layout, group)) for layout, group in members(optimizer)}
+    rules = {type(optimizer.rule.rule_for(layout, group)) for layout, group in members(optimizer)}
     with mock.patch.multiple(rules.pop(), propose=counting(type(optimizer.rule).propose)):
         assert not rules
         for step in range(2):

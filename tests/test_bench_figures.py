@@ -15,7 +15,7 @@ from pylo_integrations.bench.accuracy import random_theta, update_error
 from pylo_integrations.bench.figures import NAIVE, NATIVE, PEAK, REFERENCE, Figure
 from pylo_integrations.bench.naive import NaiveSmallFC
 from pylo_integrations.optimizers import SmallFCLOpt
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (6, 6), (4, 3, 5), (7,)])
@@ -24,7 +24,7 @@ def test_the_naive_code_takes_the_same_steps(shape):
     generator = torch.Generator().manual_seed(0)
     naive, reference = (nn.Parameter(torch.full(shape, 0.1)) for _ in range(2))
     contenders = [
-        (naive, NaiveSmallFC([naive], SmallFC.from_arrays(theta.arrays, **theta.hyper), lr=1.0)),
+        (naive, NaiveSmallFC([naive], SmallFCRule.from_arrays(theta.arrays, **theta.hyper), lr=1.0)),
         (reference, SmallFCLOpt([reference], weights=theta, backend="reference", lr=1.0)),
     ]
     for _ in range(3):

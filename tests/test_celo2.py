@@ -10,7 +10,7 @@ from golden_files import Golden
 from torch import nn
 
 from pylo_integrations import CELO2, ELOCELO2, CELO2Base, SmallFCLOpt, Theta, create_optimizer
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.newton_schulz import orthogonalise
 
 THETA = Golden("celo2_random").theta
@@ -151,7 +151,7 @@ def test_a_mark_is_refused_where_the_learned_rule_steps_everything(cls, theta):
 
 
 def test_adamw_alone_is_a_rule():
-    assert AdamW().choices == ("learned",) and AdamW(lr_mult=3.0).lr_mult == 3.0 and AdamW().lr_mult == 1.0
+    assert AdamWRule().choices == ("learned",) and AdamWRule(lr_mult=3.0).lr_mult == 3.0 and AdamWRule().lr_mult == 1.0
 
 
 # -- defaults and weights ------------------------------------------------------------------------------------------

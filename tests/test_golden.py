@@ -27,7 +27,7 @@ from plans import native_parts
 from torch import Tensor
 
 from pylo_integrations import SmallFCLOpt, Theta
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 
 SMALL_FC = ("small_fc_h4_default", "small_fc_h32_pylo", "small_fc_h32_outofrange_decays")
 
@@ -88,7 +88,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
     params = initial_params(trajectory, dtype)
     by_id = {id(param): name for name, param in params.items()}
     seen: dict[str, Tensor] = {}
-    original = SmallFC.normalised_features
+    original = SmallFCRule.normalised_features
 
     def record(rule, block, *args):
         features = original(rule, block, *args)
@@ -96,7 +96,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
             seen[by_id[id(param)]] = features[i].clone()
         return features
 
-    monkeypatch.setattr(SmallFC, "normalised_features", record)
+    monkeypatch.setattr(SmallFCRule, "normalised_features", record)
     optimizer = small_fc(golden, list(params.values()), backend="reference")
     precision, tolerance = ("f32", 3e-4) if dtype == torch.float32 else ("f64", 1e-9)
     compared = 0

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pylo_integrations import CELO2, ELOCELO2, CELO2Base
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM, RMS
-from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo2 import Celo2Rule
 
 CASES = {"celo2_random": CELO2, "celo2base_random": CELO2Base}
 VECTORS = [name for name in NAMES if "vec" in name or "scalar" in name]
@@ -126,7 +126,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
     params = initial_params(trajectory, dtype)
     by_id = {id(param): name for name, param in params.items()}
     seen: dict[str, Tensor] = {}
-    original = Celo2.normalised_features
+    original = Celo2Rule.normalised_features
 
     def record(rule, block, *args):
         features = original(rule, block, *args)
@@ -134,7 +134,7 @@ def test_normalised_features_match(case, dtype, monkeypatch):
             seen[by_id[id(param)]] = features[i].clone()
         return features
 
-    monkeypatch.setattr(Celo2, "normalised_features", record)
+    monkeypatch.setattr(Celo2Rule, "normalised_features", record)
     optimizer = build(case, params, backend="reference")
     precision, tolerance = PRECISIONS[dtype], TOLERANCE[dtype]
     compared = 0
@@ -157,7 +157,7 @@ def test_finished_steps_match(case, trajectory, dtype, auto_backend, monkeypatch
     golden = Golden(case)
     params = initial_params(trajectory, dtype)
     finished: dict[torch.Size, Tensor] = {}
-    original = Celo2.finish
+    original = Celo2Rule.finish
 
     def record(rule, steps, layout, ctx):
         whole = original(rule, steps, layout, ctx)
@@ -165,7 +165,7 @@ def test_finished_steps_match(case, trajectory, dtype, auto_backend, monkeypatch
             finished[one[0].shape] = one[0].clone()
         return whole
 
-    monkeypatch.setattr(Celo2, "finish", record)
+    monkeypatch.setattr(Celo2Rule, "finish", record)
     optimizer = build(case, params)
     precision, tolerance = PRECISIONS[dtype], TOLERANCE[dtype]
     compared = 0

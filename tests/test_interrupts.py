@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylo_integrations import list_optimizers
-from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.step.writing import Writer
 from pylo_integrations.steplock import StepLock
 
@@ -177,7 +177,7 @@ def test_celo2_steps_again_after_finish_was_left(name, error, backend, monkeypat
     optimizer = create(params, name, backend=backend)
     give(params, 0)
     optimizer.step()
-    finish, calls = Celo2.finish, []
+    finish, calls = Celo2Rule.finish, []
 
     def failing(self, *args):
         calls.append(1)
@@ -185,10 +185,10 @@ def test_celo2_steps_again_after_finish_was_left(name, error, backend, monkeypat
             raise error("by the test")
         return finish(self, *args)
 
-    monkeypatch.setattr(Celo2, "finish", failing)
+    monkeypatch.setattr(Celo2Rule, "finish", failing)
     with pytest.raises(error, match="by the test"):
         optimizer.step()
-    monkeypatch.setattr(Celo2, "finish", finish)
+    monkeypatch.setattr(Celo2Rule, "finish", finish)
     assert optimizer.iteration == 1
     before = [p.detach().clone() for p in params]
     optimizer.step()

@@ -12,7 +12,7 @@ from thetas import create
 from torch import nn
 
 from pylo_integrations import list_optimizers
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.control import LossMemory, loss_decays
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
@@ -99,7 +99,7 @@ def test_a_horizon_may_cross_the_length_from_which_arithmetic_is_wider(name):
 
 @pytest.mark.parametrize("count", [1, 2**24, 2**53])
 def test_corrections_of_adam_are_positive_and_end_at_one(count):
-    first, second = AdamW((0.9, 0.999)).corrections(count)
+    first, second = AdamWRule((0.9, 0.999)).corrections(count)
     assert 0 < first <= second * 101 and 0 < second <= 1
     assert count < 2**20 or first == second == 1
 

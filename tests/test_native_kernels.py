@@ -28,7 +28,7 @@ from pylo_integrations.ops.native import NativeStages, local_obstacle, obstacle
 from pylo_integrations.ops.records import Table, memory_order, record_axes
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.features import channel_count
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Held, Piece, locate
@@ -528,7 +528,7 @@ def test_features_are_the_same_on_both_sides(library):
     names = library.feature_names()
     for name in dict.fromkeys(names):
         assert names.count(name) == channel_count([name]), name
-    assert set(SmallFC.features) <= set(names)
+    assert set(SmallFCRule.features) <= set(names)
 
 
 def test_structures_have_the_size_that_the_library_expects(library):
@@ -550,7 +550,7 @@ def test_structures_have_the_size_that_the_library_expects(library):
 
 def table_of(stages: NativeStages) -> Table:
     """The table of tensors that are in one piece."""
-    (layer,) = stages._layers
+    (layer,) = stages._tables
     return layer.table
 
 

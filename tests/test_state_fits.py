@@ -277,11 +277,16 @@ def test_memory_that_shrank_where_it_was_is_refused(name):
             optimizer.step(loss=1.0)
         tensor = {"parameter": param, "gradient": param.grad}.get(what, optimizer.state[param]["rms"])
         storage, address = tensor.untyped_storage(), tensor.data_ptr()
-        others = [torch.empty(tensor.nbytes, dtype=torch.uint8) for _ in range(30)]  # in all other free places
-        storage.resize_(0)
-        storage.resize_(tensor.nbytes - 4)
+        others = []
+        for _ in range(100):  # until all other places are taken
+            others += [torch.empty(tensor.nbytes, dtype=torch.uint8) for _ in range(4)]
+            storage.resize_(0)
+            storage.resize_(tensor.nbytes - 4)
+            if tensor.data_ptr() == address:
+                break
+        else:
+            pytest.skip("the system does not give memory back where it was")
         del others
-        assert tensor.data_ptr() == address
         for _ in range(2):
             with pytest.raises(StateError, match=f"{tensor.nbytes - 4} of the {tensor.nbytes} bytes"):
                 optimizer.step(loss=1.0)
@@ -431,13 +436,13 @@ def test_the_library_refuses_buffers_that_are_too_small(entry, monkeypatch):
     with pytest.raises(
         NativeError, match=rf"{entry.split('_')[0]} has {value.nbytes - 1} bytes, must have {value.nbytes}"
     ):
-        NativeStages(stages._layers[0].table._library, run.optimizer.rule, [bucket])
+        NativeStages(stages._tables[0].table._library, run.optimizer.rule, [bucket])
 
 
 def test_the_library_refuses_gradients_that_are_too_small():
     run = Run("small_fc_lopt", "native")
     (stages,) = native_parts(run.optimizer)
-    table = stages._layers[0].table
+    table = stages._tables[0].table
     run.optimizer.step()
     table.steps["grad"] = table.tensors["param"]
     table.steps["grad_bytes"][0] -= 1
@@ -454,7 +459,7 @@ def test_the_library_refuses_gradients_that_are_too_small():
 def test_sizes_are_those_of_the_tensor_and_end_where_its_storage_ends():
     run = Run("small_fc_lopt", "native")
     (stages,) = native_parts(run.optimizer)
-    record = stages._layers[0].table.tensors[0]
+    record = stages._tables[0].table.tensors[0]
     whole = torch.zeros(100)
     enter_buffers(record, "rms", [whole[10:20]])
     assert (record["rms"], record["rms_bytes"]) == (whole.data_ptr() + 40, 40)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info, list_optimizers
-from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.rules.control import SCHEDULE_FEATURES
 from pylo_integrations.rules.features import channel_counts
 from pylo_integrations.rules.mixture import MixtureRule
@@ -74,8 +74,8 @@ def small_fc() -> dict[str, Tensor]:
 def celo2(width: int = 8) -> dict[str, Tensor]:
     """An MLP that copies ``momentum_over_rms`` at decay 0.9 to its first output, as ``relu(x) - relu(-x)``."""
     signs = torch.tensor([1.0, -1.0])
-    arrays = {f"w0__{i}": torch.zeros(count, width) for i, count in enumerate(channel_counts(Celo2.features))}
-    arrays[f"w0__{Celo2.features.index('momentum_over_rms')}"][0, :2] = signs
+    arrays = {f"w0__{i}": torch.zeros(count, width) for i, count in enumerate(channel_counts(Celo2Rule.features))}
+    arrays[f"w0__{Celo2Rule.features.index('momentum_over_rms')}"][0, :2] = signs
     arrays |= {"w1": torch.zeros(width, width), "w2": torch.zeros(width, 3)}
     arrays["w1"][:2, :2] = torch.eye(2)
     arrays["w2"][:2, 0] = signs

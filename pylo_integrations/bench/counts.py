@@ -13,7 +13,7 @@ from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.bench.strategies import STRATEGIES
 from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -43,12 +43,12 @@ def state_bytes_on_rank_0(optimizer: str | None, shapes: Sequence[ParamShape], s
         ranks: How many train together.
     """
     spec = None if optimizer is None else get_optimizer_info(optimizer)
-    rule = AdamW() if optimizer is None else _rule(optimizer)
+    rule = AdamWRule() if optimizer is None else _rule(optimizer)
     count = 0
     for kind in shapes:
         layout = TensorLayout.whole(kind.shape, kind.axes)
         group = {"rule": "learned" if spec is None else kind.rule_of(spec)}
-        for shape in rule.member(layout, group).state_shapes(layout).values():
+        for shape in rule.rule_for(layout, group).state_shapes(layout).values():
             count += stepped_on_rank_0(kind, strategy, ranks) if shape is None else math.prod(shape)
     return torch.float32.itemsize * count
 

@@ -26,7 +26,7 @@ from pylo_integrations.bench.measure import (
 from pylo_integrations.bench.naive import NaiveSmallFC
 from pylo_integrations.bench.shapes import SHAPES, numel
 from pylo_integrations.ops import loader
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 
 MULTIPLY_ADDS = 16 * 32 + 32 * 32 + 32 * 2
 """Of a parameter in small_fc_lopt's network, once what is constant along an axis or in a step is folded."""
@@ -83,7 +83,7 @@ def sample_kernel(names: Sequence[str], repeats: int) -> dict[str, list[float]]:
             return lambda: library.multiply_adds(PEAK_ROUNDS)
         if name == NAIVE:
             theta = random_theta()
-            rule = SmallFC.from_arrays(theta.arrays, **theta.hyper)
+            rule = SmallFCRule.from_arrays(theta.arrays, **theta.hyper)
             return NaiveSmallFC([param for param, _ in parameters], rule, 1e-4).step
         return make_contender(name, parameters)[1]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pylo_integrations.rules.features import time_features
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
 
 
@@ -27,7 +27,7 @@ class NaiveSmallFC(Optimizer):
         axes: Which axis of a matrix is the input.
     """
 
-    def __init__(self, params: Iterable[Tensor], rule: SmallFC, lr: float, axes: AxisOrder = "out_in") -> None:
+    def __init__(self, params: Iterable[Tensor], rule: SmallFCRule, lr: float, axes: AxisOrder = "out_in") -> None:
         super().__init__(params, {"lr": lr})
         self._rule, self._axes, self._iteration = rule, axes, 0
         layers: list[nn.Module] = []

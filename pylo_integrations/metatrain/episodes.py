@@ -161,7 +161,7 @@ def _slots(learner: Learner, model: nn.Module, base: nn.Module | None) -> list[_
     for group in learner.param_groups(model, base):
         for name, param in group["params"]:
             layout = TensorLayout.whole(param.shape, group["axes"])
-            rule = learner.rule.member(layout, group)
+            rule = learner.rule.rule_for(layout, group)
             key = (rule, layout, group["lr"], group["rule"])
             slots.setdefault(key, ([], layout, {**group, "params": ()}, rule))[0].append(name)
     return [_Slot(tuple(names), layout, group, rule) for names, layout, group, rule in slots.values()]

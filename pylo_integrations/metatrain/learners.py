@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.weights.theta import ARCHITECTURES, architecture_of
 
@@ -71,7 +71,7 @@ class Learner:
     @classmethod
     def adamw(cls, lr: float) -> Learner:
         """AdamW without decay, to compare with."""
-        return cls(AdamW((0.9, 0.999)), None, lr, param_groups)
+        return cls(AdamWRule((0.9, 0.999)), None, lr, param_groups)
 
     def param_groups(self, model: nn.Module, base: nn.Module | None) -> list[dict[str, Any]]:
         """Groups with every option that a step reads; with ``base``, those of muP."""

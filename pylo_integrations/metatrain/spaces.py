@@ -14,7 +14,7 @@ from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.rules.control import HORIZON_MARKS, LR_MULT, SCHEDULE_FEATURES, lstm_shapes
 from pylo_integrations.rules.features import MATRIX_FEATURES, TIME_SCALES, channel_counts
 from pylo_integrations.rules.networks import STACK, stack_shapes
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 
 DECAY_SCALE = 0.1
 """Offsets of decays enter as ``exp(10 * offset)``: a unit step of the vector is a factor e on ``1 - beta``."""
@@ -144,9 +144,9 @@ class SmallFCLinear(LinearSpace):
         if hidden < 3:
             raise ValueError(f"hidden={hidden} must be at least 3")
         self._hidden, self._exp_mult, self._seed = hidden, exp_mult, seed
-        self._channels, direction = _signed_channels(SmallFC.features)
+        self._channels, direction = _signed_channels(SmallFCRule.features)
         self._times = torch.tensor([0.0 if scale < 30 else self.per_time for scale in TIME_SCALES])
-        self._decays = {name: len(initial) for name, initial in SmallFC.initial_decays.items()}
+        self._decays = {name: len(initial) for name, initial in SmallFCRule.initial_decays.items()}
         first = float((self._times * torch.tanh(-torch.ones(len(TIME_SCALES)))).sum())
         self.start = torch.cat(
             [
@@ -161,7 +161,7 @@ class SmallFCLinear(LinearSpace):
         """The network of three units."""
         sizes = [len(self._channels), self.free_times, 1, sum(self._decays.values())]
         direction, times, log_step, decays = vectors.split_with_sizes(sizes, dim=-1)
-        batch, inputs = vectors.shape[:-1], sum(channel_counts(SmallFC.features))
+        batch, inputs = vectors.shape[:-1], sum(channel_counts(SmallFCRule.features))
         fixed = {
             "b0": torch.tensor([0, 0, self.offset]),
             "b1": torch.zeros(3),

@@ -147,14 +147,14 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     """Why the native kernels cannot step a bucket, on any rank, in words; None if they can."""
     spec = rule.kernel_spec
     if spec is None:
-        return f"they do not know the rule {type(rule).__name__}"
+        return f"they do not know the rule {rule.kind}"
     widths = spec.step.widths if isinstance(spec.step, NetworkSpec) else ()
     if widths and (not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH):
         return f"layers of {list(widths)} units are more or wider than they take"
     if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
     if bucket.device.type == "cuda" and not spec.has_cuda:
-        return f"those for CUDA do not know the rule {type(rule).__name__}"
+        return f"those for CUDA do not know the rule {rule.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 
@@ -202,8 +202,8 @@ def entangled_buckets(buckets: Sequence[Bucket]) -> set[int]:
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-class _Layer:
-    """The ``number``-th piece of every tensor that has so many, as one table, and the buffers for its sums.
+class _PieceTable:
+    """The n-th piece of every tensor that has so many, as one table, and the buffers for its sums.
 
     Attributes:
         members: For each bucket, the positions of these tensors in it.
@@ -284,24 +284,24 @@ class NativeStages:
         self._written = self._tensors_now()
         self._sharded = any(local_part(tensor) is not tensor for tensor in self._written)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
-        self._layers: list[_Layer] = []
+        self._tables: list[_PieceTable] = []
         for number in itertools.count():
             members = [[i for i in range(len(b)) if len(pieces_of(b, i)) > number] for b in buckets]
             if number and not any(members):
                 break
             table = Table(library, self._struct, sum(map(len, members)), isa)
-            self._layers.append(_Layer(table, rule, buckets, members, slices))
-        first = self._layers[0]
+            self._tables.append(_PieceTable(table, rule, buckets, members, slices))
+        first = self._tables[0]
         self._scales = [
             {name: sums.new_empty(len(sums), 3, *sums.shape[2:], dtype=torch.float32) for name, sums in c.items()}
             for c in first.collected
         ]
         self._statistics = [torch.zeros_like(described) for described in first.described]
-        for number, layer in enumerate(self._layers):
-            for index, mine in enumerate(layer.members):
+        for number, nth in enumerate(self._tables):
+            for index, mine in enumerate(nth.members):
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
-            layer.table.check()
+            nth.table.check()
         self._memory, self._rooms = self._read_memory(self._written)
         if self._sharded:
             self._written += list(map(local_part, self._written))  # wrappers and what they wrap count by themselves
@@ -313,19 +313,19 @@ class NativeStages:
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
-        layer, bucket, layout = self._layers[number], self._buckets[index], self._buckets[index].layout
+        nth, bucket, layout = self._tables[number], self._buckets[index], self._buckets[index].layout
         state, piece = bucket.states[position], pieces_of(bucket, position)[number]
         param = bucket.stepped(position)
-        where = layer.rows[index].start + row
-        record = layer.table.tensors[where]
-        layer.owners[where] = self._tensors[index].start + position
-        layer.offsets[where] = piece.offset or 0
+        where = nth.rows[index].start + row
+        record = nth.table.tensors[where]
+        nth.owners[where] = self._tensors[index].start + position
+        nth.offsets[where] = piece.offset or 0
         record["param_dtype"], record["numel"] = DTYPES[param.dtype], layout.numel
         owned = self._rule.state_shapes(layout)
         enter_buffers(record, "param", [param], piece)
         enter_buffers(record, "rms", [local_part(state["rms"])], piece)
         enter_buffers(record, "momentum", [local_part(state[name]) for name in MOMENTUM if name in owned], piece)
-        enter_buffers(record, "tensor_sums", [layer.measured[index][row]])
+        enter_buffers(record, "tensor_sums", [nth.measured[index][row]])
         if isinstance(self._spec.step, AdamSpec):
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
             record["extent"][0] = piece.box.numel
@@ -337,8 +337,8 @@ class NativeStages:
             record[name] = getattr(axes, name)
         for name in ("extent", "row_stride", "col_stride", "norm_stride"):
             record[name][:rank] = getattr(axes, name)
-        record["norm_slices"] = layer.described[index].shape[1]
-        enter_buffers(record, "feature_sums", [layer.described[index][row]])
+        record["norm_slices"] = nth.described[index].shape[1]
+        enter_buffers(record, "feature_sums", [nth.described[index][row]])
         enter_buffers(record, "stat_squares", [self._statistics[index][position]])
         if layout.factored is None:
             enter_buffers(record, "diagonal", [local_part(state[name]) for name in DIAGONAL], piece)
@@ -347,7 +347,7 @@ class NativeStages:
         record["d0_extent"], record["d1_extent"] = layout.shape[d0], layout.shape[d1]
         record["d1_row_stride"] = strides(layout.without(d0), [d0])[d1]
         for name in ("row", "col"):
-            sums = layer.collected[index][name][row]
+            sums = nth.collected[index][name][row]
             record[f"{name}_numel"] = sums.numel()
             enter_buffers(record, name, [local_part(state[name])])
             enter_buffers(record, f"{name}_sums", [sums])
@@ -402,11 +402,11 @@ class NativeStages:
     @property
     def grad_squares(self) -> Tensor:
         """Sum of all squared gradients as they are stored, 0-d float64, of the last :meth:`collect`."""
-        return torch.cat([layer.table.grad_squares for layer in self._layers]).sum()
+        return torch.cat([nth.table.grad_squares for nth in self._tables]).sum()
 
     def _run(self, stage: str) -> None:
-        for layer in self._layers:
-            layer.table.run(stage)
+        for nth in self._tables:
+            nth.table.run(stage)
 
     def collect(self, contexts: Sequence[StepContext]) -> list[Sums]:
         """See :class:`~pylo_integrations.step.stages.Stages`; float64."""
@@ -417,12 +417,12 @@ class NativeStages:
         measured = [_measured(self._spec, bucket) for bucket in self._buckets]
         if any(measured):
             self._run("measure")
-        first, *others = self._layers
-        for layer in others:
-            for index, members in enumerate(layer.members):
-                for name, share in layer.collected[index].items():
+        first, *others = self._tables
+        for nth in others:
+            for index, members in enumerate(nth.members):
+                for name, share in nth.collected[index].items():
                     first.collected[index][name][members] += share
-                first.measured[index][members] += layer.measured[index]
+                first.measured[index][members] += nth.measured[index]
         return [
             first.collected[index]
             | {name: _over_tensors(first.measured[index][:, _MEASURED[name]], bucket) for name in measured[index]}
@@ -441,23 +441,23 @@ class NativeStages:
         self._grad_sizes = np.array([grad.itemsize for grad in grads], np.uint64)
         room = np.array([bytes_from(grad) for grad in grads], np.int64)
         dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)
-        for layer in self._layers:
-            layer.table.steps["grad_dtype"] = dtypes[layer.owners]
-            skipped = (layer.offsets * self._grad_sizes[layer.owners]).astype(np.int64)
-            layer.table.steps["grad_bytes"] = room[layer.owners] - skipped
+        for nth in self._tables:
+            nth.table.steps["grad_dtype"] = dtypes[nth.owners]
+            skipped = (nth.offsets * self._grad_sizes[nth.owners]).astype(np.int64)
+            nth.table.steps["grad_bytes"] = room[nth.owners] - skipped
         self._enter_gradients(grads, memory)
 
     def _enter_gradients(self, grads: Sequence[Tensor], memory: Memory) -> None:
         self._grads = grads
-        for layer in self._layers:
-            layer.table.steps["grad"] = addresses(memory)[layer.owners] + layer.offsets * self._grad_sizes[layer.owners]
+        for nth in self._tables:
+            nth.table.steps["grad"] = addresses(memory)[nth.owners] + nth.offsets * self._grad_sizes[nth.owners]
 
     def _read_policy(self, ctx: StepContext) -> None:
         clip_scale = 1.0 if ctx.grad_scale is None else ctx.grad_scale
-        for layer in self._layers:
-            table = layer.table
+        for nth in self._tables:
+            table = nth.table
             table.enter("flags", slice(0, len(table.steps)), ZERO_NONFINITE if ctx.zero_nonfinite else 0)
-            for bucket, rows in zip(self._buckets, layer.rows, strict=True):
+            for bucket, rows in zip(self._buckets, nth.rows, strict=True):
                 table.enter("grad_scale", rows, -clip_scale if bucket.group["maximize"] else clip_scale)
                 table.enter("l2", rows, l2_penalty(bucket.group))
 
@@ -468,7 +468,7 @@ class NativeStages:
         torch.autograd.graph.increment_version(self._written)
         if isinstance(self._spec.step, AdamSpec):
             return
-        first = self._layers[0]
+        first = self._tables[0]
         for ours, sums in zip(first.collected, collected, strict=True):
             for name, total in ours.items():
                 if sums[name] is not total:
@@ -499,9 +499,9 @@ class NativeStages:
         if isinstance(self._spec.step, AdamSpec):
             return [{}] * len(self._buckets)
         self._run("describe")
-        first, *others = self._layers
-        for layer in others:
-            for total, share, members in zip(first.described, layer.described, layer.members, strict=True):
+        first, *others = self._tables
+        for nth in others:
+            for total, share, members in zip(first.described, nth.described, nth.members, strict=True):
                 total[members] += share
         return [{"features": described} for described in first.described]
 
@@ -522,10 +522,10 @@ class NativeStages:
         if self._rule.finishes or self._buckets[0].rounds_stochastically:
             return [self._propose_bucket_(index, networks) for index in range(len(self._buckets))]
         before = [] if record is None else [[p.clone() for p in bucket.params] for bucket in self._buckets]
-        for layer in self._layers:
-            for rows, (keep, scale) in zip(layer.rows, factors, strict=True):
-                layer.table.enter("keep", rows, keep)
-                layer.table.enter("scale", rows, scale)
+        for nth in self._tables:
+            for rows, (keep, scale) in zip(nth.rows, factors, strict=True):
+                nth.table.enter("keep", rows, keep)
+                nth.table.enter("scale", rows, scale)
         self._run("apply")
         del networks  # which had to live until here
         if record is not None:
@@ -543,14 +543,14 @@ class NativeStages:
             where = np.array([step.data_ptr() for step in steps], np.uint64)
             room = np.array([step.nbytes for step in steps], np.uint64)
             first, end = (self._tensors[index].start + position for position in (tensors.start, tensors.stop))
-            for layer in self._layers:
-                rows = slice(*np.searchsorted(layer.owners, [first, end]).tolist())
-                records, mine = layer.table.tensors, layer.owners[rows] - first
-                skipped = layer.offsets[rows] * np.uint64(torch.float32.itemsize)
+            for nth in self._tables:
+                rows = slice(*np.searchsorted(nth.owners, [first, end]).tolist())
+                records, mine = nth.table.tensors, nth.owners[rows] - first
+                skipped = nth.offsets[rows] * np.uint64(torch.float32.itemsize)
                 try:
                     records["direction"][rows] = where[mine] + skipped
                     records["direction_bytes"][rows] = room[mine] - skipped
-                    layer.table.run_some("apply", rows)
+                    nth.table.run_some("apply", rows)
                 finally:  # whatever interrupts this, the table is again the one that was checked
                     records["direction"][rows] = records["direction_bytes"][rows] = 0
             cuts = [block.cut(steps) for block in reversed(pieces)]
@@ -596,15 +596,15 @@ class NativeStages:
             mult: float | Tensor = self._spec.step_mult
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
                 mult = control[factor] * mult if factor in control else mult
-            for layer in self._layers:
-                rows, members = layer.rows[index], layer.members[index]
+            for nth in self._tables:
+                rows, members = nth.rows[index], nth.members[index]
                 mine = mult[members] if isinstance(mult, Tensor) and 1 < mult.numel() != len(members) else mult
-                layer.table.enter("step_mult", rows, mine)
+                nth.table.enter("step_mult", rows, mine)
                 for name, value in values.items():
-                    layer.table.enter(name, rows, value[members] if isinstance(value, np.ndarray) else value)
-        first, *others = self._layers
-        for layer in others:
-            for share, total, members in zip(layer.described, first.described, layer.members, strict=True):
+                    nth.table.enter(name, rows, value[members] if isinstance(value, np.ndarray) else value)
+        first, *others = self._tables
+        for nth in others:
+            for share, total, members in zip(nth.described, first.described, nth.members, strict=True):
                 share.copy_(total[members])
         return list(networks.values())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _MOMENTUM = ("momentum_0",)
 
 
 @dataclass(frozen=True, eq=False)
-class AdamW(Rule):
+class AdamWRule(Rule):
     """The rule of Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, and its variants.
 
     Attributes:
@@ -34,6 +35,8 @@ class AdamW(Rule):
         clips: Whether the gradient is clipped element by element, as that of the learned rule is.
         lr_mult: Factor on the group's learning rate.
     """
+
+    kind: ClassVar[str] = "AdamW"
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

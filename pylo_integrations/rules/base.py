@@ -27,7 +27,7 @@ CLIP = 1000.0
 """VeLO and its descendants clip gradient elements to plus and minus this (docs/mathematics.md)."""
 
 RuleChoice = Literal["learned", "adamw"]
-"""Who steps the tensors of a parameter group; see :meth:`Rule.member`."""
+"""Who steps the tensors of a parameter group; see :meth:`Rule.rule_for`."""
 
 Control = Mapping[str, Tensor]
 """What a rule decides for whole tensors: entries of shape ``(tensors or 1, ...)``."""
@@ -83,16 +83,23 @@ class Rule(ABC):
     A rule is a pure function of theta and is immutable: it holds no state of a run.
 
     Attributes:
+        kind: What checkpoints call the rule; the name of the class, unless it says otherwise.
         needs_loss: Whether every step needs the loss.
         needs_horizon: Whether every step needs to know how many steps the run takes.
         features: Names of the per-parameter inputs of the network, in order; empty if there is none.
         finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.
     """
 
+    kind: ClassVar[str]
     needs_loss: ClassVar[bool] = False
     needs_horizon: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
     finishes: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" not in vars(cls):
+            cls.kind = cls.__name__
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], *args: Any, **hyper: Any) -> Rule:
@@ -108,7 +115,7 @@ class Rule(ABC):
         """
         raise TypeError(f"{cls.__name__} has no theta")
 
-    def member(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
+    def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """The rule for a tensor of a parameter group: this one, or another for tensors that it does not step."""
         return self
 
@@ -144,7 +151,7 @@ class Rule(ABC):
     def state_names(self) -> frozenset[str]:
         """Names of all states that this rule and its members keep; what else is in an optimizer's state is others'."""
         layouts = [TensorLayout.whole((2,) * rank, "out_in") for rank in range(4)]
-        members = [(self.member(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
+        members = [(self.rule_for(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
         return frozenset(name for member, layout in members for name in member.state_shapes(layout))
 
     @abstractmethod

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
-from pylo_integrations.rules.adamw import AdamW
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
@@ -34,7 +34,7 @@ from pylo_integrations.sharding.layout import TensorLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Celo2(MomentRule):
+class Celo2Rule(MomentRule):
     """The rule of CELO2, CELO2-base and ELO-CELO2.
 
     Attributes:
@@ -49,10 +49,11 @@ class Celo2(MomentRule):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     orthogonalises: bool = True
-    adamw: AdamW | None = None
+    adamw: AdamWRule | None = None
     exp_mult: float = 0.0
     step_mult: float = 1.0
 
+    kind: ClassVar[str] = "Celo2"
     features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
     vector_features: ClassVar[int] = 9
     """How many of :attr:`features` vectors have: those that do not repeat one another without rows and columns."""
@@ -68,8 +69,8 @@ class Celo2(MomentRule):
         exp_mult: float = 0.0,
         step_mult: float = 1.0,
         orthogonalises: bool = True,
-        adamw: AdamW | None = None,
-    ) -> Celo2:
+        adamw: AdamWRule | None = None,
+    ) -> Celo2Rule:
         """Build the rule from theta.
 
         Args:
@@ -120,7 +121,7 @@ class Celo2(MomentRule):
         """``"adamw"`` as well, where the rule has one."""
         return ("learned",) if self.adamw is None else ("learned", "adamw")
 
-    def member(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
+    def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """This rule, or :attr:`adamw` for vectors, scalars and groups marked so."""
         if self.adamw is not None and (group["rule"] == "adamw" or len(layout.shape) < 2):
             return self.adamw

@@ -30,7 +30,7 @@ from pylo_integrations.sharding.blocks import Block, Bucket, Sums
 
 
 @dataclass(frozen=True, eq=False)
-class SmallFC(MomentRule):
+class SmallFCRule(MomentRule):
     """The rule of small_fc_lopt, MuLO and ELO.
 
     Attributes:
@@ -45,6 +45,7 @@ class SmallFC(MomentRule):
     exp_mult: float = 1e-3
     step_mult: float = 1e-3
 
+    kind: ClassVar[str] = "SmallFC"
     features: ClassVar[tuple[str, ...]] = (
         "grad",
         "param",
@@ -66,7 +67,9 @@ class SmallFC(MomentRule):
     }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Tensor], *, exp_mult: float = 1e-3, step_mult: float = 1e-3) -> SmallFC:
+    def from_arrays(
+        cls, arrays: Mapping[str, Tensor], *, exp_mult: float = 1e-3, step_mult: float = 1e-3
+    ) -> SmallFCRule:
         """Build the rule from theta.
 
         Args:

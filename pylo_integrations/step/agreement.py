@@ -185,7 +185,7 @@ class StepAgreement:
     def _about_rule(self) -> dict[str, str]:
         theta = {} if self._theta is None else {"theta": f"sha256 {self._theta.sha256[:12]}"}
         constants = {f"{name} of the rule": value for name, value in constants_of(self._rule)}
-        return {"rule": type(self._rule).__name__, **theta, **constants}
+        return {"rule": self._rule.kind, **theta, **constants}
 
     def _gradient_norms(self, groups: Groups) -> dict[str, Tensor | None]:
         """Of gradients that ranks must have alike, since each of them reads its share of its own."""

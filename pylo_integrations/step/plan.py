@@ -232,7 +232,7 @@ class Planner:
             layout = TensorLayout.whole(shape, group["axes"])
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
-            rule = self._rule.member(layout, group)
+            rule = self._rule.rule_for(layout, group)
             dtype = state_dtype(param)
             stepped.append(Stepped(param, held, state[param], rule.state_shapes(layout), dtype))
             _, bucket = members.setdefault(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pylo_integrations.rules.features import TIME_SCALES, channel_count
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.weights.theta import Theta
 
 HIDDEN = 32
@@ -20,10 +20,10 @@ def bootstrap() -> Theta:
     step_mult = 1e-3`` times ``lr``, whatever the gradient scale. All other weights are 0; the width is that of the
     published networks, so time and memory are theirs too.
     """
-    source = channel_count(SmallFC.features[: SmallFC.features.index("momentum_over_rms")])
+    source = channel_count(SmallFCRule.features[: SmallFCRule.features.index("momentum_over_rms")])
     with torch.device("cpu"):  # whatever the default device is
         arrays = {
-            "nn/~/w0": torch.zeros(channel_count(SmallFC.features) + len(TIME_SCALES), HIDDEN),
+            "nn/~/w0": torch.zeros(channel_count(SmallFCRule.features) + len(TIME_SCALES), HIDDEN),
             "nn/~/w1": torch.zeros(HIDDEN, HIDDEN),
             "nn/~/w2": torch.zeros(HIDDEN, 2),
             "nn/~/b0": torch.zeros(HIDDEN),

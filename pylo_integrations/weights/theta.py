@@ -22,9 +22,9 @@ from pylo_integrations.files import write_whole
 from pylo_integrations.paths import check_file
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.celo import CeloRule
-from pylo_integrations.rules.celo2 import Celo2
+from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.rules.celo_adam import CeloAdamRule
-from pylo_integrations.rules.small_fc import SmallFC
+from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.weights import hub
 
@@ -32,7 +32,7 @@ FORMAT = "pylo_integrations.theta"
 VERSION = 1
 
 ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
-    {"small_fc": SmallFC, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2}
+    {"small_fc": SmallFCRule, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2Rule}
 )
 """Rules that theta can be for."""
 
