@@ -78,10 +78,40 @@ def in_place_case(rank: int, world: int, name: str, wrapper: str, folder: str) -
     other.init_state()
     twin.load_state_dict(model.state_dict())
     dcp.load({"optimizer": other.state_dict()}, checkpoint_id=folder)
+    assert other._progress.is_overwritten, "the next step looks at what was loaded"
     found = progress(optimizer), progress(other)
     train(model, optimizer, range(STEPS, STEPS + 2))
     train(twin, other, range(STEPS, STEPS + 2))
     return *found, distance(model, twin)
+
+
+def first_version_case(rank: int, world: int, name: str, wrapper: str, folder: str) -> tuple[str, Any, Any, float]:
+    """A folder without tensors of the run: what loading it says, and what it does with a planner that is content."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    saved = get_optimizer_state_dict(model, optimizer)
+    for own in saved["state"].values():
+        for key in [key for key in own if key.startswith("run_")]:
+            del own[key]
+    dcp.save({"optimizer": saved}, checkpoint_id=folder)
+    twin, other = start(name, wrapper, world, None)
+    twin.load_state_dict(model.state_dict())
+    state = {"optimizer": get_optimizer_state_dict(twin, other)}
+    told = ""
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        told = str(error)
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(twin, other, state["optimizer"])
+    found = progress(optimizer), progress(other)
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    train(twin, other, range(STEPS, STEPS + 2))
+    return told, *found, distance(model, twin)
 
 
 def zero_case(rank: int, world: int, name: str) -> tuple[Any, Any, float]:

@@ -16,8 +16,8 @@ PACKAGE = ROOT.name
 # Each layer may import those before it.
 LAYERS = [
     {"sharding", "files", "paths", "steplock"},
-    {"rules", "sealed"},
-    {"weights", "decay", "progress", "rounding", "fitting"},
+    {"rules", "sealed", "fitting"},
+    {"weights", "decay", "progress", "rounding"},
     {"ops", "telemetry", "options", "hints"},
     {"engine", "checkpoints"},
     {"optimizer"},
