@@ -244,6 +244,8 @@ def check_groups(
             value = theirs.get(option, 0.0)
             if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
                 raise CheckpointError(f"{option}={value!r:.50} is not a number")
+            if isinstance(value, Tensor) and (fault := _fault_of_number(value)):
+                raise CheckpointError(f"{option} {fault}")
         if not isinstance(theirs["maximize"], bool):
             raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
         try:
@@ -395,10 +397,7 @@ def _count(name: str, value: Any, written: Progress | None) -> int:
     largest, cast = LARGEST_COUNT, value
     if isinstance(value, Tensor):
         value = local_part(value)
-        fault = fault_of(value, (*INTEGERS, *FLOATS))
-        if fault is None and value.numel() != 1:
-            fault = f"has shape {tuple(value.shape)}, not one element"
-        if fault:
+        if fault := _fault_of_number(value):
             raise ValueError(f"{RUN}{name} {fault}")
         cast = value.item()
         if value.is_floating_point():
@@ -410,6 +409,13 @@ def _count(name: str, value: Any, written: Progress | None) -> int:
     if type(cast) is float and cast.is_integer() and abs(cast) <= largest:
         return int(cast)
     raise ValueError(f"{RUN}{name} is {value!r:.100}, which is no integer, or not certain to be the one that was saved")
+
+
+def _fault_of_number(value: Tensor) -> str | None:
+    """What keeps a tensor from holding one number that can be read, as the end of a sentence, or None."""
+    if fault := fault_of(local_part(value), (*INTEGERS, *FLOATS)):
+        return fault
+    return None if value.numel() == 1 else f"has shape {tuple(value.shape)}, not one element"
 
 
 def _remembers_anything(rule: Rule) -> bool:

@@ -114,6 +114,30 @@ def first_version_case(rank: int, world: int, name: str, wrapper: str, folder: s
     return told, *found, distance(model, twin)
 
 
+def damaged_in_place_case(rank: int, world: int, name: str, wrapper: str) -> tuple[str, bool, int]:
+    """What a step says after the first rank loaded NaN in place; and how far a run comes once that is mended."""
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    params = [local(param).clone() for param in model.parameters()]
+    state = next(own["momentum_0" if "momentum_0" in own else "rms"] for own in optimizer.state.values())
+    values = local(state)
+    good = values.clone()
+    optimizer._progress.clock.copy_(torch.tensor(STEPS))
+    if rank == 0:
+        values.fill_(torch.nan)
+    told = ""
+    try:
+        train(model, optimizer, range(STEPS, STEPS + 1), rank)
+    except (ValueError, RuntimeError) as error:
+        told = f"{type(error).__name__}: {error}"
+    optimizer.zero_grad()
+    pairs = zip(model.parameters(), params, strict=True)
+    unchanged = all(torch.equal(local(param), old) for param, old in pairs) and optimizer.iteration == STEPS
+    values.copy_(good)
+    train(model, optimizer, range(STEPS, STEPS + 1), rank)
+    return told, unchanged, optimizer.iteration
+
+
 def zero_case(rank: int, world: int, name: str) -> tuple[Any, Any, float]:
     """``ZeroRedundancyOptimizer`` around the class."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

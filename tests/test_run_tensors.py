@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from native_library import library_or_skip
+from survival_cases import damaged_in_place_case
 from thetas import create
 from torch import nn
 
@@ -202,6 +203,18 @@ def test_odd_states_are_refused_whichever_way_they_come(name, with_run):
         odd = {i: {("odd_" if k == lost else "") + k: v for k, v in one.items()} for i, one in state.items()}
         with pytest.raises(CheckpointError, match=lost):
             trained(name, 1).load_state_dict({**saved, "state": odd})
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "base_lr"])
+def test_odd_tensors_among_the_options_of_groups_are_refused_too(option):
+    saved, other = trained("celo").state_dict(), trained("celo", 1)
+    before = facts(other), repr(other)
+    for kind, spoil in {**ANYWHERE, "negative": lambda value: -value}.items():
+        saved["param_groups"][0][option] = spoil(torch.tensor(1.0))
+        with pytest.raises(CheckpointError, match=option):
+            other.load_state_dict(saved)
+            pytest.fail(f"{option} may be {kind}")
+    assert (facts(other), repr(other)) == before
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -412,3 +425,13 @@ def test_compiled_steps_look_too(what, monkeypatch):
     with pytest.raises(CheckpointError, match="loaded in place"):
         compiled(torch.tensor(1.0))
     assert facts(optimizer) == before
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("wrapper", ["fsdp2", "fsdp1", "shard_step"])
+@pytest.mark.parametrize("name", ["celo", "celo2"])
+def test_one_rank_that_finds_damage_in_place_tells_the_others(workers, name, wrapper):
+    for rank, (told, unchanged, after) in enumerate(workers.run(2, damaged_in_place_case, name=name, wrapper=wrapper)):
+        kind = "CheckpointError" if rank == 0 else "RankError"
+        assert told.startswith(kind) and "loaded in place" in told and "not finite" in told
+        assert unchanged and after == 4, "once it is mended, all go on"
