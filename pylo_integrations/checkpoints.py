@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from pylo_integrations import sealed
+from pylo_integrations.fitting import missing_memory
 from pylo_integrations.options import OPTIONS, check_group
-from pylo_integrations.progress import COUNTS, Progress, flaw_of
+from pylo_integrations.progress import COUNTS, FLOATS, INTEGERS, LARGEST_COUNT, Progress, fault_of, flaw_of
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
@@ -41,7 +42,7 @@ SMALL = "tensor_state"
 RUN = "run_"
 """Prefix of what is global to the run, among the states of a parameter."""
 
-ITERATION = f"{RUN}iteration"
+_RUN_COUNTS = frozenset(f"{RUN}{name}" for name in COUNTS)
 
 States = Mapping[int, Mapping[str, Any]]
 """States by the number of their parameter."""
@@ -243,6 +244,8 @@ def check_groups(
             value = theirs.get(option, 0.0)
             if not isinstance(value, (Real, Tensor)) or isinstance(value, bool):
                 raise CheckpointError(f"{option}={value!r:.50} is not a number")
+            if isinstance(value, Tensor) and (fault := _fault_of_number(value)):
+                raise CheckpointError(f"{option} {fault}")
         if not isinstance(theirs["maximize"], bool):
             raise CheckpointError(f"maximize={theirs['maximize']!r:.50} is neither True nor False")
         try:
@@ -265,13 +268,36 @@ def _blob(groups: Sequence[Mapping[str, Any]], key: str) -> Any:
     return next((value for value in values if not (value is None or (type(value) is bytes and not value))), None)
 
 
+def check_keys(state_dict: Mapping[str, Any], names: frozenset[str]) -> None:
+    """Raise CheckpointError if states of ours are under a key that no group lists, where nothing would read them.
+
+    Other code may have entries of its own there.
+
+    Args:
+        state_dict: See :func:`check_form`.
+        names: Of the states of the rule.
+    """
+    indices = {index for group in state_dict["param_groups"] for index in group["params"]}
+    others = {key: own for key, own in state_dict["state"].items() if key not in indices and isinstance(own, Mapping)}
+    if lost := [key for key, own in others.items() if has_run(own) or not names.isdisjoint(own)]:
+        raise CheckpointError(
+            f"it has states under {lost!r:.100}, and its groups list no such parameters: keys were renamed, or it is "
+            "damaged; load what state_dict() returned"
+        )
+
+
+def has_run(own: Any) -> bool:
+    """Whether :func:`run_tensors` put something among the states of a parameter."""
+    return isinstance(own, Mapping) and not _RUN_COUNTS.isdisjoint(own)
+
+
 def split_run(states: Mapping[Any, Any], rule: Rule) -> tuple[dict[Any, dict[str, Any]], dict[Any, Any]]:
     """What :func:`run_tensors` put among states, where it did, and all else."""
-    known = {f"{RUN}{name}" for name in (*COUNTS, *rule.initial_memory())}
+    known = _RUN_COUNTS | {f"{RUN}{name}" for name in rule.initial_memory()}
     knows_all = not _remembers_anything(rule)
     runs, rest = dict[Any, dict[str, Any]](), dict(states)
     for index, own in states.items():
-        if isinstance(own, Mapping) and ITERATION in own:
+        if has_run(own):
             mine = {n for n in own if n in known or (not knows_all and str(n).startswith(RUN))}
             runs[index] = {name: own[name] for name in mine}
             rest[index] = {name: value for name, value in own.items() if name not in mine}
@@ -294,7 +320,7 @@ def read_progress(
     progress, theta = None, None
     if (blob := _blob(groups, PROGRESS)) is not None:
         progress, theta = _read_blob(blob, rule)
-    along = read_run(runs, rule)
+    along = read_run(runs, rule, progress)
     if along is None or progress is None:
         return along or progress, theta
     if along.iteration == progress.iteration:
@@ -310,46 +336,100 @@ def read_progress(
     )
 
 
-def read_run(runs: Mapping[Any, Mapping[str, Any]], rule: Rule) -> Progress | None:
+def read_run(runs: Mapping[Any, Mapping[str, Any]], rule: Rule, written: Progress | None = None) -> Progress | None:
     """The progress that :func:`split_run` found, copied; None if there is none.
+
+    Args:
+        runs: From :func:`split_run`.
+        rule: Of the optimizer.
+        written: What the groups say, exactly: of counts that were cast to a narrow type, it tells what they were.
 
     Raises:
         CheckpointError: It is damaged, or that of several runs.
     """
-    if not runs:
-        return None
-    first, run = next(iter(runs.items()))
-    for index, other in runs.items():
-        if not (run.keys() == other.keys() and all(_is_same(value, other[name]) for name, value in run.items())):
+    found: list[tuple[Any, Progress]] = []
+    seen = set()
+    for index, run in runs.items():
+        identity = tuple((name, id(run[name])) for name in sorted(run))
+        if identity in seen:  # most checkpoints have the same tensors for all parameters
+            continue
+        seen.add(identity)
+        found.append((index, _read_one_run(index, run, rule, written)))
+        (first, one), (_, other) = found[0], found[-1]
+        if not _is_same(one, other):
             raise CheckpointError(
                 f"the states of parameters {first} and {index} are of different runs, or of different times of one, "
-                f"iteration {run[ITERATION]} and {other[ITERATION]}: load those of one checkpoint"
+                f"iteration {one.iteration} and {other.iteration}: load those of one checkpoint"
             )
+    return found[0][1] if found else None
+
+
+def _read_one_run(index: Any, run: Mapping[str, Any], rule: Rule, written: Progress | None) -> Progress:
+    """What the state of one parameter says of the run."""
     try:
-        counts = {name: _number(run[f"{RUN}{name}"]) for name in COUNTS}
-        rest = {name.removeprefix(RUN): value for name, value in run.items()}
-        memory = {name: value for name, value in rest.items() if name not in COUNTS}
+        counts = {name: _count(name, run.get(f"{RUN}{name}"), written) for name in COUNTS}
+        rest = {name.removeprefix(RUN): value for name, value in run.items() if name not in _RUN_COUNTS}
+        memory = {name: local_part(value) if isinstance(value, Tensor) else value for name, value in rest.items()}
         progress = Progress.from_record({**counts, "num_steps": counts["num_steps"] or None}, memory)
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"what the state of parameter {first} says of the run is damaged: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"what the state of parameter {index} says of the run is damaged: {error}; load an earlier checkpoint"
+        ) from error
     _check_memory(progress, rule)
     return progress
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one.cpu(), other.cpu())
-    return type(one) is type(other) and bool(one == other)
+def _is_same(one: Progress, other: Progress) -> bool:
+    memories = one.memory, other.memory
+    return (
+        one.record() == other.record()
+        and memories[0].keys() == memories[1].keys()
+        and all(torch.equal(value.cpu(), memories[1][name].cpu()) for name, value in memories[0].items())
+    )
 
 
-def _number(value: Any) -> Any:
-    is_number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
-    return value.item() if is_number else value
+def _count(name: str, value: Any, written: Progress | None) -> int:
+    """A number of the run; also where other code has cast it to a floating type, with nothing lost.
+
+    Raises:
+        ValueError: It is none.
+    """
+    largest, cast = LARGEST_COUNT, value
+    if isinstance(value, Tensor):
+        value = local_part(value)
+        if fault := _fault_of_number(value):
+            raise ValueError(f"{RUN}{name} {fault}")
+        cast = value.item()
+        if value.is_floating_point():
+            if written is not None and math.isfinite(cast) and cast == written.counts[name].to(value.dtype).item():
+                return int(written.counts[name])
+            largest = int(2 / torch.finfo(value.dtype).eps) - 1  # the next integers are rounded
+    if type(cast) is int:
+        return cast
+    if type(cast) is float and cast.is_integer() and abs(cast) <= largest:
+        return int(cast)
+    raise ValueError(f"{RUN}{name} is {value!r:.100}, which is no integer, or not certain to be the one that was saved")
+
+
+def _fault_of_number(value: Tensor) -> str | None:
+    """What keeps a tensor from holding one number that can be read, as the end of a sentence, or None."""
+    if fault := fault_of(local_part(value), (*INTEGERS, *FLOATS)):
+        return fault
+    return None if value.numel() == 1 else f"has shape {tuple(value.shape)}, not one element"
 
 
 def _remembers_anything(rule: Rule) -> bool:
     """Whether a rule may have a memory that it does not declare: one that sees losses, made by its first step."""
     return rule.needs_loss and not rule.initial_memory()
+
+
+def check_progress(progress: Progress, rule: Rule) -> None:
+    """Raise CheckpointError unless :func:`read_run` would take the progress of an optimizer."""
+    try:
+        Progress.from_record(progress.record(), progress.memory)
+    except ValueError as error:
+        raise CheckpointError(f"what it says of the run is damaged: {error}; load an earlier checkpoint") from error
+    _check_memory(progress, rule)
 
 
 def _check_memory(progress: Progress, rule: Rule) -> None:
@@ -395,17 +475,43 @@ def read_states(
         if own and not member.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
             own = (absent if member.is_slice else {}) | own
-        # Other code may have come first; but once a step was taken, what is trained has the rule's state.
-        if own or (others and has_stepped and member.shapes and member.param.requires_grad):
+        if own or (has_stepped and _lacks_state(others, member)):
             states[number] = _fit(own, others, index, member, holdings)
         if others:
             states[number] = {**states.get(number, {}), **_copied(others, member.param.device)}
     return states
 
 
+def check_states(states: Mapping[int, Mapping[str, Any]], members: Sequence[Member], *, has_stepped: bool) -> None:
+    """Raise CheckpointError if :func:`read_states` would not take states that are in their place already.
+
+    Args:
+        states: By number of the parameter, without what :func:`split_run` found.
+        members: Of the optimizer.
+        has_stepped: Whether the run is known to be beyond its beginning.
+    """
+    for number, found in states.items():
+        member = members[number]
+        own = {name: value for name, value in found.items() if name in member.names}
+        others = found.keys() - own.keys()
+        if own or (has_stepped and _lacks_state(others, member)):
+            _check_names(own, others, number, member)
+            check_values(own, number)
+
+
+def _lacks_state(others: Collection[Any], member: Member) -> bool:
+    """Whether there is something of a parameter, but not the rule's state.
+
+    Other code may have come first; but once a step was taken, what is trained has the rule's state.
+    """
+    return bool(others and member.shapes and member.param.requires_grad)
+
+
 def _copied(value: Any, device: torch.device) -> Any:
     """A copy of what other code keeps among states: tensors are brought to a device, but keep their type."""
     if isinstance(value, Tensor):
+        if fault := missing_memory(local_part(value)):
+            raise CheckpointError(f"a tensor that other code keeps among its states {fault}")
         return value.detach().to(device if value.dim() else value.device, copy=True)
     if type(value) is dict:
         return {key: _copied(inner, device) for key, inner in value.items()}
@@ -453,25 +559,8 @@ def _fit(
 ) -> dict[str, Tensor]:
     """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
     param, held = member.param, member.held
-    admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
-    found = {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
-    if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
-        expected = {name: choices[-1] for name, choices in admitted.items()}
-        named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
-        besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
-        raise CheckpointError(
-            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
-            "another optimizer, or for a model with other shapes or parameter order?"
-        )
-    for name, value in tensors.items():
-        flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)
-        if flaw is None and name in SECOND_MOMENTS and (local_part(value) < 0).any():
-            flaw = "is an average of squares and holds negative values"
-        if flaw:
-            raise CheckpointError(
-                f"state {name} of parameter {index} {flaw}: the checkpoint is damaged, or of a run that went wrong; "
-                "load an earlier one"
-            )
+    _check_names(tensors, others, index, member)
+    check_values(tensors, index)
     fitted = {}
     for name, shape in member.shapes.items():
         if shape is None:
@@ -481,6 +570,37 @@ def _fit(
         with torch.no_grad():
             _copy_(fitted[name], tensors[name], held, f"state {name} of parameter {index}")
     return fitted
+
+
+def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, member: Member) -> None:
+    """Raise CheckpointError unless states of a parameter have the names and shapes of the rule's."""
+    param = member.param
+    admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
+    found = {
+        name: tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else ()
+        for name, value in tensors.items()
+    }
+    if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
+        expected = {name: choices[-1] for name, choices in admitted.items()}
+        named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
+        besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
+        raise CheckpointError(
+            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
+            "another optimizer, or for a model with other shapes or parameter order?"
+        )
+
+
+def check_values(tensors: Mapping[str, Any], index: Any) -> None:
+    """Raise CheckpointError unless states of a parameter hold numbers that a run can have."""
+    for name, value in tensors.items():
+        flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)
+        if flaw is None and name in SECOND_MOMENTS and (local_part(value) < 0).any():
+            flaw = "is an average of squares and holds negative values"
+        if flaw:
+            raise CheckpointError(
+                f"state {name} of parameter {index} {flaw}: the checkpoint is damaged, or of a run that went wrong; "
+                "load an earlier one"
+            )
 
 
 def _copy_(state: Tensor, value: Tensor, held: Held, what: str) -> None:

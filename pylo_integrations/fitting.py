@@ -162,14 +162,17 @@ def _look(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _missing_memory(local: Tensor) -> str | None:
-    """Why a plain tensor cannot be read; None if it can."""
+def missing_memory(local: Tensor) -> str | None:
+    """Why a plain tensor cannot be read, as the end of a sentence; None if it can."""
     if not has_memory(local) or not local.numel() or local._is_zerotensor():
         return None
     there, needed = local.untyped_storage().nbytes(), (local.storage_offset() + memory_span(local)) * local.itemsize
-    if there >= needed:
-        return None
-    return f"has {there} of the {needed} bytes of its storage: it was freed or resized; bring it back before the step"
+    return None if there >= needed else f"has {there} of the {needed} bytes of its storage: it was freed or resized"
+
+
+def _missing_memory(local: Tensor) -> str | None:
+    fault = missing_memory(local)
+    return fault and f"{fault}; bring it back before the step"
 
 
 def _write_protection(local: Tensor) -> str | None:

@@ -20,7 +20,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.checkpoints import (
-    ITERATION,
     PROGRESS,
     SMALL,
     Checkpoint,
@@ -28,6 +27,11 @@ from pylo_integrations.checkpoints import (
     Member,
     check_form,
     check_groups,
+    check_keys,
+    check_progress,
+    check_states,
+    check_values,
+    has_run,
     has_states,
     pack_states,
     read_progress,
@@ -278,10 +282,16 @@ class LearnedOptimizer(Optimizer):
     # -- seeing inside ---------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        head, groups = super().__repr__().split("\n", 1)
-        theta = "" if self.theta is None else f"    theta: {self.theta!r}\n"
-        run = f"    num_steps: {self.num_steps}\n    iteration: {self.iteration}\n"
-        return f"{head}\n{theta}{run}{groups}"
+        lines = [] if self.theta is None else [f"    theta: {self.theta!r}"]
+        try:
+            lines += [f"    num_steps: {self.num_steps}", f"    iteration: {self.iteration}"]
+        except CheckpointError as error:  # of states that a wrapper handed over
+            lines.append(f"    {error}")
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            options = sorted(group.keys() - {"params", PROGRESS, SMALL})  # which are for checkpoints
+            lines += [f"    {name}: {group[name]}" for name in options]
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
     def enable_telemetry(self, per_parameter: bool = False) -> None:
         """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
@@ -381,6 +391,8 @@ class LearnedOptimizer(Optimizer):
             ValueError: An option of a parameter group, or of this optimizer, is not in range any more.
             StateError: A parameter, its gradient and its state do not fit each other: other code changed the shape of
                 one of them, say. A state of another floating type is cast.
+            CheckpointError: State was handed over by a wrapper, or loaded in place, that :meth:`load_state_dict` would
+                not take.
             TypeError: A gradient is sparse, or not of real floating point; the loss is not a number.
             ShardingError: A parameter is distributed in a way that hides whole tensors.
             NonFiniteError: With ``on_nonfinite="error"``.
@@ -445,7 +457,7 @@ class LearnedOptimizer(Optimizer):
             self._check_settings()
             self._options.check(groups)
             observed = self._take_loss(loss, result)
-            recalled = engine.recall(groups, self.state)
+            recalled = not progress.is_overwritten and engine.recall(groups, self.state)
             if not recalled:
                 known = set(self.state)
                 check_gradients(groups)
@@ -572,6 +584,8 @@ class LearnedOptimizer(Optimizer):
             self._options.check(self.param_groups)
             self._check_settings()
             self._check_needs(loss)
+            if self._progress.is_overwritten:
+                self._check_overwritten()
             self._whole.clear()
             progress = compiled.progress_of(tensors, self._progress)
             self._hint(compiled.groups_of(tensors, self.param_groups, self.state), progress)
@@ -580,6 +594,7 @@ class LearnedOptimizer(Optimizer):
                 taken = compiled.step(tensors, self.param_groups, self.state, progress, used, self._policies)
             finally:
                 self._progress.nonfinite_steps += progress.nonfinite_steps
+        self._progress.expect(progress.iteration)
         if not taken:
             self._warn_of_skip(progress)
 
@@ -641,6 +656,7 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             ShardingError: A parameter is distributed in a way that hides whole tensors; no state was created.
+            CheckpointError: As for :meth:`step`.
         """
         self._settle(everywhere=True)
         self._check_arrival()
@@ -724,6 +740,11 @@ class LearnedOptimizer(Optimizer):
         and column statistics of FSDP1's slices, since FSDP takes every tensor there to be shaped like the slice. The
         latter go where states go: ``torch.distributed.checkpoint.load(optimizer.state_dict(), ...)`` loads in place,
         once there is state to load into, and ``ZeroRedundancyOptimizer`` hands them over.
+
+        As with torch's optimizers, tensors are the ones that train, not copies, ``run_iteration`` as their ``step``:
+        whoever writes into them loads, and the next step looks at what was loaded before it takes it. Copy them, with
+        ``copy.deepcopy`` or by saving, before you change or keep them. (``run_num_steps`` is a copy where a horizon is
+        set, which stays.)
 
         With ``shard_step`` states are ``DTensor`` s, of which a rank has its share: torch.distributed.checkpoint saves
         and reshards them. To pickle such a state dict raises CheckpointError, as it would lose the other shares; call
@@ -820,6 +841,7 @@ class LearnedOptimizer(Optimizer):
         """
         try:
             check_form(state_dict)
+            check_keys(state_dict, self._state_names)
             groups = state_dict["param_groups"]
             indices = [index for group in groups for index in group["params"]]
             runs, rest = split_run({i: state_dict["state"][i] for i in indices if i in state_dict["state"]}, self.rule)
@@ -881,23 +903,55 @@ class LearnedOptimizer(Optimizer):
     def _settle(self, everywhere: bool = False) -> None:
         """Take over the progress among the states, where a wrapper has put them there without telling us.
 
-        Looks at the first state only, or ``everywhere``.
+        Looks at the first state only, or ``everywhere``, and then also at what was loaded into our tensors in place.
+
+        Raises:
+            CheckpointError: :meth:`load_state_dict` would not have taken it; nothing was changed.
         """
-        states = self.state.values() if everywhere else itertools.islice(self.state.values(), 1)
-        if not any(isinstance(own, dict) and ITERATION in own for own in states):
-            return
-        runs, _ = split_run(dict(enumerate(self.state.values())), self.rule)
-        progress = read_run(runs, self.rule)
-        for i, own in enumerate(self.state.values()):
-            for name in runs.get(i, ()):
-                del own[name]
+        params = (param for group in self.param_groups for param in group["params"])
+        states = (self.state[param] for param in params if param in self.state)
+        if any(has_run(own) for own in (states if everywhere else itertools.islice(states, 1))):
+            self._take_arrived()
+        elif everywhere and self._progress.is_overwritten:
+            self._check_overwritten()
+
+    def _take_arrived(self) -> None:
+        """Take over the progress that came with states, once all of them were looked at."""
+        members = self._members()
+        there = {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
+        runs, rest = split_run(there, self.rule)
+        try:
+            progress = read_run(runs, self.rule)
+            check_states(rest, members, has_stepped=progress is None or progress.iteration > 0)
+        except CheckpointError as error:
+            raise CheckpointError(f"the states that {type(self).__name__} was handed do not fit it: {error}") from error
+        for i, run in runs.items():
+            for name in run:
+                there[i].pop(name, None)  # a parameter that is there twice has one state
         self._progress.has_begun = True
         for remark in self._assume(Checkpoint({}, progress, None)):
-            warnings.warn(remark, RuntimeWarning, stacklevel=3)
+            warnings.warn(remark, RuntimeWarning, stacklevel=4)
+
+    def _check_overwritten(self) -> None:
+        """Look at all that may have been loaded in place, as :meth:`load_state_dict` would have."""
+        members = self._members()
+        try:
+            check_progress(self._progress, self.rule)
+            for number, own in self._states(members).items():
+                check_values({name: own[name] for name in members[number].shapes}, number)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"what was loaded in place, into the tensors of {type(self).__name__}, does not fit it: {error}"
+            ) from error
+        self._progress.acknowledge()
 
     def _check_arrival(self) -> None:
         """Warn if states are there that were neither made nor loaded by this optimizer, and no progress with them."""
-        if not self._progress.has_begun and any(self.state.values()) and self._states(self._members()):
+        if self._progress.has_begun or not any(self.state.values()):
+            return
+        members = self._members()
+        if there := self._states(members):
+            check_states(there, members, has_stepped=False)
             warnings.warn(_WITHOUT_PROGRESS.format(iteration=self._progress.iteration), RuntimeWarning, stacklevel=3)
 
     def _placed(self, memory: Mapping[str, Tensor], fresh: bool = False) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from pylo_integrations import sealed
+from pylo_integrations.fitting import missing_memory
 
 COUNTS = ("iteration", "num_steps", "nonfinite_steps")
 """The numbers in :class:`Progress`."""
 
 ORIGIN = ("theta", "rule")
 """What a record of progress may say besides, of who made it."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types in which state is taken."""
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+"""Types in which counts are taken, besides."""
 
 LARGEST_COUNT = 2**53
 """Of steps: up to here float64, in which fractions of a run are computed, has every integer."""
@@ -66,6 +73,8 @@ class Progress:
         memory: dict[str, Tensor] | None = None,
     ) -> None:
         self.counts = {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in COUNTS}
+        self._version: int | None
+        self._expected: int | None
         self.iteration, self.num_steps, self.nonfinite_steps = iteration, num_steps, nonfinite_steps
         self.memory = {} if memory is None else memory
         self.window = LossWindow()
@@ -83,7 +92,21 @@ class Progress:
 
     @iteration.setter
     def iteration(self, iteration: int) -> None:
-        self.counts["iteration"].fill_(iteration)
+        self.clock.fill_(iteration)
+        self.acknowledge()
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether others have written :attr:`clock`, which is what they do who load into our tensors in place."""
+        return _version_of(self.clock) != self._version and self.iteration != self._expected
+
+    def acknowledge(self) -> None:
+        """Take what is in :attr:`clock` for our own."""
+        self._version, self._expected = _version_of(self.clock), None
+
+    def expect(self, iteration: int) -> None:
+        """Take it for our own once this is in it, too: what a compiled step writes gets there when the step is over."""
+        self._expected = iteration
 
     @property
     def num_steps(self) -> int | None:
@@ -162,15 +185,28 @@ class Progress:
         self.window.take()
 
 
+def _version_of(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 def flaw_of(value: object) -> str | None:
     """What keeps a value from being a tensor of finite floating-point numbers, as the end of a sentence, or None."""
     if not isinstance(value, Tensor):
         return f"is {type(value).__name__}, not a tensor"
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_quantized:
-        return f"is a {value.layout} tensor of {value.dtype}, not a dense one of floating-point numbers"
+    if fault := fault_of(value, FLOATS):
+        return fault
+    return None if value.isfinite().all() else "holds values that are not finite"
+
+
+def fault_of(value: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
+    """What keeps a plain tensor from being a dense one of some types that can be read, as the end of a sentence."""
+    if value.layout != torch.strided or value.is_nested or value.dtype not in dtypes:
+        kind = "nested" if value.is_nested else value.layout
+        numbers = "floating-point numbers" if dtypes is FLOATS else "numbers"
+        return f"is a {kind} tensor of {value.dtype}, not a dense one of {numbers}"
     if value.is_meta:
         return "is on the meta device and has no values"
-    return None if value.isfinite().all() else "holds values that are not finite"
+    return missing_memory(value)
 
 
 def as_scalar_loss(loss: Tensor | float) -> Tensor:

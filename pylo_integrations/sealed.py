@@ -1,6 +1,7 @@
 """Tensors and a record in one safetensors file or string, with a digest of both: damage is noticed.
 
-The record is a JSON object under one key of the metadata. What was written before there were digests can be read too.
+The record is a JSON object under one key of the metadata, whose name says whether a digest is due: damage can hardly
+turn it into the name under which version 0.1.0 kept a bare record. Those can be read too.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from pylo_integrations.files import write_whole
 from pylo_integrations.paths import check_file
 
 _DIGEST = "sha256"
+_SEALED = f"+{_DIGEST}"  # ends the names of records with a digest
 
 
 class DamageError(ValueError):
     """Bytes that are not what was written; the message says what is wrong with them, not where they are from."""
+
+
+_UNREADABLE = (KeyError, TypeError, ValueError, RecursionError, MemoryError, safetensors.SafetensorError)
 
 
 def digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -57,11 +62,13 @@ def from_bytes(key: str, blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]
         raise DamageError(f"it is {type(blob).__name__}, not bytes")
     try:
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        record = json.loads(header.get("__metadata__", {key: "{}"})[key])  # version 0.1.0 wrote some without
         tensors = safetensors.torch.load(blob)
-    except (KeyError, TypeError, ValueError, RecursionError, MemoryError, safetensors.SafetensorError) as error:
+        metadata = header.get("__metadata__", {key: "{}"})  # version 0.1.0 wrote some without
+        return _unsealed(key, metadata, tensors), tensors
+    except DamageError:
+        raise
+    except _UNREADABLE as error:
         raise DamageError(f"{type(error).__name__}: {error!s:.200}") from error
-    return _checked(record, tensors), tensors
 
 
 def save(path: str | os.PathLike[str], key: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -81,11 +88,12 @@ def load(path: str | os.PathLike[str], key: str) -> tuple[dict[str, Any], dict[s
     check_file(Path(path))
     try:
         with safetensors.safe_open(os.fspath(path), "pt") as file:
-            record = json.loads((file.metadata() or {})[key])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a mapping
-    except (KeyError, TypeError, ValueError, RecursionError, MemoryError, safetensors.SafetensorError) as error:
+            return _unsealed(key, file.metadata() or {}, tensors), tensors
+    except DamageError:
+        raise
+    except _UNREADABLE as error:
         raise DamageError(f"{type(error).__name__}: {error!s:.200}") from error
-    return _checked(record, tensors), tensors
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,13 +111,17 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _metadata(key: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     # One entry: safetensors writes several in any order.
     plain = json.loads(json.dumps(record))
-    return {key: json.dumps({**plain, _DIGEST: digest(plain, tensors)})}
+    return {key + _SEALED: json.dumps({"record": plain, _DIGEST: digest(plain, tensors)})}
 
 
-def _checked(record: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _unsealed(key: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The record under a key, once it is known to be what was written with these tensors."""
+    if key + _SEALED in metadata:
+        found = json.loads(metadata[key + _SEALED])
+        if found[_DIGEST] != (actual := digest(record := found["record"], tensors)):
+            raise DamageError(f"its contents have the sha256 {actual[:12]}, its record says {found[_DIGEST]!s:.12}")
+    else:
+        record = json.loads(metadata[key])
     if not isinstance(record, dict):
         raise DamageError(f"its record is {type(record).__name__}, not an object")
-    written = record.pop(_DIGEST, None)  # not in what version 0.1.0 wrote
-    if written is not None and written != (found := digest(record, tensors)):
-        raise DamageError(f"its contents have the sha256 {found[:12]}, its record says {written!s:.12}")
     return record

@@ -78,10 +78,64 @@ def in_place_case(rank: int, world: int, name: str, wrapper: str, folder: str) -
     other.init_state()
     twin.load_state_dict(model.state_dict())
     dcp.load({"optimizer": other.state_dict()}, checkpoint_id=folder)
+    assert other._progress.is_overwritten, "the next step looks at what was loaded"
     found = progress(optimizer), progress(other)
     train(model, optimizer, range(STEPS, STEPS + 2))
     train(twin, other, range(STEPS, STEPS + 2))
     return *found, distance(model, twin)
+
+
+def first_version_case(rank: int, world: int, name: str, wrapper: str, folder: str) -> tuple[str, Any, Any, float]:
+    """A folder without tensors of the run: what loading it says, and what it does with a planner that is content."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    saved = get_optimizer_state_dict(model, optimizer)
+    for own in saved["state"].values():
+        for key in [key for key in own if key.startswith("run_")]:
+            del own[key]
+    dcp.save({"optimizer": saved}, checkpoint_id=folder)
+    twin, other = start(name, wrapper, world, None)
+    twin.load_state_dict(model.state_dict())
+    state = {"optimizer": get_optimizer_state_dict(twin, other)}
+    told = ""
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        told = str(error)
+    dcp.load(state, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(twin, other, state["optimizer"])
+    found = progress(optimizer), progress(other)
+    train(model, optimizer, range(STEPS, STEPS + 2))
+    train(twin, other, range(STEPS, STEPS + 2))
+    return told, *found, distance(model, twin)
+
+
+def damaged_in_place_case(rank: int, world: int, name: str, wrapper: str) -> tuple[str, bool, int]:
+    """What a step says after the first rank loaded NaN in place; and how far a run comes once that is mended."""
+    model, optimizer = start(name, wrapper, world, 40)
+    train(model, optimizer, range(STEPS))
+    params = [local(param).clone() for param in model.parameters()]
+    state = next(own["momentum_0" if "momentum_0" in own else "rms"] for own in optimizer.state.values())
+    values = local(state)
+    good = values.clone()
+    optimizer._progress.clock.copy_(torch.tensor(STEPS))
+    if rank == 0:
+        values.fill_(torch.nan)
+    told = ""
+    try:
+        train(model, optimizer, range(STEPS, STEPS + 1), rank)
+    except (ValueError, RuntimeError) as error:
+        told = f"{type(error).__name__}: {error}"
+    optimizer.zero_grad()
+    pairs = zip(model.parameters(), params, strict=True)
+    unchanged = all(torch.equal(local(param), old) for param, old in pairs) and optimizer.iteration == STEPS
+    values.copy_(good)
+    train(model, optimizer, range(STEPS, STEPS + 1), rank)
+    return told, unchanged, optimizer.iteration
 
 
 def zero_case(rank: int, world: int, name: str) -> tuple[Any, Any, float]:

@@ -89,13 +89,39 @@ def test_flipped_bits_of_the_progress_in_a_state_dict_are_noticed(name):
     assert repr(snapshot(other)) == repr(before)
 
 
-def test_flipped_bits_of_what_fsdp1_saves_apart_are_noticed():
-    blob, rng = sealed.to_bytes("tensor_state", {}, {"a.weight/row": torch.rand(3, 1, 3)}), random.Random(0)
-    for _ in range(FLIPS):
-        with pytest.raises(sealed.DamageError):
-            record, _ = sealed.from_bytes("tensor_state", flipped(blob, rng))
-            if record:
-                raise sealed.DamageError("the key of the digest was hit, and is an entry that nobody knows")
+RECORDS = {
+    "progress": ({"iteration": 3, "theta": None}, {"loss": torch.rand(3)}),
+    "tensor_state": ({}, {"a.weight/row": torch.rand(3, 1, 3)}),
+    "canonical": ({"state": ["a"], "nested": {"sha256": "no digest"}}, {}),
+}
+
+
+@pytest.mark.parametrize("key", RECORDS)
+def test_no_bit_of_a_sealed_record_is_of_no_account(key):
+    """Names too: what has lost the name of its digest is not taken for what was written before there were digests."""
+    record, tensors = RECORDS[key]
+    whole = sealed.to_bytes(key, record, tensors)
+    for place in range(len(whole)):
+        for bit in range(8):
+            blob = bytearray(whole)
+            blob[place] ^= 1 << bit
+            with pytest.raises(sealed.DamageError):
+                sealed.from_bytes(key, bytes(blob))
+                pytest.fail(f"bit {bit} of byte {place}: {bytes(blob[max(place - 20, 0) : place + 20])}")
+
+
+@pytest.mark.parametrize("name", [b"sha256", b"record", b"__metadata__"])
+@pytest.mark.parametrize("key", RECORDS)
+def test_a_sealed_record_with_another_name_in_it_is_damaged(key, name, tmp_path):
+    whole = sealed.to_bytes(key, *RECORDS[key])
+    path = tmp_path / "file.safetensors"
+    for other in (b"x" * len(name), name.upper(), name[:-1] + b" "):
+        for count in (1, -1):  # the first one, and all of them
+            path.write_bytes(whole.replace(name, other, count))
+            with pytest.raises(sealed.DamageError):
+                sealed.from_bytes(key, path.read_bytes())
+            with pytest.raises(sealed.DamageError):
+                sealed.load(path, key)
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +262,7 @@ def without_digest(path, key):
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    record = json.loads(header["__metadata__"][key])
-    del record["sha256"]
-    header["__metadata__"][key] = json.dumps(record)
+    header["__metadata__"] = {key: json.dumps(json.loads(header["__metadata__"][f"{key}+sha256"])["record"])}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])

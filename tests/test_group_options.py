@@ -257,3 +257,12 @@ def test_the_optimizer_tells_its_theta_and_horizon():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert repr(optimizer).startswith("Celo (")
+
+
+def test_what_groups_keep_for_checkpoints_is_not_shown_among_their_options():
+    optimizer = create([{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(3))]}], "celo2")
+    optimizer.param_groups[0] |= {"tensor_state": b"as under FSDP1", "mine": 3}
+    first, *groups = repr(optimizer).split("Parameter Group ")
+    shown = [line.split(":")[0].strip() for line in groups[0].splitlines()[1:]]
+    assert shown == sorted(optimizer.param_groups[0].keys() - {"params", "progress", "tensor_state"})
+    assert "mine: 3" in groups[0] and len(groups) == 2 and "theta: Theta(" in first and "iteration: 0" in first

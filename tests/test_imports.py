@@ -16,8 +16,8 @@ PACKAGE = ROOT.name
 # Each layer may import those before it.
 LAYERS = [
     {"sharding", "files", "paths", "steplock"},
-    {"rules", "sealed"},
-    {"weights", "decay", "progress", "rounding", "fitting", "telemetry"},
+    {"rules", "sealed", "fitting"},
+    {"weights", "decay", "progress", "rounding", "telemetry"},
     {"ops", "options", "hints"},
     {"step"},
     {"engine", "checkpoints"},

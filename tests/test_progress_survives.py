@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from survival_cases import flatten_case, in_place_case, zero_case
+from survival_cases import first_version_case, flatten_case, in_place_case, zero_case
 from thetas import create
 from torch import nn
 
@@ -157,6 +158,27 @@ def test_a_horizon_that_is_set_is_kept_in_place_too():
     assert facts(other)[2] == facts(optimizer)[2]
 
 
+def test_to_write_into_a_state_dict_is_to_load_as_with_torchs_own_optimizers():
+    """Loading in place depends on it, so it cannot be told from it; a copy is one."""
+    optimizer = trained("celo")[1]
+    param = nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([param])
+    param.grad = torch.ones(3)
+    theirs.step()
+    for one in (optimizer, theirs):
+        before = copy.deepcopy(one.state_dict()["state"])
+        for own in copy.deepcopy(one.state_dict())["state"].values():
+            [value.zero_() for value in own.values()]
+        torch.testing.assert_close(one.state_dict()["state"], before, rtol=0, atol=0)
+        for own in one.state_dict()["state"].values():
+            [value.zero_() for value in own.values()]
+    assert theirs.state[param]["step"] == 0
+    assert (optimizer.iteration, optimizer.num_steps) == (0, 9), "the horizon was set, and is kept"
+    assert not any(value.any() for own in optimizer.state.values() for value in own.values())
+    optimizer.step(loss=1.0)
+    assert optimizer.iteration == 1
+
+
 def test_tensors_of_the_run_are_not_states():
     """What they would do to code that goes through all states, they do in state dicts only."""
     _, optimizer = trained("velo")
@@ -226,8 +248,28 @@ def test_distributed_checkpoints_of_the_first_version_load_in_part(tmp_path):
     with pytest.raises(dcp.api.CheckpointException, match="run_iteration"):
         dcp.load(state, checkpoint_id=tmp_path)
     dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    assert optimizer.iteration == 0, "bytes are not loaded in place"
     optimizer.load_state_dict(state["optimizer"])
     assert facts(optimizer) == facts(writer)
+    assert all(
+        torch.equal(value, optimizer.state[p][key])
+        for p, own in zip(optimizer.state, saved["state"].values(), strict=True)
+        for key, value in own.items()
+    )
+    used = trained("celo", 2)[1]
+    state = {"optimizer": used.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    with pytest.raises(CheckpointError, match="groups are of iteration 3, its states of 2"):
+        used.load_state_dict(state["optimizer"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("wrapper", ["plain", "fsdp2", "shard_step"])
+def test_distributed_checkpoints_of_the_first_version_load_in_part_on_ranks(workers, tmp_path, wrapper):
+    world = 1 if wrapper == "plain" else 2
+    for told, *result in workers.run(world, first_version_case, name="celo", wrapper=wrapper, folder=str(tmp_path)):
+        assert "Missing key in checkpoint state_dict" in told and "run_iteration" in told
+        check([result])
 
 
 def test_canonical_files_of_the_first_version_load():

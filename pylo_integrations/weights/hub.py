@@ -4,15 +4,18 @@ Everything goes through the ``huggingface_hub`` client, so its cache, its tokens
 apply. The client is imported when it is first needed: it is slow to import, and most runs never need it.
 
 Two things it does are not what a user of this package wants. It makes paths in its cache of what the hub answers, so an
-answer could name a file anywhere; every answer is looked at before it goes on. And it tries an unreachable hub for half
+answer could name a file anywhere; every answer is looked at before it goes on, where the client reads it and not in its
+session, which it makes anew as it likes. And it tries an unreachable hub for half
 a minute, with a line for every attempt; whether the hub can be reached is found out first, in one attempt.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +33,8 @@ CONNECT_SECONDS = 2.0
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")  # no separator, no drive, nothing hidden, not too long
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+_asking = threading.RLock()  # whose turn it is to look at answers
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def fetch(
     unreachable: Exception | None = None
     for filename in filenames:
         try:
-            with _naming(f"{address}: fetching {filename}"), _looking_at_answers():
+            with _naming(f"{address}: fetching {filename}"), _looking_at_answers(repository):
                 if not local_files_only:
                     unreachable = _why_unreachable(repository, filename, revision)
                     local_files_only = unreachable is not None
@@ -171,14 +176,15 @@ def _why_unreachable(repository: str, filename: str, revision: str | None) -> Ex
 
     Raises:
         EntryNotFoundError: The repository has no such file.
-        ValueError: Not a repository name, or an answer that :func:`_check_answer` refuses.
+        ValueError: Not a repository name, or an answer that :func:`_looking_at_answers` refuses.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, file_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     timeout: Any = (CONNECT_SECONDS, constants.HF_HUB_ETAG_TIMEOUT)  # to connect, to read
+    url = hf_hub_url(repository, filename, revision=revision)
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=timeout)
+        metadata = file_download.get_hf_file_metadata(url, timeout=timeout)
     except (EntryNotFoundError, ValueError):
         raise
     except HfHubHTTPError as error:  # overloaded or down; the client would go on asking
@@ -191,44 +197,57 @@ def _why_unreachable(repository: str, filename: str, revision: str | None) -> Ex
 
 
 @contextmanager
-def _looking_at_answers() -> Iterator[None]:
-    """Within, every answer that the client gets passes :func:`_check_answer` before the client acts on it."""
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # where all versions have it
+def _looking_at_answers(repository: str) -> Iterator[None]:
+    """Within, what the client hears of files of a repository passes :func:`_check_answer` before it acts on it.
 
-    session: Any = get_session()
-    # requests has hooks, httpx event hooks; both are called with every answer, those that redirect among them.
-    hooks = (session.hooks if hasattr(session, "hooks") else session.event_hooks).setdefault("response", [])
-    hooks.append(_check_answer)
-    try:
-        yield
-    finally:
-        hooks.remove(_check_answer)
+    Whatever session it has, and however often it makes a new one, it asks through one public function.
+    """
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _asking:
+        ask = file_download.get_hf_file_metadata
+
+        @functools.wraps(ask)
+        def ask_and_look(url: str, *args: Any, **kwargs: Any) -> Any:
+            is_ours = f"/{repository}/resolve/" in url  # other threads ask about other files
+            try:
+                answer = ask(url, *args, **kwargs)
+            except EntryNotFoundError as error:
+                if is_ours and (response := getattr(error, "response", None)) is not None:
+                    _check_answer(url, response.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT))
+                raise
+            if is_ours:
+                _check_answer(url, answer.commit_hash, answer.etag, answer.size)
+            return answer
+
+        file_download.get_hf_file_metadata = ask_and_look
+        try:
+            yield
+        finally:
+            file_download.get_hf_file_metadata = ask
 
 
-def _check_answer(response: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse an answer about a file whose headers the client would make paths of.
+def _check_answer(url: str, commit: str | None, etag: str | None = None, size: int | None = None) -> None:
+    """Refuse an answer about a file of which the client would make paths.
 
     It stores a file as ``blobs/<etag>``, links to it from ``snapshots/<commit>``, and notes a missing one below
-    ``.no_exist/<commit>``.
+    ``.no_exist/<commit>``. Without a commit it does nothing.
 
     Raises:
         ValueError: The etag or the commit is none, or the file is too large.
     """
-    if response.request.method != "HEAD":
+    if commit is None:
         return
-    headers, url = response.headers, str(response.request.url)
-    commit = headers.get("X-Repo-Commit")
-    if commit is not None and not _COMMIT.fullmatch(commit):
+    if not _COMMIT.fullmatch(commit):
         raise ValueError(f"{url} answers with the commit {commit!r:.100}, which is none. Do not trust this endpoint")
-    etag = headers.get("X-Linked-ETag") or headers.get("ETag")
-    if commit is not None and etag is not None and not _FILE_NAME.fullmatch(etag.removeprefix("W/").strip('"')):
+    if etag is not None and not _FILE_NAME.fullmatch(etag):
         raise ValueError(
             f"{url} answers with the etag {etag!r:.100}, which cannot be a file's name in the cache. Do not trust this "
             "endpoint"
         )
-    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or "0"
-    if commit is not None and not (size.isdecimal() and len(size) < 20 and int(size) <= LARGEST_THETA):
-        raise ValueError(f"{url} announces {size:.40} bytes; a theta has at most {LARGEST_THETA}")
+    if size is not None and not 0 <= size <= LARGEST_THETA:
+        raise ValueError(f"{url} announces {size!s:.40} bytes; a theta has at most {LARGEST_THETA}")
 
 
 def _check_cache(folder: Path) -> None:
