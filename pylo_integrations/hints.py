@@ -13,7 +13,6 @@ from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from pylo_integrations.decay import shrinkage
 
@@ -156,7 +155,7 @@ class SettingsWatch:
         hints: Hints = {}
         is_small = self._course.is_set_below(self._lowest, iteration, patience)
         is_constant = self._is_constant and self._first < iteration and all(map(math.isfinite, self._lrs))
-        lacks_schedule = self._wants_schedule and is_constant and iteration == patience
+        lacks_schedule = self._wants_schedule and is_constant and iteration == patience < num_steps
         if (is_small or lacks_schedule) and not _is_scheduled(groups):
             hints |= self._too_small(_largest(self._lrs)) if is_small else {}
             hints |= self._constant(iteration - self._first, num_steps) if lacks_schedule else {}
@@ -233,14 +232,16 @@ class SettingsWatch:
 def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is a scheduler for these parameters, though it may not have done anything yet.
 
-    All of torch's leave a key in the groups, but ReduceLROnPlateau, which has to be looked for. That is slow, and done
-    once a run.
+    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for, which
+    is slow, and done once a run.
     """
     if any("initial_lr" in group for group in groups):
         return True
     ours = {id(param) for group in groups for param in group["params"]}
-    # Not isinstance(): other people's objects may do anything when they are asked for their __class__.
-    schedulers = [found for found in gc.get_objects() if issubclass(type(found), LRScheduler)]
+    found = gc.get_objects()
+    # Other people's objects may do anything when they are asked, so their types are.
+    kinds = {kind for kind in set(map(type, found)) if any("get_last_lr" in vars(base) for base in kind.__mro__)}
+    schedulers = [one for one in found if type(one) in kinds]
     theirs = [getattr(getattr(scheduler, "optimizer", None), "param_groups", ()) for scheduler in schedulers]
     return any(id(param) in ours for scheduled in theirs for group in scheduled for param in group["params"])
 
