@@ -548,15 +548,14 @@ def test_no_hint_is_lost_when_another_is_raised(told):
     assert "lr=1 " in told()[0]
 
 
-@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.parametrize(("what", "everywhere"), [*((what, False) for what in STRANGE), ("lr", True)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.dist
-def test_no_rank_waits_for_one_that_raises_a_hint(workers, layout, what):
-    for everywhere in (True, False):
-        results = workers.run(2, hint_case, layout=layout, what=what, everywhere=everywhere, timeout=100)
-        raised, iterations, digests = zip(*results, strict=True)
-        assert raised == ((1, 1) if everywhere else (0, 1))
-        assert set(iterations) == {4 - (what in SPOILT)} and len(set(digests)) == 1
+def test_no_rank_waits_for_one_that_raises_a_hint(workers, layout, what, everywhere):
+    results = workers.run(2, hint_case, layout=layout, what=what, everywhere=everywhere, timeout=100)
+    raised, iterations, digests = zip(*results, strict=True)
+    assert raised == ((1, 1) if everywhere else (0, 1))
+    assert set(iterations) == {4 - (what in SPOILT)} and len(set(digests)) == 1
 
 
 # -- adapters ------------------------------------------------------------------------------------------------------
