@@ -232,7 +232,7 @@ class SettingsWatch:
 def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is a scheduler for these parameters, though it may not have done anything yet.
 
-    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for, which
+    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for. That
     is slow, and done once a run.
     """
     if any("initial_lr" in group for group in groups):

@@ -584,6 +584,24 @@ def test_adapters_pass_what_they_are_given(told, tmp_path):
     assert "natural learning rate of CELO2, 0.0003," in text
 
 
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_trainers_schedule_is_linear_unless_the_rule_has_its_own(phase, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from pylo_integrations import hf
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, report_to="none", use_cpu=True, optim_args=f"phase={phase}"
+    )
+    trainer = hf.Trainer(nn.Linear(2, 2), arguments, optimizers="celo")
+    trainer.create_optimizer_and_scheduler(4)
+    rates = []
+    for _ in range(4):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == ([1.0, 0.75, 0.5, 0.25] if phase == 1 else [1.0] * 4)
+
+
 def test_lightning_and_its_learning_rate_finder(told, tmp_path):
     lightning = pytest.importorskip("lightning")
     from lightning.pytorch.tuner import Tuner
