@@ -59,7 +59,7 @@ class OptimizerSpec:
     @property
     def wants_schedule(self) -> bool:
         """Whether a run ends well only under a learning rate that falls to zero, which the caller has to bring."""
-        return self.cls.wants_schedule
+        return self.cls.wants_schedule_with(self.defaults)
 
     @property
     def options(self) -> tuple[str, ...]:

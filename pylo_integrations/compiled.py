@@ -155,10 +155,6 @@ class CompiledSteps:
         memory = dict(zip(sorted(own.memory), tensors.run[1:], strict=True))
         return Progress(int(tensors.run[0]), own.num_steps, memory=memory)
 
-    def groups_of(self, tensors: StepTensors, groups: Groups, state: States) -> Groups:
-        """An optimizer's groups, with these tensors in the place of its own."""
-        return self._twins_of(tensors, groups, state).groups
-
     def step(
         self,
         tensors: StepTensors,

@@ -5,8 +5,11 @@ They are told, not refused, as whoever sets them may know better.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -22,8 +25,63 @@ TOLERANCE = 10.001
 ADAMW_DECAYS = (0.01, 0.1)
 """Weight decays in recipes for AdamW."""
 
+_LOWEST_DECAY, _HIGHEST_DECAY = ADAMW_DECAYS[0] / TOLERANCE, ADAMW_DECAYS[1] * TOLERANCE
+
 SWEEP = 1000.0
 """How many times its initial value a learning rate reaches only in a search for the right one."""
+
+DROP = 300.0
+"""How many times smaller no schedule makes a setting at once and then leaves it; from 1 to AdamW's 1e-3 is more."""
+
+
+class Remarks:
+    """Warnings of one optimizer, each subject once.
+
+    Whoever turns warnings into exceptions shall find a step taken or not begun, and no rank waiting for the one that
+    raises: what is found in the midst of a step is kept until it is over.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._kept: Hints = {}
+
+    def keep(self, hints: Hints) -> None:
+        """Have ``hints`` told, but for subjects that were."""
+        self._kept |= {subject: message for subject, message in hints.items() if subject not in self._known}
+        self._known |= hints.keys()
+
+    def tell(self) -> None:
+        """Warn of what was kept; what comes after a warning that raises is kept for the next time."""
+        for subject in list(self._kept):
+            if (message := self._kept.pop(subject, None)) is not None:  # else another thread has told it
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class _Course:
+    """How a setting came to the value it has: did somebody set it, or does a schedule pass through it?
+
+    Args:
+        is_whole: Whether it is seen from the first step of the run on.
+    """
+
+    def __init__(self, is_whole: bool) -> None:
+        self._is_whole = is_whole
+        self._value = self._last = self._largest = 0.0
+        self._since = 0
+
+    def see(self, value: float, iteration: int) -> None:
+        """Note the value of a step."""
+        if value != self._value:
+            self._largest = max(self._largest, self._value)
+            self._last = self._value or self._last
+            self._value, self._since = value, iteration
+
+    def is_set_below(self, lowest: float, iteration: int, patience: int) -> bool:
+        """Whether too small a value has been there for ``patience`` steps, and no schedule leads to it: it was never
+        large, or fell at once.
+        """
+        stays = 0 < self._value < lowest and iteration - self._since == patience
+        return stays and ((self._is_whole and self._largest < lowest) or self._last > DROP * self._value)
 
 
 class SettingsWatch:
@@ -43,35 +101,67 @@ class SettingsWatch:
         self._lowest, self._highest = min(usual_lrs) / TOLERANCE, max(usual_lrs) * TOLERANCE
         self._adamw_lr = adamw_lr
         self._wants_schedule = wants_schedule
-        self._lrs: list[float] = []  # of the last look
-        self._is_constant = True  # since the first look
+        self._begin(0)
+
+    def _begin(self, iteration: int) -> None:
+        """Forget what was seen, as the run goes on elsewhere: it is new, or a checkpoint was loaded."""
+        self._first, self._iteration = iteration, iteration - 1  # of the first and the last look
+        self._lrs: list[float] = []
+        self._decays: list[tuple[float, str]] = []
+        self._is_constant = True  # lr, since the first look
+        self._is_whole = iteration == 0
+        self._course = _Course(self._is_whole)  # of the largest lr
+        self._courses: list[_Course] = []  # of the decay of each group, in AdamW's terms
 
     def look_at_start(self, groups: Sequence[Mapping[str, Any]]) -> Hints:
         """Look at groups as they were given. 0 is where a warm-up starts; of several learning rates the largest counts,
         as muP and layer-wise decay divide it.
         """
-        largest = max((_number(group["lr"]) for group in groups), default=0.0)
-        if 0 < largest < self._lowest:
-            return self._too_small(largest)
-        return self._too_large(groups) or (self._decay(groups, largest) if largest > 0 else {})
+        largest = _largest([_number(group["lr"]) for group in groups])
+        rate = self._too_small(largest) if 0 < largest < self._lowest else self._too_large(groups)
+        return rate | self._decay(groups, lambda times: not _LOWEST_DECAY < times < _HIGHEST_DECAY)
 
     def look(self, groups: Sequence[Mapping[str, Any]], iteration: int, num_steps: int | None) -> Hints:
-        """Look at groups before a step.
+        """Look at groups before a step. What is too large is told as soon as it is there; what is too small may be the
+        beginning or the end of a schedule, and has to stay for a tenth of the run.
 
         Args:
             groups: Of the optimizer.
             iteration: Steps taken.
             num_steps: The horizon.
         """
+        if iteration not in (self._iteration, self._iteration + 1):
+            self._begin(iteration)
+        was_skipped, self._iteration = iteration == self._iteration, iteration
+        hints: Hints = {}
         lrs = [_number(group["lr"]) for group in groups]
         if lrs != self._lrs:
-            self._is_constant = not self._lrs
+            self._is_constant &= lrs[: len(self._lrs)] == self._lrs  # a group that joins is no schedule
             self._lrs = lrs
-            return self._too_large(groups)
-        # Late enough for a warm-up to have begun, early enough to start again.
-        if num_steps is not None and iteration == max(5, num_steps // 10) and self._is_constant:
-            return self._constant(groups, iteration, num_steps)
-        return {}
+            self._course.see(_largest(lrs), iteration)
+            hints |= self._too_large(groups)
+        decays = [(_number(group["weight_decay"]), group["weight_decay_policy"]) for group in groups]
+        if decays != self._decays:
+            self._decays = decays
+            self._courses += [_Course(self._is_whole) for _ in groups[len(self._courses) :]]
+            for course, times in zip(self._courses, self._in_adamw(groups), strict=False):
+                course.see(times, iteration)
+            hints |= self._decay(groups, lambda times: times >= _HIGHEST_DECAY)
+        return hints | ({} if num_steps is None or was_skipped else self._look_for_rest(groups, iteration, num_steps))
+
+    def _look_for_rest(self, groups: Sequence[Mapping[str, Any]], iteration: int, num_steps: int) -> Hints:
+        """What does not move though it should."""
+        patience = max(5, num_steps // 10)  # late enough for a warm-up to have begun, early enough to start again
+        hints: Hints = {}
+        is_small = self._course.is_set_below(self._lowest, iteration, patience)
+        is_constant = self._is_constant and self._first < iteration and all(map(math.isfinite, self._lrs))
+        lacks_schedule = self._wants_schedule and is_constant and iteration == patience < num_steps
+        if (is_small or lacks_schedule) and not _is_scheduled(groups):
+            hints |= self._too_small(_largest(self._lrs)) if is_small else {}
+            hints |= self._constant(iteration - self._first, num_steps) if lacks_schedule else {}
+        if any(course.is_set_below(_LOWEST_DECAY, iteration, patience) for course in self._courses):
+            hints |= self._decay(groups, lambda times: times <= _LOWEST_DECAY)
+        return hints
 
     def _too_large(self, groups: Sequence[Mapping[str, Any]]) -> Hints:
         for group in groups:
@@ -97,42 +187,74 @@ class SettingsWatch:
             f"{self._lowest:.3g} and {self._highest:.3g}"
         )
 
-    def _decay(self, groups: Sequence[Mapping[str, Any]], lr: float) -> Hints:
-        decaying = [group for group in groups if group["weight_decay"] and group["weight_decay_policy"] != "l2"]
-        for group in decaying:
-            decay, policy = float(group["weight_decay"]), group["weight_decay_policy"]
-            as_largest = {**group, "lr": lr, "base_lr": lr}
-            shrink = float(shrinkage(as_largest, adamw_scale=self._adamw_lr / self._lr))
-            times = shrink / self._adamw_lr  # the number that would decay as fast in AdamW
-            low, high = ADAMW_DECAYS
-            if not times or low / TOLERANCE < times < high * TOLERANCE:
+    def _in_adamw(self, groups: Sequence[Mapping[str, Any]]) -> list[float]:
+        """For each group the weight decay that would decay as fast in AdamW; 0 for none, or if it is not known.
+
+        It is that at the learning rate which the run is about, not at one that a schedule passes through.
+        """
+        rates = [
+            max(_number(group["lr"]), *(_number(group.get(key, 0.0)) for key in ("initial_lr", "max_lr")))
+            for group in groups
+        ]
+        lr = _largest(rates)
+        lr = lr if self._lowest <= lr <= self._highest else self._lr
+        found = []
+        for group in groups:
+            plain = {**group, "lr": lr, "base_lr": lr, "weight_decay": _number(group["weight_decay"])}
+            times = float(shrinkage(plain, adamw_scale=self._adamw_lr / self._lr)) / self._adamw_lr
+            found.append(times if math.isfinite(times) else 0.0)
+        return found
+
+    def _decay(self, groups: Sequence[Mapping[str, Any]], is_strange: Callable[[float], bool]) -> Hints:
+        for group, times in zip(groups, self._in_adamw(groups), strict=True):
+            if not times or not is_strange(times):
                 continue
+            decay, policy, (low, high) = _number(group["weight_decay"]), group["weight_decay_policy"], ADAMW_DECAYS
             policies = "" if policy == "adamw" else ', or pass weight_decay_policy="adamw" with 0.01 to 0.1'
             return {
                 "weight_decay": f"weight_decay={decay:g} with weight_decay_policy={policy!r} shrinks the parameters of "
-                f"{self._name} by {shrink:.3g} a step, as {times:.3g} does in AdamW, where {low:g} to {high:g} is "
-                f"usual: choose one between {decay * low / times:.3g} and {decay * high / times:.3g}{policies}"
+                f"{self._name} by {times * self._adamw_lr:.3g} a step, as {times:.3g} does in AdamW, where {low:g} to "
+                f"{high:g} is usual: choose one between {decay * low / times:.3g} and {decay * high / times:.3g}"
+                f"{policies}"
             }
         return {}
 
-    def _constant(self, groups: Sequence[Mapping[str, Any]], iteration: int, num_steps: int) -> Hints:
-        if any("initial_lr" in group for group in groups) or not all(math.isfinite(lr) for lr in self._lrs):
-            return {}  # torch's schedulers leave that key; what is on a device is not read
-        largest = max(self._lrs)
-        hints = self._too_small(largest) if 0 < largest < self._lowest else {}
-        if self._wants_schedule:
-            hints["schedule"] = (
-                f"the learning rate of {self._name} has not changed in {iteration} of {num_steps} steps. It ends far "
-                "above its best without a schedule to zero: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, "
-                f"total_iters={num_steps}), stepped after every optimizer.step(); in Lightning "
-                'configure_optimizers(..., scheduler="linear"), with the Hugging Face Trainer '
-                'lr_scheduler_type="linear". Nothing is wrong if yours begins later'
-            )
-        return hints
+    def _constant(self, steps: int, num_steps: int) -> Hints:
+        return {
+            "schedule": f"the learning rate of {self._name} has not changed in {steps} of {num_steps} steps. It "
+            "ends far above its best without a schedule to zero: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, "
+            f"0.0, total_iters={num_steps}), stepped after every optimizer.step(); in Lightning "
+            'configure_optimizers(..., scheduler="linear"), with the Hugging Face Trainer '
+            'lr_scheduler_type="linear". Nothing is wrong if yours begins later'
+        }
+
+
+def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is a scheduler for these parameters, though it may not have done anything yet.
+
+    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for.
+    That is slow, and done once a run.
+    """
+    if any("initial_lr" in group for group in groups):
+        return True
+    ours = {id(param) for group in groups for param in group["params"]}
+    found = gc.get_objects()
+    # Other people's objects may do anything when they are asked, so their types are.
+    kinds = {kind for kind in set(map(type, found)) if any("get_last_lr" in vars(base) for base in kind.__mro__)}
+    schedulers = [one for one in found if type(one) in kinds]
+    theirs = [getattr(getattr(scheduler, "optimizer", None), "param_groups", ()) for scheduler in schedulers]
+    return any(id(param) in ours for scheduled in theirs for group in scheduled for param in group["params"])
+
+
+def _largest(lrs: Sequence[float]) -> float:
+    """0 if one of them is not known."""
+    return max(lrs, default=0.0) if all(map(math.isfinite, lrs)) else 0.0
 
 
 def _number(value: Any) -> float:
     """What can be read without waiting for a device, else nan."""
     if isinstance(value, (float, int)):
         return value
-    return float(value) if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() == 1 else math.nan
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else math.nan
+    return float(value) if isinstance(value, Real) else math.nan

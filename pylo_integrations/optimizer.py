@@ -44,7 +44,7 @@ from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients
-from pylo_integrations.hints import Hints, SettingsWatch
+from pylo_integrations.hints import Remarks, SettingsWatch
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
 from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
@@ -126,6 +126,7 @@ class LearnedOptimizer(Optimizer):
             updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
         usual_lrs: Learning rates that suit the rule; by default :attr:`default_lr`.
+        wants_schedule: As the attribute, which is the default.
 
     Raises:
         ValueError: An argument is out of range.
@@ -172,6 +173,7 @@ class LearnedOptimizer(Optimizer):
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
         usual_lrs: Sequence[float] = (),
+        wants_schedule: bool | None = None,
     ) -> None:
         if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
@@ -185,9 +187,13 @@ class LearnedOptimizer(Optimizer):
         self._check_settings()
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
-        self._warned: set[str] = set()
+        self._remarks = Remarks()
         self._watch = SettingsWatch(
-            type(self).__name__, self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr, self.wants_schedule
+            type(self).__name__,
+            self.default_lr,
+            usual_lrs or [self.default_lr],
+            self.adamw_lr,
+            self.wants_schedule if wants_schedule is None else wants_schedule,
         )
         self._holdings = Holdings(shard_step)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
@@ -206,7 +212,13 @@ class LearnedOptimizer(Optimizer):
         self._is_made = False  # until then, groups of which some have names are an error, as in torch
         super().__init__(params, defaults)
         del self._is_made
-        self._tell(self._watch.look_at_start(self.param_groups))
+        self._remarks.keep(self._watch.look_at_start(self.param_groups))
+        self._remarks.tell()
+
+    @classmethod
+    def wants_schedule_with(cls, options: Mapping[str, Any]) -> bool:
+        """As :attr:`wants_schedule`, for an optimizer that is given these arguments."""
+        return cls.wants_schedule
 
     # -- what the rule needs to know -------------------------------------------------------------------------------
 
@@ -436,6 +448,7 @@ class LearnedOptimizer(Optimizer):
                 self._engine.release_gradients()
         if not taken:
             self._warn_of_skip(self._progress)
+        self._remarks.tell()
 
     def _check_settings(self) -> None:
         """Raise ValueError unless what applies to all groups is in range; attributes may be set at any time."""
@@ -531,32 +544,23 @@ class LearnedOptimizer(Optimizer):
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:
-            self._warn_once(
-                "horizon",
+            message = (
                 f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
-                "told that training ends there. Call set_num_steps() with the true length of the run",
+                "told that training ends there. Call set_num_steps() with the true length of the run"
             )
+            self._remarks.keep({"horizon": message})
 
     def _warn_of_skip(self, progress: Progress) -> None:
-        self._warn_once(
-            "nonfinite",
-            f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
-            "ones are only counted, in `nonfinite_steps`",
+        message = (
+            f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further ones "
+            "are only counted, in `nonfinite_steps`"
         )
+        self._remarks.keep({"nonfinite": message})
 
     def _hint(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
-        """Warn of what will not train well, before a step."""
+        """Remark on what will not train well, before a step."""
         self._warn_of_horizon(progress)
-        self._tell(self._watch.look(groups, progress.iteration, progress.num_steps))
-
-    def _tell(self, hints: Hints) -> None:
-        for subject, message in hints.items():
-            self._warn_once(subject, message)
-
-    def _warn_once(self, subject: str, message: str) -> None:
-        if subject not in self._warned:
-            self._warned.add(subject)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
 
     # -- stepping in compiled functions ----------------------------------------------------------------------------
 
@@ -588,7 +592,7 @@ class LearnedOptimizer(Optimizer):
                 self._check_overwritten()
             self._whole.clear()
             progress = compiled.progress_of(tensors, self._progress)
-            self._hint(compiled.groups_of(tensors, self.param_groups, self.state), progress)
+            self._hint(self.param_groups, progress)
             used = loss if self.rule.needs_loss else None
             try:
                 taken = compiled.step(tensors, self.param_groups, self.state, progress, used, self._policies)
@@ -597,6 +601,7 @@ class LearnedOptimizer(Optimizer):
         self._progress.expect(progress.iteration)
         if not taken:
             self._warn_of_skip(progress)
+        self._remarks.tell()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -616,6 +621,7 @@ class LearnedOptimizer(Optimizer):
         try:
             super().add_param_group(param_group)
             check_group(self.param_groups[-1], self.rule.choices, len(groups))
+            self._options.check_new(self.param_groups[-1], len(groups))
         except (TypeError, ValueError):
             self.param_groups[:] = groups
             for group in nameless:
@@ -847,12 +853,14 @@ class LearnedOptimizer(Optimizer):
             runs, rest = split_run({i: state_dict["state"][i] for i in indices if i in state_dict["state"]}, self.rule)
             progress, theta = read_progress(groups, runs, self.rule)
             check_groups(groups, self.param_groups, self.rule.choices)
+            for index, group in enumerate(groups):
+                self._options.check_new(group, index)
             # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
             states = {}
             if has_states(state_dict):
                 states = read_states(groups, rest, self._members(groups), self._holdings, progress)
             return Checkpoint(states, progress, theta)
-        except CheckpointError as error:
+        except ValueError as error:
             raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
 
     def _take_over(self, checkpoint: Checkpoint) -> list[str]:
@@ -968,7 +976,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
-        ours = (*own, "_progress", "_warned", "_watch", "_holdings", "_born")
+        ours = (*own, "_progress", "_remarks", "_watch", "_holdings", "_born")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -979,13 +987,14 @@ class LearnedOptimizer(Optimizer):
 
     def _start_engines(self) -> None:
         """Make what is of this object, and not of its copies."""
+        adamw_scale = self.adamw_lr / self.default_lr
         fixed = self.rule, self.backend, self.chunk_bytes
-        more = self.stochastic_rounding, self.theta, self.adamw_lr / self.default_lr
+        more = self.stochastic_rounding, self.theta, adamw_scale
         self._engine = Engine(*fixed, self._holdings, *more)
         self._compiled = CompiledSteps(Engine(*fixed, Holdings(), *more), self.rule.state_names)
         self._handle = register(self)
         self._steplock = StepLock()
-        self._options = OptionCheck(self.rule.choices)
+        self._options = OptionCheck(self.rule, adamw_scale)
         self._state_names = self.rule.state_names
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 

@@ -165,7 +165,7 @@ class Celo(ThetaOptimizer):
     Args:
         params: As for :class:`LearnedOptimizer`.
         lr: As for :class:`LearnedOptimizer`.
-        phase: 2; or 1 for the MLP without the learned schedule, which then leaves annealing to ``lr``.
+        phase: 2; or 1 for the MLP without the learned schedule, which wants an ``lr`` that falls to zero in its place.
         weight_decay: As for :class:`LearnedOptimizer`.
         weights: As for :class:`ThetaOptimizer`.
         num_steps: As for :class:`LearnedOptimizer`.
@@ -223,7 +223,13 @@ class Celo(ThetaOptimizer):
             stochastic_rounding=stochastic_rounding,
             theta=theta,
             usual_lrs=self._usual_lrs(theta, rule, weights is None and step_mult is None),
+            wants_schedule=self.wants_schedule_with({"phase": phase}),
         )
+
+    @classmethod
+    def wants_schedule_with(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the learned schedule is left out."""
+        return bool(options.get("phase") == 1)
 
 
 class CeloAdam(ThetaOptimizer):

@@ -168,3 +168,81 @@ def test_tensors_that_adam_steps_twenty_times_as_far_decay_like_all_others():
         warnings.simplefilter("error")
         rates = shrinkage("celo2", 1.0, backend="reference")
     assert rates == pytest.approx([3e-4] * 4, rel=2e-2)
+
+
+# -- the other rows of docs/coming_from_adamw.md ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_options_of_adamw_are_none_of_ours(name):
+    for option in ("betas", "eps", "amsgrad", "fused", "foreach"):
+        with pytest.raises(TypeError, match=option):
+            create(nn.Linear(2, 2), name, **{option: None})
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_the_size_of_a_step_hardly_depends_on_that_of_the_gradient(name):
+    moved = []
+    for scale in (1e-4, 1.0, 1e4):
+        params, generator = parameters(), torch.Generator().manual_seed(0)
+        optimizer = create(params, name, max_grad_norm=math.inf)
+        for _ in range(8):
+            for param in params:
+                param.grad = scale * torch.randn(param.shape, generator=generator)
+            optimizer.step(loss=1.0)
+        before = parameters()
+        moved.append(math.sqrt(sum((p - q).square().sum().item() for p, q in zip(params, before, strict=True))))
+    assert max(moved) < 3 * min(moved)
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_loss_and_horizon_do_no_harm_and_a_scaler_and_accumulation_change_nothing(name, backend):
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def trained(way):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4)
+        optimizer = create(model, name, backend=backend, num_steps=None if way == "without" else 1000)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for _ in range(4):
+            optimizer.zero_grad()
+            losses = [model(part).square().mean() / (2 if way == "accumulated" else 1) for part in parts(way)]
+            for loss in losses:
+                (scaler.scale(loss) if way == "scaled" else loss).backward()
+            if way == "scaled":
+                scaler.step(optimizer, loss=sum(losses))
+                scaler.update()
+            else:
+                optimizer.step(**({} if way == "without" else {"loss": sum(losses)}))
+        return model.weight.detach()
+
+    def parts(way):
+        return inputs.chunk(2) if way == "accumulated" else [inputs]
+
+    plain = trained("plain")
+    for way in (
+        ("scaled", "accumulated") if get_optimizer_info(name).needs_loss else ("without", "scaled", "accumulated")
+    ):
+        torch.testing.assert_close(trained(way), plain, rtol=1e-4, atol=1e-5)
+
+
+def course_of(name: str, lr: float, steps: int = 40) -> list[float]:
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer, losses = create(model, name, lr, num_steps=steps), []
+    for _ in range(steps):
+        loss = mse_loss(model(inputs), inputs[:, :3].sum(1, keepdim=True).sin())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:lr=:RuntimeWarning")
+def test_rates_from_another_world_do_what_the_page_says():
+    hardly = course_of("celo", 1e-4)
+    assert hardly[-1] > 0.99 * hardly[0]
+    exploding = course_of("celo2", 1.0)
+    assert max(exploding) > 100 * exploding[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,10 +12,16 @@ import torch
 from native_library import library_or_skip
 from thetas import create
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from pylo_integrations import list_optimizers
+from pylo_integrations import CheckpointError, get_optimizer_info, list_optimizers
+from pylo_integrations.decay import DecayPolicy
+from pylo_integrations.options import OptionCheck
 
-pytestmark = pytest.mark.usefixtures("small_thetas")
+pytestmark = [
+    pytest.mark.usefixtures("small_thetas"),
+    pytest.mark.filterwarnings("ignore:weight_decay=:RuntimeWarning", "ignore:lr=:RuntimeWarning"),
+]
 
 NAMES = list_optimizers()
 BAD = [
@@ -24,13 +31,20 @@ BAD = [
     ("lr", -1.0),
     ("lr", "0.1"),
     ("lr", 1e39),
+    ("lr", 1e13),
     ("lr", 1j),
     ("lr", torch.tensor([0.1, 0.2])),
     ("lr", torch.tensor(math.nan)),
     ("lr", torch.tensor(-1.0)),
     ("lr", torch.tensor(1j)),
     ("lr", np.array([0.1, 0.2])),
+    ("lr", torch.ones(1).to_sparse()),
+    ("lr", torch.tensor(1.0).to(torch.float8_e4m3fn)),
+    ("lr", torch.tensor(True)),
     ("weight_decay", None),
+    ("weight_decay", torch.ones(1, 1).to_sparse()),
+    ("weight_decay", torch.tensor(0.1).to(torch.float8_e5m2)),
+    ("weight_decay", 1e39),
     ("weight_decay", math.nan),
     ("weight_decay", -0.1),
     ("weight_decay", "0.1"),
@@ -44,6 +58,7 @@ BAD = [
     ("rule", None),
     ("base_lr", math.nan),
     ("base_lr", "1"),
+    ("base_lr", torch.ones(1).to_sparse()),
 ]
 
 
@@ -138,6 +153,142 @@ def test_other_numbers_are_obeyed(lr, backend):
         torch.testing.assert_close(p, q)
 
 
+# -- learning rate and decay together --------------------------------------------------------------------------------
+
+
+POLICIES = get_args(DecayPolicy)
+
+
+def largest_decay(optimizer, policy: str, lr: float) -> float:
+    """The weight decay that leaves nothing of a parameter in one step."""
+    rates = {"adamw": lr * optimizer.adamw_lr / optimizer.default_lr, "l2": 1e-6}
+    coupled = lr * (20 if type(optimizer).__name__ == "CELO2" else 1)  # Adam's tensors
+    return 1 / rates.get(policy, 1.0 if "independent" in policy else coupled)
+
+
+def numbers_of(value: float) -> list:
+    return [value, np.float64(value), torch.tensor(value), torch.tensor([value], dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_decay_that_would_take_more_than_all_is_refused_before_anything_moves(name, policy, backend):
+    params, optimizer = make(name, backend, weight_decay_policy=policy)
+    before, group = everything(optimizer, params), optimizer.param_groups[1]
+    lr = group["lr"]
+    largest = largest_decay(optimizer, policy, lr)
+    told = rf"parameter group 1: .*weight_decay=.* with weight_decay_policy='{policy}' .*: choose "
+    told += "" if policy == "l2" else rf"weight_decay {largest:.3g} or less".replace("+", r"\+")
+    for decay in (value for times in (1.01, 1e30) for value in numbers_of(times * largest)):
+        group["weight_decay"] = decay
+        with pytest.raises(ValueError, match=told) as caught:
+            optimizer.step(loss=1.0)
+        assert policy == "l2" or f"lr={lr:g}" in str(caught.value)
+        assert_nothing_moved(optimizer, params, before)
+    group["weight_decay"] = largest
+    for k in range(3):
+        give(params, k)
+        optimizer.step(loss=1.0)
+        assert all(value.isfinite().all() for value in everything(optimizer, params))
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "l2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schedule_of_the_learning_rate_cannot_make_decay_too_large(name, policy, backend):
+    lr = get_optimizer_info(name).lr
+    for given in (lr, torch.tensor(lr)):
+        params, optimizer = make(name, backend, lr=given, weight_decay_policy=policy)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.5 * largest_decay(optimizer, policy, lr)
+        scheduler = LambdaLR(optimizer, lambda step: step)
+        for _ in range(3):  # 0, 1, 2 times lr
+            optimizer.step(loss=1.0)
+            scheduler.step()
+        before = everything(optimizer, params)
+        with pytest.raises(ValueError, match="parameter group 0: lr=.* shrink a parameter by 1.5 times itself"):
+            optimizer.step(loss=1.0)
+        assert_nothing_moved(optimizer, params, before)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_refused_in_new_groups_and_checkpoints_too(name, policy):
+    new = {"params": [nn.Parameter(torch.ones(2))], "weight_decay": 1e30, "weight_decay_policy": policy}
+    with pytest.raises(ValueError, match="parameter group 0: .*weight_decay=1e\\+30"):
+        create([new], name)
+    params, optimizer = make(name)
+    with pytest.raises(ValueError, match="parameter group 2: .*weight_decay=1e\\+30"):
+        optimizer.add_param_group(new)
+    assert len(optimizer.param_groups) == 2
+    saved = optimizer.state_dict()
+    saved["param_groups"][1] |= {"weight_decay": 1e30, "weight_decay_policy": policy}
+    before = everything(optimizer, params)
+    with pytest.raises(CheckpointError, match="parameter group 1: .*weight_decay=1e\\+30"):
+        optimizer.load_state_dict(saved)
+    assert_nothing_moved(optimizer, params, before)
+    assert optimizer.param_groups[1]["weight_decay"] == optimizer.param_groups[0]["weight_decay"] < 1
+
+
+def test_no_decay_is_none_whatever_the_learning_rates():
+    params, optimizer = make("small_fc_lopt", weight_decay_policy="before_independent")
+    optimizer.param_groups[0]["base_lr"] = 1e-320
+    optimizer.step()
+    assert all(p.isfinite().all() for p in params)
+    del optimizer.param_groups[0]["base_lr"]
+    with pytest.raises(ValueError, match=r"parameter group 0: the options \['base_lr'\] are missing"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_learning_rate_in_half_precision_does_not_lose_the_decay(name, backend):
+    lr = get_optimizer_info(name).lr
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        halved = torch.tensor([[[lr]]], dtype=dtype)
+        (params, optimizer), (twins, plain) = (
+            make(name, backend, lr=value, weight_decay=0.1) for value in (halved, float(halved))
+        )
+        for k in range(3, 20):
+            give(params, k), give(twins, k)
+            optimizer.step(loss=1.0), plain.step(loss=1.0)
+        for p, q in zip(params, twins, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+class Elsewhere(torch.Tensor):
+    """A number on a device, that counts how often someone waits for it."""
+
+    read = 0
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def item(self):
+        Elsewhere.read += 1
+        return super().item()
+
+
+def test_what_is_on_a_device_is_read_when_it_is_put_there_and_no_more():
+    rule = create([nn.Parameter(torch.ones(2, 2))], "celo2").rule
+    check, Elsewhere.read = OptionCheck(rule, 1.0), 0
+    group = {"lr": torch.tensor(0.1).as_subclass(Elsewhere), "weight_decay": 0.1, "weight_decay_policy": "adamw"}
+    group |= {"maximize": False, "axes": "out_in", "rule": "learned", "base_lr": 0.1}
+    for step in range(5):
+        group["weight_decay"] = 0.1 / (1 + step)  # as a schedule sets it
+        check.check([group])
+    assert Elsewhere.read == 1
+    group["lr"] = torch.tensor(0.2).as_subclass(Elsewhere)
+    check.check([group]), check.check([group])
+    assert Elsewhere.read == 2
+    group["weight_decay"] = 10.0
+    with pytest.raises(ValueError, match="lr=0.2 and weight_decay=10 "):
+        check.check([group])
+    assert Elsewhere.read == 2
+
+
+# -- settings of the optimizer ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("on_nonfinite", "ignore"), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan)]
 )
@@ -153,8 +304,6 @@ def test_settings_of_the_whole_optimizer_are_checked_too(setting, value):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("option", ["step_mult", "exp_mult"])
 def test_scales_that_are_no_numbers_are_refused(name, option):
-    from pylo_integrations import get_optimizer_info
-
     if option not in get_optimizer_info(name).options:
         pytest.skip("it has no such option")
     bad = [math.nan, math.inf, -math.inf, "1", torch.tensor(1.0)] + ([-1e-3] if option == "step_mult" else [])

@@ -24,7 +24,7 @@ Schedule: TypeAlias = SchedulerType | Callable[[Optimizer], LRScheduler]
 
 
 def _choose_rate_and_schedule(
-    spec: OptimizerSpec, args: transformers.TrainingArguments, schedule: Schedule | None
+    spec: OptimizerSpec, args: transformers.TrainingArguments, schedule: Schedule | None, options: dict[str, Any]
 ) -> tuple[float, Schedule]:
     """Learning rate and schedule: what the user chose, else what suits the optimizer.
 
@@ -39,7 +39,8 @@ def _choose_rate_and_schedule(
     if lr == defaults["learning_rate"]:
         notes.append(f"lr {spec.lr:g} in place of the default {lr:g}, since lr multiplies the learned update")
         lr = spec.lr
-    if schedule is None and spec.needs_horizon and kind == defaults["lr_scheduler_type"]:
+    anneals = spec.needs_horizon and not spec.cls.wants_schedule_with({**spec.defaults, **options})
+    if schedule is None and anneals and kind == defaults["lr_scheduler_type"]:
         chosen = SchedulerType.CONSTANT_WITH_WARMUP
         notes.append(f"schedule {chosen.value} in place of the default {kind.value}, since the rule anneals by itself")
     elif notes:
@@ -92,7 +93,7 @@ def describe(
     """Arguments of :class:`FromGroups`, and the schedule that goes with them."""
     check_supported(spec, args)
     options = parse_optim_args(spec, args.optim_args)
-    lr, chosen = _choose_rate_and_schedule(spec, args, schedule)
+    lr, chosen = _choose_rate_and_schedule(spec, args, schedule, options)
     return {"name": spec.name, "owner": model, "lr": lr, "options": options}, chosen
 
 

@@ -150,9 +150,17 @@ class Rule(ABC):
     @property
     def state_names(self) -> frozenset[str]:
         """Names of all states that this rule and its members keep; what else is in an optimizer's state is others'."""
+        return frozenset(name for member, layout in self._members() for name in member.state_shapes(layout))
+
+    @property
+    def largest_lr_mult(self) -> float:
+        """The largest :attr:`lr_mult` of this rule and its members."""
+        return max(member.lr_mult for member, _ in self._members())
+
+    def _members(self) -> list[tuple[Rule, TensorLayout]]:
+        """Who steps tensors of every rank and choice."""
         layouts = [TensorLayout.whole((2,) * rank, "out_in") for rank in range(4)]
-        members = [(self.rule_for(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
-        return frozenset(name for member, layout in members for name in member.state_shapes(layout))
+        return [(self.rule_for(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
 
     @abstractmethod
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
