@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pylo_integrations import sealed
 from pylo_integrations.fitting import missing_memory
+from pylo_integrations.ledger import Entry, Ledger
 from pylo_integrations.options import OPTIONS, check_group
 from pylo_integrations.progress import COUNTS, FLOATS, INTEGERS, LARGEST_COUNT, Progress, fault_of, flaw_of
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
@@ -50,31 +51,6 @@ States = Mapping[int, Mapping[str, Any]]
 
 class CheckpointError(ValueError):
     """A checkpoint is not for this optimizer or model, or would lose state; nothing was changed or written."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter of an optimizer, as checkpoints see it.
-
-    Attributes:
-        param: The parameter.
-        name: In the model that FSDP1 wraps, or as the optimizer was given it; None if it was not.
-        shape: Of the whole parameter.
-        held: What is here of it.
-        shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
-        dtype: Of its states.
-        is_slice: Whether it is a 1-D slice made by FSDP1.
-        names: That states of the optimizer have, whoever's; what has others is other code's.
-    """
-
-    param: Tensor
-    name: str | None
-    shape: tuple[int, ...]
-    held: Held
-    shapes: Mapping[str, tuple[int, ...] | None]
-    dtype: torch.dtype
-    is_slice: bool
-    names: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -119,7 +95,7 @@ def run_tensors(progress: Progress) -> dict[str, Tensor]:
 
 
 def pack_states(
-    states: Mapping[Any, Any], members: Sequence[Member], progress: Progress, *, is_whole: bool
+    states: Mapping[Any, Any], entries: Sequence[Entry], progress: Progress, *, is_whole: bool
 ) -> tuple[dict[Any, Any], bytes | None]:
     """States in the form that checkpoint paths carry, and, of FSDP1's slices, what has to travel apart.
 
@@ -127,44 +103,44 @@ def pack_states(
 
     Args:
         states: By the number of their parameter; what has other keys is left as it is.
-        members: Of the optimizer.
+        entries: Of the optimizer.
         progress: Of the run.
         is_whole: Whether states are whole where ranks share the steps.
     """
     run = run_tensors(progress)
-    packed = {index: {**own, **run} if index in range(len(members)) else own for index, own in states.items()}
-    slices = {index: member for index, member in enumerate(members) if member.is_slice and index in packed}
+    packed = {index: {**own, **run} if index in range(len(entries)) else own for index, own in states.items()}
+    slices = {index: entry for index, entry in enumerate(entries) if entry.is_slice and index in packed}
     small: dict[str, Tensor] = {}
     # FSDP takes all slices to have the same states, too: those that one lacks are zeros.
-    like_param = {key: None for member in slices.values() for key, shape in member.shapes.items() if shape is None}
-    for index, member in slices.items():
-        own, param = states[index], member.param
-        small |= {f"{member.name}/{key}": own[key] for key, shape in member.shapes.items() if shape is not None}
+    like_param = {key: None for entry in slices.values() for key, shape in entry.shapes.items() if shape is None}
+    for index, entry in slices.items():
+        own, param = states[index], entry.param
+        small |= {f"{entry.name}/{key}": own[key] for key, shape in entry.shapes.items() if shape is not None}
         packed[index] = {
-            key: own[key] if key in own else torch.zeros(param.shape, dtype=member.dtype, device=param.device)
+            key: own[key] if key in own else torch.zeros(param.shape, dtype=entry.dtype, device=param.device)
             for key in like_param
         }
-    if lost := foreign_names([states[index] for index in slices], [members[index] for index in slices]):
+    if lost := foreign_names([states[index] for index in slices], [entries[index] for index in slices]):
         warnings.warn(
             f"FSDP1 cannot save what other code keeps among the states of a parameter: {lost} are left out",
             RuntimeWarning,
             stacklevel=2,
         )
-    shared = (members[index].held.share is not None for index in packed if index in range(len(members)))
+    shared = (entries[index].held.share is not None for index in packed if index in range(len(entries)))
     if not is_whole and any(shared):
         packed = _Shares(packed)
     return packed, sealed.to_bytes(SMALL, {}, small) if slices else None
 
 
-def foreign_names(states: Sequence[Mapping[str, Any]], members: Sequence[Member]) -> list[str]:
+def foreign_names(states: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> list[str]:
     """Names of entries that are not the rule's, but kept among its states by other code."""
-    pairs = zip(states, members, strict=True)
-    return sorted({str(name) for own, member in pairs for name in own if name not in member.shapes})
+    pairs = zip(states, entries, strict=True)
+    return sorted({str(name) for own, entry in pairs for name in own if name not in entry.shapes})
 
 
 def whole_states(
     states: States,
-    members: Sequence[Member],
+    entries: Sequence[Entry],
     holdings: Holdings,
     to: int | None = None,
     device: torch.device | str | None = None,
@@ -175,7 +151,7 @@ def whole_states(
 
     Args:
         states: Of this rank.
-        members: Of the optimizer.
+        entries: Of the optimizer.
         holdings: Who takes part.
         to: The rank that gets them; by default all do.
         device: Where to put them; by default where they are.
@@ -183,17 +159,17 @@ def whole_states(
     Yields:
         Number of a parameter and its states; nothing for a rank that gets none.
     """
-    known = [(index, members[index]) for index in sorted(states)]
-    names = {index: [name for name, shape in member.shapes.items() if shape is None] for index, member in known}
+    known = [(index, entries[index]) for index in sorted(states)]
+    names = {index: [name for name, shape in entry.shapes.items() if shape is None] for index, entry in known}
     divided = [
-        (member.shape, member.held, [states[index][name] for name in names[index]])
-        for index, member in known
-        if member.held.parts > 1 and names[index]
+        (entry.shape, entry.held, [states[index][name] for name in names[index]])
+        for index, entry in known
+        if entry.held.parts > 1 and names[index]
     ]
     gathered = gather_whole(divided, holdings.ranks, to)
-    for index, member in known:
-        whole = {name: states[index][name] for name in member.shapes}
-        if member.held.parts > 1 and names[index]:
+    for index, entry in known:
+        whole = {name: states[index][name] for name in entry.shapes}
+        if entry.held.parts > 1 and names[index]:
             whole |= dict(zip(names[index], next(gathered), strict=False))
         if to in (None, holdings.ranks.rank):
             yield index, {name: local_part(value.detach()).to(device, copy=True) for name, value in whole.items()}
@@ -446,65 +422,68 @@ def _check_memory(progress: Progress, rule: Rule) -> None:
 def read_states(
     groups: Sequence[Mapping[str, Any]],
     saved: Mapping[Any, Mapping[str, Any]],
-    members: Sequence[Member],
-    holdings: Holdings,
+    entries: Sequence[Entry],
+    ledger: Ledger,
     progress: Progress | None,
 ) -> dict[int, dict[str, Any]]:
-    """The states in a state dict for ``members``, by number, checked, copied and cut to what this rank keeps.
+    """The states in a state dict for ``entries``, by number, checked, copied and cut to what this rank keeps.
 
     Args:
         groups: Of the state dict, with as many parameters.
         saved: Its states, but for what :func:`split_run` found.
-        members: Of the optimizer.
-        holdings: What is here of their parameters.
+        entries: Of the optimizer.
+        ledger: Of the optimizer.
         progress: What the state dict tells of the run.
 
     Raises:
         CheckpointError: It does not fit; the message says where.
     """
     blob = _blob(groups, SMALL)
-    small = {} if blob is None else _read_small(blob, members)
+    small = {} if blob is None else _read_small(blob, entries)
     states: dict[int, dict[str, Any]] = {}
     indices = [index for group in groups for index in group["params"]]
     has_stepped = progress is None or progress.iteration > 0
-    for number, (index, member) in enumerate(zip(indices, members, strict=True)):
+    for number, (index, entry) in enumerate(zip(indices, entries, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
-        mine = member.names if blob is None else member.shapes  # FSDP1 gives all slices the same states
+        mine = ledger.names if blob is None else entry.shapes  # FSDP1 gives all slices the same states
         own = {name: value for name, value in found.items() if name in mine}
         others = {name: value for name, value in found.items() if name not in mine} if blob is None else {}
-        if own and not member.held.numel:  # FSDP1 drops the state of what is not here
-            absent = {name: member.param.new_zeros(0) for name, shape in member.shapes.items() if shape is None}
-            own = (absent if member.is_slice else {}) | own
-        if own or (has_stepped and _lacks_state(others, member)):
-            states[number] = _fit(own, others, index, member, holdings)
+        if own and not entry.held.numel:  # FSDP1 drops the state of what is not here
+            absent = {name: entry.param.new_zeros(0) for name, shape in entry.shapes.items() if shape is None}
+            own = (absent if entry.is_slice else {}) | own
+        if own or (has_stepped and _lacks_state(others, entry)):
+            states[number] = _fit(own, others, index, entry, ledger)
         if others:
-            states[number] = {**states.get(number, {}), **_copied(others, member.param.device)}
+            states[number] = {**states.get(number, {}), **_copied(others, entry.param.device)}
     return states
 
 
-def check_states(states: Mapping[int, Mapping[str, Any]], members: Sequence[Member], *, has_stepped: bool) -> None:
+def check_states(
+    states: Mapping[int, Mapping[str, Any]], entries: Sequence[Entry], names: Collection[str], *, has_stepped: bool
+) -> None:
     """Raise CheckpointError if :func:`read_states` would not take states that are in their place already.
 
     Args:
         states: By number of the parameter, without what :func:`split_run` found.
-        members: Of the optimizer.
+        entries: Of the optimizer.
+        names: That states of the optimizer have.
         has_stepped: Whether the run is known to be beyond its beginning.
     """
     for number, found in states.items():
-        member = members[number]
-        own = {name: value for name, value in found.items() if name in member.names}
+        entry = entries[number]
+        own = {name: value for name, value in found.items() if name in names}
         others = found.keys() - own.keys()
-        if own or (has_stepped and _lacks_state(others, member)):
-            _check_names(own, others, number, member)
+        if own or (has_stepped and _lacks_state(others, entry)):
+            _check_names(own, others, number, entry)
             check_values(own, number)
 
 
-def _lacks_state(others: Collection[Any], member: Member) -> bool:
+def _lacks_state(others: Collection[Any], entry: Entry) -> bool:
     """Whether there is something of a parameter, but not the rule's state.
 
     Other code may have come first; but once a step was taken, what is trained has the rule's state.
     """
-    return bool(others and member.shapes and member.param.requires_grad)
+    return bool(others and entry.shapes and entry.param.requires_grad)
 
 
 def _copied(value: Any, device: torch.device) -> Any:
@@ -535,7 +514,7 @@ def _read_blob(blob: bytes, rule: Rule) -> tuple[Progress, str | None]:
     return progress, origin.get("theta")
 
 
-def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
+def _read_small(blob: bytes, entries: Sequence[Entry]) -> dict[int, dict[str, Tensor]]:
     """Row and column statistics that were saved apart, see :func:`pack_states`."""
     try:
         _, tensors = sealed.from_bytes(SMALL, blob)
@@ -545,7 +524,7 @@ def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, T
     for key, tensor in tensors.items():
         owner, _, name = key.rpartition("/")
         by_name.setdefault(owner, {})[name] = tensor
-    names = [member.name for member in members]
+    names = [entry.name for entry in entries]
     if missing := by_name.keys() - set(names):
         raise CheckpointError(
             f"it was written under FSDP1 and names parameters {sorted(missing)}, which this optimizer does not know: "
@@ -555,37 +534,32 @@ def _read_small(blob: bytes, members: Sequence[Member]) -> dict[int, dict[str, T
 
 
 def _fit(
-    tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, member: Member, holdings: Holdings
+    tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, entry: Entry, ledger: Ledger
 ) -> dict[str, Tensor]:
     """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
-    param, held = member.param, member.held
-    _check_names(tensors, others, index, member)
+    _check_names(tensors, others, index, entry)
     check_values(tensors, index)
-    fitted = {}
-    for name, shape in member.shapes.items():
-        if shape is None:
-            fitted[name] = holdings.zero_state(param, held, member.dtype)
-        else:
-            fitted[name] = torch.zeros(shape, dtype=member.dtype, device=param.device)
-        with torch.no_grad():
-            _copy_(fitted[name], tensors[name], held, f"state {name} of parameter {index}")
+    fitted = ledger.fresh_state(entry)
+    with torch.no_grad():
+        for name, value in fitted.items():
+            _copy_(value, tensors[name], entry.held, f"state {name} of parameter {index}")
     return fitted
 
 
-def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, member: Member) -> None:
+def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, entry: Entry) -> None:
     """Raise CheckpointError unless states of a parameter have the names and shapes of the rule's."""
-    param = member.param
-    admitted = {n: [tuple(param.shape), member.shape] if own is None else [own] for n, own in member.shapes.items()}
+    param = entry.param
+    admitted = {n: [tuple(param.shape), entry.shape] if own is None else [own] for n, own in entry.shapes.items()}
     found = {
         name: tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else ()
         for name, value in tensors.items()
     }
-    if found.keys() != member.shapes.keys() or any(found[name] not in admitted[name] for name in found):
+    if found.keys() != entry.shapes.keys() or any(found[name] not in admitted[name] for name in found):
         expected = {name: choices[-1] for name, choices in admitted.items()}
-        named = f"parameter {index}" + (f" ({member.name})" if member.name else "")
+        named = f"parameter {index}" + (f" ({entry.name})" if entry.name else "")
         besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
-            f"{named} of shape {member.shape} has state {found}{besides}, expected {expected}. Was it written by "
+            f"{named} of shape {entry.shape} has state {found}{besides}, expected {expected}. Was it written by "
             "another optimizer, or for a model with other shapes or parameter order?"
         )
 

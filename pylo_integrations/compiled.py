@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients
+from pylo_integrations.ledger import Groups, States, state_dtype
 from pylo_integrations.progress import Progress
-from pylo_integrations.step.plan import Groups, States, state_dtype
 from pylo_integrations.step.policies import Policies
 
 NAMESPACE = "pylo_integrations"

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
+from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.select import Backend, select_local
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext
 from pylo_integrations.sharding.agreement import Agreement, Answer, DisagreementError
 from pylo_integrations.sharding.blocks import Sums
-from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.rounds import RankError, sum_over_ranks_
 from pylo_integrations.step.agreement import Pledge, StepAgreement
 from pylo_integrations.step.facts import Facts, Verdict
-from pylo_integrations.step.plan import Agreed, Groups, Plan, Planner, States
+from pylo_integrations.step.plan import Agreed, Plan, Planner
 from pylo_integrations.step.policies import NonFiniteError, NonFinitePolicy, Policies
 from pylo_integrations.step.stages import Factors, run_stages
 from pylo_integrations.step.writing import Writer
@@ -38,12 +38,11 @@ class Engine:
     """Takes steps; holds nothing but caches, and what watches it.
 
     Args:
-        rule: The mathematics.
+        ledger: Knows the parameters, their rule, and who trains together.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
-        holdings: Who trains together, and what is here of every parameter.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
-        theta: The weights that ``rule`` was built from, if any; for ranks to compare.
+        theta: The weights that the rule was built from, if any; for ranks to compare.
         adamw_scale: See :func:`~pylo_integrations.decay.keep_and_scale`.
         agreement: How ranks compare what they do; by default with each other.
 
@@ -54,10 +53,9 @@ class Engine:
 
     def __init__(
         self,
-        rule: Rule,
+        ledger: Ledger,
         backend: Backend,
         chunk_bytes: int,
-        holdings: Holdings,
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
         adamw_scale: float = 1.0,
@@ -65,12 +63,12 @@ class Engine:
     ) -> None:
         self.telemetry: Telemetry | None = None
         fixed = {"stochastic_rounding": str(stochastic_rounding), "chunk_bytes": str(chunk_bytes)}
-        self.ranks = StepAgreement(rule, theta, holdings, fixed, agreement)
-        self._planner = Planner(rule, backend, chunk_bytes, holdings, stochastic_rounding)
-        self._writer = Writer(holdings.ranks)
+        self.ranks = StepAgreement(ledger, theta, fixed, agreement)
+        self._planner = Planner(ledger, backend, chunk_bytes, stochastic_rounding)
+        self._writer = Writer(ledger.holdings.ranks)
         self._local = select_local(backend)
         self._adamw_scale = adamw_scale
-        self._ranks = holdings.ranks
+        self._ranks = ledger.holdings.ranks
         self._plan = Plan()
         self._agreed = Agreed()
         self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 import warnings
@@ -19,41 +18,21 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from pylo_integrations.checkpoints import (
-    PROGRESS,
-    SMALL,
-    Checkpoint,
-    CheckpointError,
-    Member,
-    check_form,
-    check_groups,
-    check_keys,
-    check_progress,
-    check_states,
-    check_values,
-    has_run,
-    has_states,
-    pack_states,
-    read_progress,
-    read_run,
-    read_states,
-    split_run,
-    whole_states,
-)
+from pylo_integrations.checkpoints import PROGRESS, SMALL, Checkpoint, CheckpointError, whole_states
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients
 from pylo_integrations.hints import Remarks, SettingsWatch
+from pylo_integrations.ledger import Ledger
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
 from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
+from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.sharding.agreement import DisagreementError
+from pylo_integrations.sharding.agreement import DisagreementError, may_step
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import (
-    Held,
     ShardingError,
     is_sharded,
     local_gradient,
@@ -61,7 +40,6 @@ from pylo_integrations.sharding.pieces import (
     read_flat_slices,
 )
 from pylo_integrations.sharding.rounds import RankError
-from pylo_integrations.step.plan import state_dtype
 from pylo_integrations.step.policies import NonFinitePolicy, Policies
 from pylo_integrations.steplock import StepLock
 from pylo_integrations.telemetry import Telemetry
@@ -85,12 +63,6 @@ def _between_steps(method: Callable[_P, _R]) -> Callable[_P, _R]:
             return method(*args, **kwargs)
 
     return waiting
-
-
-_WITHOUT_PROGRESS = (
-    "states were loaded without the iteration, horizon and loss memory of their run, which state_dict() has in the "
-    "first parameter group and among the states: training goes on from iteration {iteration}"
-)
 
 
 class LearnedOptimizer(Optimizer):
@@ -380,7 +352,7 @@ class LearnedOptimizer(Optimizer):
         self._holdings.names.clear()
         self._holdings.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
         if any(param in slices for group in self.param_groups for param in group["params"]):
-            self._reserve_progress()
+            self._resumption.reserve(self.param_groups)
             self.init_state()
 
     # -- stepping --------------------------------------------------------------------------------------------------
@@ -589,7 +561,7 @@ class LearnedOptimizer(Optimizer):
             self._check_settings()
             self._check_needs(loss)
             if self._progress.is_overwritten:
-                self._check_overwritten()
+                self._resumption.check_overwritten(self.param_groups, self.state)
             self._whole.clear()
             progress = compiled.progress_of(tensors, self._progress)
             self._hint(self.param_groups, progress)
@@ -632,7 +604,7 @@ class LearnedOptimizer(Optimizer):
         if not has_momentum:
             del group[MOMENTUM]
         group.pop(PROGRESS, None)  # of a group that was copied
-        self._reserve_progress()
+        self._resumption.reserve(self.param_groups)
         self._born.append([1 if is_lazy(param) else param.dim() for param in group["params"]])
 
     def _name_all(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -665,19 +637,18 @@ class LearnedOptimizer(Optimizer):
             CheckpointError: As for :meth:`step`.
         """
         self._settle(everywhere=True)
-        self._check_arrival()
+        self._warn(self._resumption.check_arrival(self.param_groups, self.state))
         created: dict[Tensor, dict[str, Tensor]] = {}
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                # Others may have made an empty entry, or keep something of theirs there.
-                known = not self._state_names.isdisjoint(self.state.get(param, ()))
-                if not known and (param.requires_grad or param.grad is not None) and not is_lazy(param):
+                if may_step(param) and not self.ledger.has_state(param, self.state):
                     self._check_flattening(index, position)
-                    created[param] = self._fresh_state(param, group)
+                    created[param] = self.ledger.fresh_state(self.ledger.entry(param, group))
         for param, state in created.items():
             self.state.setdefault(param, {}).update(state)
         if not self._progress.memory:
-            self._progress.memory.update(self._placed(self.rule.initial_memory(), fresh=True))
+            memory = self._resumption.placed(self.rule.initial_memory(), self.param_groups, fresh=True)
+            self._progress.memory.update(memory)
         self._progress.has_begun = True
 
     def _check_flattening(self, index: int, position: int) -> None:
@@ -691,51 +662,6 @@ class LearnedOptimizer(Optimizer):
                 f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
                 "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
             )
-
-    def _rule_of(self, shape: tuple[int, ...], group: Mapping[str, Any]) -> tuple[Rule, TensorLayout]:
-        layout = TensorLayout.whole(shape, group["axes"])
-        return self.rule.rule_for(layout, group), layout
-
-    def _fresh_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        shape, held = self._holdings.locate(param)
-        rule, layout = self._rule_of(shape, group)
-        initial, dtype = rule.initial_state(), state_dtype(param)
-        state = {
-            name: self._holdings.zero_state(param, held, dtype)
-            if own is None
-            else torch.zeros(own, dtype=dtype, device=param.device)
-            for name, own in rule.state_shapes(layout).items()
-        }
-        for name, value in initial.items():
-            state[name].copy_(value)
-        return state
-
-    def _members(self, saved: Sequence[Mapping[str, Any]] | None = None) -> list[Member]:
-        """Every parameter, in the order of torch's state dicts; with the options of ``saved`` groups, if given."""
-        members = []
-        for group, options in zip(self.param_groups, saved or self.param_groups, strict=True):
-            names = group.get("param_names") or [None] * len(group["params"])
-            for param, name in zip(group["params"], names, strict=True):
-                if is_lazy(param):
-                    members.append(Member(param, name, (), Held(()), {}, state_dtype(param), False, self._state_names))
-                    continue
-                shape, held = self._holdings.locate(param)
-                rule, layout = self._rule_of(shape, options)
-                flat = self._holdings.flat_slices.get(param)
-                name = flat.name if flat else name
-                shapes = rule.state_shapes(layout)
-                members.append(
-                    Member(param, name, shape, held, shapes, state_dtype(param), flat is not None, self._state_names)
-                )
-        return members
-
-    def _states(self, members: Sequence[Member]) -> dict[int, dict[str, Tensor]]:
-        known = {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
-        return {i: own for i, own in known.items() if members[i].shapes.keys() <= own.keys()}
-
-    def _origin(self) -> dict[str, str | None]:
-        """What checkpoints tell about who wrote them."""
-        return {"theta": self.theta.sha256 if self.theta else None, "rule": self.rule.kind}
 
     @_between_steps
     def state_dict(self) -> StateDict:
@@ -757,26 +683,15 @@ class LearnedOptimizer(Optimizer):
         :meth:`consolidate_state_dict` before.
         """
         self._settle()
-        handle = self.register_state_dict_post_hook(LearnedOptimizer._pack, prepend=True)  # before the user's
+
+        def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
+            return self._resumption.pack(state_dict, optimizer.param_groups, self._whole)
+
+        handle = self.register_state_dict_post_hook(pack, prepend=True)  # before the user's
         try:
             return super().state_dict()
         finally:
             handle.remove()
-
-    @staticmethod
-    def _pack(optimizer: Any, state_dict: StateDict) -> StateDict:
-        """Our form of the state dict that torch made of an optimizer."""
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        groups[0][PROGRESS] = optimizer._progress.to_bytes(**optimizer._origin())
-        # An empty state was only looked at.
-        state = {key: own for key, own in state_dict["state"].items() if not (isinstance(own, dict) and not own)}
-        state |= {index: {**state.get(index, {}), **whole} for index, whole in optimizer._whole.items()}
-        if state:  # without state, parameters need not be ready to be looked at
-            members, progress = optimizer._members(), optimizer._progress
-            state, small = pack_states(state, members, progress, is_whole=bool(optimizer._whole))
-            if small is not None:
-                groups[0][SMALL] = small
-        return {**state_dict, "state": state, "param_groups": groups}
 
     @_between_steps
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -794,9 +709,10 @@ class LearnedOptimizer(Optimizer):
             ShardingError: A parameter is distributed in a way that hides whole tensors.
         """
         self._whole.clear()
-        members = self._members()
-        if any(member.held.parts > 1 for member in members):
-            self._whole.update(whole_states(self._states(members), members, self._holdings, to, "cpu"))
+        entries = self.ledger.entries(self.param_groups)
+        if any(entry.held.parts > 1 for entry in entries):
+            complete = self.ledger.complete(entries, self.state)
+            self._whole.update(whole_states(complete, entries, self._holdings, to, "cpu"))
 
     @_between_steps
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -817,13 +733,14 @@ class LearnedOptimizer(Optimizer):
         remarks: list[str] = []
 
         def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-            found.append(self._read(state_dict))
+            found.append(self._resumption.read(state_dict, self.param_groups))
             indices = {index for group in state_dict["param_groups"] for index in group["params"]}
             others = {key: value for key, value in state_dict["state"].items() if key not in indices}
             return {**state_dict, "state": others}
 
         def load(optimizer: Optimizer) -> None:
-            remarks.extend(self._take_over(found[0]))
+            self._whole.clear()
+            remarks.extend(self._resumption.take_over(found[0], self.param_groups, self.state))
 
         # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
         # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
@@ -839,140 +756,14 @@ class LearnedOptimizer(Optimizer):
         for remark in remarks:
             warnings.warn(remark, RuntimeWarning, stacklevel=2)
 
-    def _read(self, state_dict: StateDict) -> Checkpoint:
-        """What a state dict has for this optimizer.
-
-        Raises:
-            CheckpointError: It does not fit.
-        """
-        try:
-            check_form(state_dict)
-            check_keys(state_dict, self._state_names)
-            groups = state_dict["param_groups"]
-            indices = [index for group in groups for index in group["params"]]
-            runs, rest = split_run({i: state_dict["state"][i] for i in indices if i in state_dict["state"]}, self.rule)
-            progress, theta = read_progress(groups, runs, self.rule)
-            check_groups(groups, self.param_groups, self.rule.choices)
-            for index, group in enumerate(groups):
-                self._options.check_new(group, index)
-            # Accelerate loads the state dict of an optimizer without state, and not bound to its model yet.
-            states = {}
-            if has_states(state_dict):
-                states = read_states(groups, rest, self._members(groups), self._holdings, progress)
-            return Checkpoint(states, progress, theta)
-        except ValueError as error:
-            raise CheckpointError(f"state_dict does not fit {type(self).__name__}: {error}") from error
-
-    def _take_over(self, checkpoint: Checkpoint) -> list[str]:
-        """Load what was read, where torch has loaded the groups; what there is to tell of it."""
-        self._whole.clear()
-        params = [param for group in self.param_groups for param in group["params"]]
-        self.state.update({params[number]: own for number, own in checkpoint.states.items()})
-        for group in self.param_groups:
-            group.setdefault("base_lr", float(group["lr"]))
-            group.pop(SMALL, None)
-            group.pop(PROGRESS, None)
-        self._reserve_progress()
-        self._progress.has_begun = True
-        if checkpoint.progress is None and checkpoint.states:
-            return [_WITHOUT_PROGRESS.format(iteration=self._progress.iteration)]
-        return self._assume(checkpoint)
-
-    def _reserve_progress(self) -> None:
-        """Have the first group show that it has progress: some loaders take only options that are there already.
-
-        Those of torch.distributed.checkpoint do with ``flatten_optimizer_state_dict=True``.
-        """
-        self.param_groups[0].setdefault(PROGRESS, b"")
-        if self._holdings.flat_slices:
-            self.param_groups[0].setdefault(SMALL, b"")
-
-    def _assume(self, checkpoint: Checkpoint) -> list[str]:
-        """Take over the progress of a checkpoint; what there is to tell of it."""
-        if checkpoint.progress is None:
-            return []
-        remarks, horizon = [], self._progress.num_steps
-        checkpoint.progress.memory = self._placed(checkpoint.progress.memory)
-        self._progress.assign(checkpoint.progress)
-        if self.theta is not None and checkpoint.theta not in (None, self.theta.sha256):
-            remarks.append(
-                f"the checkpoint was written with other weights (theta sha256 {str(checkpoint.theta)[:12]}, here "
-                f"{self.theta.sha256[:12]}); training goes on with those of this optimizer"
-            )
-        if horizon is not None:
-            if self._progress.num_steps not in (None, horizon):
-                remarks.append(
-                    f"the checkpoint was written with num_steps={self._progress.num_steps}; keeping this optimizer's "
-                    f"{horizon}"
-                )
-            self.set_num_steps(horizon)
-        return remarks
-
     def _settle(self, everywhere: bool = False) -> None:
-        """Take over the progress among the states, where a wrapper has put them there without telling us.
+        """Take over what a wrapper has put among the states without telling us, see :meth:`Resumption.settle`."""
+        self._warn(self._resumption.settle(self.param_groups, self.state, everywhere=everywhere))
 
-        Looks at the first state only, or ``everywhere``, and then also at what was loaded into our tensors in place.
-
-        Raises:
-            CheckpointError: :meth:`load_state_dict` would not have taken it; nothing was changed.
-        """
-        params = (param for group in self.param_groups for param in group["params"])
-        states = (self.state[param] for param in params if param in self.state)
-        if any(has_run(own) for own in (states if everywhere else itertools.islice(states, 1))):
-            self._take_arrived()
-        elif everywhere and self._progress.is_overwritten:
-            self._check_overwritten()
-
-    def _take_arrived(self) -> None:
-        """Take over the progress that came with states, once all of them were looked at."""
-        members = self._members()
-        there = {i: self.state[member.param] for i, member in enumerate(members) if member.param in self.state}
-        runs, rest = split_run(there, self.rule)
-        try:
-            progress = read_run(runs, self.rule)
-            check_states(rest, members, has_stepped=progress is None or progress.iteration > 0)
-        except CheckpointError as error:
-            raise CheckpointError(f"the states that {type(self).__name__} was handed do not fit it: {error}") from error
-        for i, run in runs.items():
-            for name in run:
-                there[i].pop(name, None)  # a parameter that is there twice has one state
-        self._progress.has_begun = True
-        for remark in self._assume(Checkpoint({}, progress, None)):
+    @staticmethod
+    def _warn(remarks: Sequence[str]) -> None:
+        for remark in remarks:
             warnings.warn(remark, RuntimeWarning, stacklevel=4)
-
-    def _check_overwritten(self) -> None:
-        """Look at all that may have been loaded in place, as :meth:`load_state_dict` would have."""
-        members = self._members()
-        try:
-            check_progress(self._progress, self.rule)
-            for number, own in self._states(members).items():
-                check_values({name: own[name] for name in members[number].shapes}, number)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"what was loaded in place, into the tensors of {type(self).__name__}, does not fit it: {error}"
-            ) from error
-        self._progress.acknowledge()
-
-    def _check_arrival(self) -> None:
-        """Warn if states are there that were neither made nor loaded by this optimizer, and no progress with them."""
-        if self._progress.has_begun or not any(self.state.values()):
-            return
-        members = self._members()
-        if there := self._states(members):
-            check_states(there, members, has_stepped=False)
-            warnings.warn(_WITHOUT_PROGRESS.format(iteration=self._progress.iteration), RuntimeWarning, stacklevel=3)
-
-    def _placed(self, memory: Mapping[str, Tensor], fresh: bool = False) -> dict[str, Tensor]:
-        """Memory of the run where the first parameter is: torch's loaders want all tensors on one device.
-
-        What is ``fresh`` is also made as wide as the widest parameter, as the first step would; others may be loaded
-        into it in place.
-        """
-        params = [param for group in self.param_groups for param in group["params"]]
-        if not memory or not params or params[0].is_meta:
-            return dict(memory)
-        dtype = max(map(state_dtype, params), key=lambda dtype: dtype.itemsize) if fresh else None
-        return {name: value.to(params[0].device, dtype) for name, value in memory.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
@@ -988,14 +779,14 @@ class LearnedOptimizer(Optimizer):
     def _start_engines(self) -> None:
         """Make what is of this object, and not of its copies."""
         adamw_scale = self.adamw_lr / self.default_lr
-        fixed = self.rule, self.backend, self.chunk_bytes
-        more = self.stochastic_rounding, self.theta, adamw_scale
-        self._engine = Engine(*fixed, self._holdings, *more)
-        self._compiled = CompiledSteps(Engine(*fixed, Holdings(), *more), self.rule.state_names)
+        settings = self.backend, self.chunk_bytes, self.stochastic_rounding, self.theta, adamw_scale
+        self.ledger = Ledger(self.rule, self._holdings)
+        self._engine = Engine(self.ledger, *settings)
+        self._compiled = CompiledSteps(Engine(Ledger(self.rule, Holdings()), *settings), self.ledger.names)
         self._handle = register(self)
         self._steplock = StepLock()
         self._options = OptionCheck(self.rule, adamw_scale)
-        self._state_names = self.rule.state_names
+        self._resumption = Resumption(type(self).__name__, self.ledger, self.theta, self._progress, self._options)
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 

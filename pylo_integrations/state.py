@@ -38,7 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from pylo_integrations import sealed
-from pylo_integrations.checkpoints import PROGRESS, CheckpointError, Member, check_groups, foreign_names, whole_states
+from pylo_integrations.checkpoints import PROGRESS, CheckpointError, check_groups, foreign_names, whole_states
+from pylo_integrations.ledger import Entry
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
@@ -74,22 +75,22 @@ def to_canonical(
         ShardingError: A parameter is distributed in a way that hides whole tensors.
     """
     learned = _learned(optimizer)
-    names, members = _named(learned, model)
+    names, entries = _named(learned, model)
     learned.init_state()
-    holdings, progress = learned._holdings, learned._progress
+    ledger, progress = learned.ledger, learned._progress
     to = 0 if rank0_only else None
-    found = learned._states(members)
-    if foreign := foreign_names([found[index] for index in found], [members[index] for index in found]):
+    found = ledger.complete(entries, learned.state)
+    if foreign := foreign_names([found[index] for index in found], [entries[index] for index in found]):
         warnings.warn(
             f"a canonical state has no place for what other code keeps among the states of parameters: {foreign} are "
             "left out",
             RuntimeWarning,
             stacklevel=2,
         )
-    states = dict(whole_states(found, members, holdings, to, device))
-    if to not in (None, holdings.ranks.rank):
+    states = dict(whole_states(found, entries, ledger.holdings, to, device))
+    if to not in (None, ledger.holdings.ranks.rank):
         return {}
-    origin = learned._origin()
+    origin = learned._resumption.origin()
     return {
         "version": VERSION,
         "rule": origin["rule"],
@@ -98,7 +99,7 @@ def to_canonical(
         "groups": [
             {"params": [names[param] for param in group["params"]], **_options(group)} for group in learned.param_groups
         ],
-        "state": {names[members[index].param]: tensors for index, tensors in states.items()},
+        "state": {names[entries[index].param]: tensors for index, tensors in states.items()},
     }
 
 
@@ -127,13 +128,13 @@ def from_canonical(
         canonical = _from_first_rank(learned, canonical)
     progress = _check(canonical)
     _check_rule(canonical["rule"], learned)
-    names, members = _named(learned, model)
-    mine = {names[member.param] for member in members}
-    required = {names[member.param] for member in members if member.param.requires_grad}
+    names, entries = _named(learned, model)
+    mine = {names[entry.param] for entry in entries}
+    required = {names[entry.param] for entry in entries if entry.param.requires_grad}
     _check_names(canonical["state"].keys(), mine, required, "state")
     _check_names({name for group in canonical["groups"] for name in group["params"]}, None, required, "groups")
     blob = progress.to_bytes(theta=canonical["progress"]["theta"], rule=canonical["rule"])
-    numbers = iter(range(len(members)))
+    numbers = iter(range(len(entries)))
     groups = [
         {
             **group,
@@ -144,17 +145,17 @@ def from_canonical(
     ]
     groups[0][PROGRESS] = blob
     check_groups(groups, learned.param_groups, learned.rule.choices)
-    for member in learned._members(groups):
-        found, expected = canonical["state"].get(name := names[member.param], member.shapes), member.shapes
+    for entry in learned.ledger.entries(learned.param_groups, groups):
+        found, expected = canonical["state"].get(name := names[entry.param], entry.shapes), entry.shapes
         if found.keys() != expected.keys():
             raise CheckpointError(
                 f"parameter {name} has state {sorted(found)} in canonical, expected {sorted(expected)}. Was it "
                 "written by another optimizer?"
             )
     state = {
-        index: dict(canonical["state"][names[member.param]])
-        for index, member in enumerate(members)
-        if names[member.param] in canonical["state"]
+        index: dict(canonical["state"][names[entry.param]])
+        for index, entry in enumerate(entries)
+        if names[entry.param] in canonical["state"]
     }
     learned.load_state_dict({"state": state, "param_groups": groups})
 
@@ -218,23 +219,23 @@ def _learned(optimizer: torch.optim.Optimizer) -> LearnedOptimizer:
     return learned
 
 
-def _named(optimizer: LearnedOptimizer, model: nn.Module) -> tuple[dict[Tensor, str], list[Member]]:
+def _named(optimizer: LearnedOptimizer, model: nn.Module) -> tuple[dict[Tensor, str], list[Entry]]:
     """Names of the optimizer's parameters, and what is here of them."""
     for module in model.modules():
         reshard = getattr(module, "reshard", None)  # of fully_shard(): a forward pass leaves gathered parameters
         if callable(reshard) and hasattr(module, "unshard"):
             reshard()
-    optimizer._holdings.flat_slices.update(read_flat_slices(model))
-    names, members = parameter_names(model), optimizer._members()
-    if strange := [i for i, member in enumerate(members) if member.param not in names]:
+    optimizer.ledger.holdings.flat_slices.update(read_flat_slices(model))
+    names, entries = parameter_names(model), optimizer.ledger.entries(optimizer.param_groups)
+    if strange := [i for i, entry in enumerate(entries) if entry.param not in names]:
         raise CheckpointError(
             f"parameters {strange} of the optimizer are not parameters of the model: pass the model, wrapped as it is "
             "trained, whose parameters the optimizer steps"
         )
-    counts = Counter(names[member.param] for member in members)
+    counts = Counter(names[entry.param] for entry in entries)
     if double := sorted(name for name, count in counts.items() if count > 1):
         raise CheckpointError(f"several parameters are named {double} once wrappers are left out: rename the modules")
-    return names, members
+    return names, entries
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +342,7 @@ def _from_first_rank(optimizer: LearnedOptimizer, canonical: Mapping[str, Any]) 
     Raises:
         CheckpointError: It is no canonical state; on all ranks, none of which waits for another.
     """
-    ranks = optimizer._holdings.ranks
+    ranks = optimizer.ledger.holdings.ranks
     problem = None
     if ranks.rank == 0:
         try:

@@ -22,7 +22,7 @@ from pylo_integrations import (
     list_optimizers,
     param_groups,
 )
-from pylo_integrations.step.plan import state_dtype
+from pylo_integrations.ledger import state_dtype
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 

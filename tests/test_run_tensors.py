@@ -390,7 +390,7 @@ def test_odd_values_that_are_loaded_in_place_stop_the_next_step(name, what, back
 
 def test_steps_of_its_own_are_not_taken_for_loading(monkeypatch, backend):
     optimizer = trained("celo", backend=backend)
-    monkeypatch.setattr("pylo_integrations.optimizer.check_values", lambda *a: pytest.fail("looked at all states"))
+    monkeypatch.setattr("pylo_integrations.resume.check_values", lambda *a: pytest.fail("looked at all states"))
     for _ in range(3):
         give_gradients(parameters(optimizer))
         optimizer.step(loss=1.0)
@@ -412,7 +412,7 @@ def test_compiled_steps_look_too(what, monkeypatch):
     give_gradients(parameters(optimizer))
     compiled(torch.tensor(1.0))
     with monkeypatch.context() as patch:
-        patch.setattr("pylo_integrations.optimizer.check_values", lambda *a: pytest.fail("looked at all states"))
+        patch.setattr("pylo_integrations.resume.check_values", lambda *a: pytest.fail("looked at all states"))
         for step in (compiled, compiled, lambda loss: optimizer.step(loss=loss)):
             step(torch.tensor(1.0))
     compiled(torch.tensor(1.0))

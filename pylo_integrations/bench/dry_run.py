@@ -28,6 +28,7 @@ from pylo_integrations.bench.measure import state_bytes
 from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.bench.strategies import SIMULABLE, STRATEGIES, spread
 from pylo_integrations.engine import Engine
+from pylo_integrations.ledger import Ledger
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.agreement import Agreement, Answer, Statement
@@ -97,10 +98,10 @@ def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], option
     optimizer.init_state()
 
     ranks_there = _AbsentRanks()
-    holdings = Holdings(optimizer.shard_step, ranks_there)
+    ledger = Ledger(optimizer.rule, Holdings(optimizer.shard_step, ranks_there))
 
     def engine_of(chunk_bytes: int) -> Engine:
-        return Engine(optimizer.rule, "reference", chunk_bytes, holdings, agreement=_Unanimous(ranks_there))
+        return Engine(ledger, "reference", chunk_bytes, agreement=_Unanimous(ranks_there))
 
     with _DryCollectives() as noted, torch.no_grad():
         start = time.perf_counter()

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pylo_integrations.ledger import Groups, Ledger, state_dtype
 from pylo_integrations.progress import Progress
-from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import (
     Agreement,
     Statement,
@@ -26,9 +26,8 @@ from pylo_integrations.sharding.agreement import (
     named_options,
     options_of,
 )
-from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.pieces import ShardingError
-from pylo_integrations.step.plan import Groups, Plan, state_dtype
+from pylo_integrations.step.plan import Plan
 from pylo_integrations.step.policies import Policies
 from pylo_integrations.weights.theta import Theta
 
@@ -49,26 +48,24 @@ class StepAgreement:
     """Compares the steps of ranks.
 
     Args:
-        rule: The mathematics.
-        theta: The weights that ``rule`` was built from, if any.
-        holdings: Who trains together, and what is here of every parameter.
+        ledger: Knows the parameters, their rule, and who trains together.
+        theta: The weights that the rule was built from, if any.
         fixed: Further settings that all ranks must have alike, in words.
         agreement: How it is compared; by default with those ranks.
     """
 
     def __init__(
         self,
-        rule: Rule,
+        ledger: Ledger,
         theta: Theta | None,
-        holdings: Holdings,
         fixed: Mapping[str, str],
         agreement: Agreement | None = None,
     ) -> None:
-        self._rule = rule
+        self._rule = ledger.rule
         self._theta = theta
-        self._holdings = holdings
+        self._holdings = ledger.holdings
         self._fixed = fixed
-        self._ranks = holdings.ranks
+        self._ranks = ledger.holdings.ranks
         self.agreement = agreement or Agreement(self._ranks)
 
     def tell(self, error: Exception, groups: Groups) -> None:

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
+from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import compared, may_step
 from pylo_integrations.sharding.blocks import Bucket
-from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import is_sharded
 from pylo_integrations.sharding.shares import Collection
 from pylo_integrations.step.stages import Part, ReferenceStages
@@ -31,18 +30,7 @@ from pylo_integrations.step.stages import Part, ReferenceStages
 CACHE_NUMEL = 32_768
 """Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
 
-Groups = Sequence[Mapping[str, Any]]
-"""Parameter groups of an optimizer."""
-
-States = Mapping[Tensor, dict[str, Any]]
-"""State of an optimizer, by parameter."""
-
 _gradient = operator.attrgetter("grad")
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 class Agreed(NamedTuple):
@@ -131,21 +119,18 @@ class Planner:
     """Makes plans.
 
     Args:
-        rule: The mathematics.
+        ledger: Knows the parameters.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         chunk_bytes: Bound on the temporaries of a step, in bytes.
-        holdings: Who trains together, and what is here of every parameter.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
     """
 
-    def __init__(
-        self, rule: Rule, backend: Backend, chunk_bytes: int, holdings: Holdings, stochastic_rounding: bool
-    ) -> None:
+    def __init__(self, ledger: Ledger, backend: Backend, chunk_bytes: int, stochastic_rounding: bool) -> None:
         check_backend(backend)
-        self._rule = rule
+        self._ledger = ledger
         self._backend: Backend = backend
         self._chunk_bytes = chunk_bytes
-        self._holdings = holdings
+        self._holdings = ledger.holdings
         self._stochastic_rounding = stochastic_rounding
 
     def recall(self, plan: Plan, groups: Groups, state: States) -> bool:
@@ -214,30 +199,28 @@ class Planner:
     ) -> Plan:
         every = {p: group for group in groups for p in group["params"]}  # a tied parameter may come twice
         candidates = [(group, p) for p, group in every.items() if may_step(p)]
-        located = [
-            (group, param, *self._holdings.locate(param))
+        entries = [
+            (group, self._ledger.entry(param, group))
             for group, param in candidates
             if param.grad is not None or self._holdings.divides(param)
         ]
-        sharded = [param for _, param, _, held in located if held.parts > 1]
+        sharded = [entry.param for _, entry in entries if entry.held.parts > 1]
         if len(agreed.present) != len(sharded):
             agreed = Agreed((True,) * len(sharded), (True,) * len(sharded))
             key = (key[0], agreed, *key[2:])
         # A rank that holds nothing of a sharded tensor cannot tell by itself whether it has a gradient.
         absent = {param for param, present in zip(sharded, agreed.present, strict=True) if not present}
         number = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
-        members: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
+        alike: dict[tuple[Any, ...], tuple[Rule, Bucket]] = {}
         stepped: list[Stepped] = []
-        for group, param, shape, held in located:
-            layout = TensorLayout.whole(shape, group["axes"])
+        for group, entry in entries:
+            param, held, dtype, layout = entry.param, entry.held, entry.dtype, entry.layout
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
-            rule = self._rule.rule_for(layout, group)
-            dtype = state_dtype(param)
-            stepped.append(Stepped(param, held, state[param], rule.state_shapes(layout), dtype))
-            _, bucket = members.setdefault(
-                (id(group), rule, layout, held.parts, param.dtype, param.device),
-                (rule, Bucket(layout, [], [], group, dtype, held.parts)),
+            stepped.append(Stepped(param, held, state[param], entry.shapes, dtype))
+            _, bucket = alike.setdefault(
+                (id(group), entry.rule, layout, held.parts, param.dtype, param.device),
+                (entry.rule, Bucket(layout, [], [], group, dtype, held.parts)),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])
@@ -245,10 +228,10 @@ class Planner:
             bucket.numbers.append(number[id(param)])
             bucket.rounds_stochastically = self._stochastic_rounding and param.dtype == torch.bfloat16
         fit_states(stepped, groups)
-        rules, buckets = [rule for rule, _ in members.values()], [bucket for _, bucket in members.values()]
+        rules, buckets = [rule for rule, _ in alike.values()], [bucket for _, bucket in alike.values()]
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
-        for rule, bucket in members.values():
+        for rule, bucket in alike.values():
             bucket.cut_(self._block_numel(rule, bucket))
         parts, able = self._divide(rules, buckets, sharded, agreed)
         divided = set(sharded)

@@ -1,0 +1,134 @@
+"""The ledger: what there is to know of every parameter of an optimizer, in one place.
+
+Steps, checkpoints and canonical states ask it for a parameter's whole shape, what is here of it, the rule that steps it
+and the state that this rule keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.holdings import Holdings
+from pylo_integrations.sharding.layout import TensorLayout
+from pylo_integrations.sharding.pieces import Held
+
+Groups = Sequence[Mapping[str, Any]]
+"""Parameter groups of an optimizer."""
+
+States = Mapping[Tensor, dict[str, Any]]
+"""State of an optimizer, by parameter."""
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter.
+
+    Attributes:
+        param: As the optimizer has it.
+        name: In the model that FSDP1 wraps, or as the optimizer was given it; None if it was not.
+        layout: Of the whole parameter; without elements if it has no shape yet, as those of lazy modules.
+        held: What is here of it.
+        rule: Who steps it.
+        shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
+        dtype: Of its states.
+        is_slice: Whether it is a 1-D slice made by FSDP1.
+    """
+
+    param: Tensor
+    name: str | None
+    layout: TensorLayout
+    held: Held
+    rule: Rule
+    shapes: Mapping[str, tuple[int, ...] | None]
+    dtype: torch.dtype
+    is_slice: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return self.layout.shape
+
+
+class Ledger:
+    """Knows the parameters of an optimizer.
+
+    Args:
+        rule: Of the optimizer; it says which rule steps what.
+        holdings: What is here of parameters.
+
+    Attributes:
+        rule: As given.
+        holdings: As given.
+        names: That states of the optimizer have, whoever's; what has others is other code's.
+    """
+
+    def __init__(self, rule: Rule, holdings: Holdings) -> None:
+        self.rule = rule
+        self.holdings = holdings
+        self.names = rule.state_names
+
+    def entry(self, param: Tensor, group: Mapping[str, Any], name: str | None = None) -> Entry:
+        """A parameter of a group, by the name that it was given.
+
+        Raises:
+            ShardingError: The whole tensor cannot be seen from here.
+        """
+        dtype = state_dtype(param)
+        if is_lazy(param):
+            nothing = TensorLayout.whole((0,), group["axes"])
+            return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False)
+        shape, held = self.holdings.locate(param)
+        layout = TensorLayout.whole(shape, group["axes"])
+        rule = self.rule.rule_for(layout, group)
+        flat = self.holdings.flat_slices.get(param)
+        name = flat.name if flat else name
+        return Entry(param, name, layout, held, rule, rule.state_shapes(layout), dtype, flat is not None)
+
+    def entries(self, groups: Groups, options: Groups | None = None) -> list[Entry]:
+        """All parameters, in the order of torch's state dicts.
+
+        Args:
+            groups: Of the optimizer.
+            options: Groups whose options count in place of theirs.
+        """
+        return [
+            self.entry(param, chosen, name)
+            for group, chosen in zip(groups, options or groups, strict=True)
+            for param, name in zip(
+                group["params"], group.get("param_names") or [None] * len(group["params"]), strict=True
+            )
+        ]
+
+    def complete(self, entries: Sequence[Entry], state: States) -> dict[int, dict[str, Any]]:
+        """States that have all that their rule keeps, by the number of the parameter."""
+        known = {i: state[entry.param] for i, entry in enumerate(entries) if entry.param in state}
+        return {i: own for i, own in known.items() if entries[i].shapes.keys() <= own.keys()}
+
+    def has_state(self, param: Tensor, state: States) -> bool:
+        """Whether a parameter has state of ours: others may have made an empty entry, or keep something there."""
+        return not self.names.isdisjoint(state.get(param, ()))
+
+    def fresh_state(self, entry: Entry) -> dict[str, Tensor]:
+        """What a rule keeps of a parameter before the first step."""
+        param = entry.param
+        state = {
+            name: self.holdings.zero_state(param, entry.held, entry.dtype)
+            if own is None
+            else torch.zeros(own, dtype=entry.dtype, device=param.device)
+            for name, own in entry.shapes.items()
+        }
+        for name, value in entry.rule.initial_state().items():
+            state[name].copy_(value)
+        return state
