@@ -100,6 +100,16 @@ class Progress:
         """Whether others have written :attr:`clock`, which is what they do who load into our tensors in place."""
         return _version_of(self.clock) != self._version and self.iteration != self._expected
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "is_overwritten": self.is_overwritten}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        is_overwritten = state.pop("is_overwritten")
+        self.__dict__.update(state)
+        self.acknowledge()  # versions of copied tensors are others
+        if is_overwritten:
+            self._version = None
+
     def acknowledge(self) -> None:
         """Take what is in :attr:`clock` for our own."""
         self._version, self._expected = _version_of(self.clock), None

@@ -165,6 +165,7 @@ class Session:
         progress = own._progress
         memory = {name: value.clone() for name, value in progress.memory.items()}
         fresh._progress.assign(Progress(progress.iteration, progress.num_steps, progress.nonfinite_steps, memory))
+        fresh._progress.has_begun = progress.has_begun  # it was given its states together with that
         return fresh, [copies[id(param)] for param in self.params]
 
     @staticmethod

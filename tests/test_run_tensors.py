@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -391,10 +392,23 @@ def test_odd_values_that_are_loaded_in_place_stop_the_next_step(name, what, back
 def test_steps_of_its_own_are_not_taken_for_loading(monkeypatch, backend):
     optimizer = trained("celo", backend=backend)
     monkeypatch.setattr("pylo_integrations.resume.check_values", lambda *a: pytest.fail("looked at all states"))
-    for _ in range(3):
-        give_gradients(parameters(optimizer))
-        optimizer.step(loss=1.0)
-        optimizer.state_dict(), optimizer.iteration, repr(optimizer), optimizer.set_num_steps(20)
+    for one in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for _ in range(3):
+            give_gradients(parameters(one))
+            one.step(loss=1.0)
+            one.state_dict(), one.iteration, repr(one), one.set_num_steps(20)
+        assert one.iteration == STEPS + 3
+
+
+@pytest.mark.parametrize("iteration", [0, STEPS, 100])
+def test_copies_do_not_forget_that_they_were_loaded_in_place(iteration):
+    optimizer = trained("celo")
+    optimizer.state_dict()["state"][0]["run_iteration"].fill_(iteration)
+    for one in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        one.state[parameters(one)[0]]["rms"].fill_(math.nan)
+        give_gradients(parameters(one))
+        with pytest.raises(CheckpointError, match="loaded in place.*rms"):
+            one.step(loss=1.0)
 
 
 def test_states_that_are_made_in_inference_mode_are_stepped_there():
