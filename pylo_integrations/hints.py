@@ -232,8 +232,8 @@ class SettingsWatch:
 def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is a scheduler for these parameters, though it may not have done anything yet.
 
-    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for. That
-    is slow, and done once a run.
+    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for:
+    that is slow, and done once a run.
     """
     if any("initial_lr" in group for group in groups):
         return True
@@ -241,9 +241,15 @@ def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     found = gc.get_objects()
     # Other people's objects may do anything when they are asked, so their types are.
     kinds = {kind for kind in set(map(type, found)) if any("get_last_lr" in vars(base) for base in kind.__mro__)}
-    schedulers = [one for one in found if type(one) in kinds]
-    theirs = [getattr(getattr(scheduler, "optimizer", None), "param_groups", ()) for scheduler in schedulers]
-    return any(id(param) in ours for scheduled in theirs for group in scheduled for param in group["params"])
+    return any(not ours.isdisjoint(_scheduled(one)) for one in found if type(one) in kinds)
+
+
+def _scheduled(scheduler: Any) -> set[int]:
+    """The parameters of a scheduler's optimizer, by their ids."""
+    try:
+        return {id(param) for group in scheduler.optimizer.param_groups for param in group["params"]}
+    except Exception:  # it is somebody else's, and no scheduler after all
+        return set()
 
 
 def _largest(lrs: Sequence[float]) -> float:
