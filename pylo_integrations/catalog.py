@@ -203,6 +203,7 @@ def create_optimizer(
     optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)
     if model is not None:
         optimizer.bind_model(model)
+        optimizer.expect_frozen({name: p for name, p in model.named_parameters() if not p.requires_grad})
     if telemetry:
         optimizer.enable_telemetry(per_parameter)
     return optimizer

@@ -195,7 +195,7 @@ class CompiledSteps:
     def _twins_of(self, tensors: StepTensors, groups: Groups, state: States) -> _Twins:
         """These tensors in the place of the optimizer's; the same objects for the same memory, with today's options."""
         memory = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in (*tensors.params, *tensors.state)]
-        key = tuple(tensors.numbers), memory
+        key = tuple(tensors.numbers), memory, [len(group["params"]) for group in groups]
         if self._twins is None or self._twins.key != key:
             everything: list[Tensor] = [param for group in groups for param in group["params"]]
             twins, values = [param.detach() for param in tensors.params], iter(tensors.state)

@@ -134,7 +134,13 @@ class Engine:
         ctx = StepContext(progress.iteration, progress.num_steps, loss, memory=memory, local=self._local)
         collected: list[Sums] | None = None
         while plan.buckets or pledge is not None:
-            facts, collected = self._measure(plan, pledge, ctx)
+            try:
+                facts, collected = self._measure(plan, pledge, ctx)
+            except Exception as error:
+                # Its exchange comes last, and raises RankError: whatever else is raised, others are still waiting.
+                if pledge is not None and not isinstance(error, RankError):
+                    self.ranks.tell(error, groups)
+                raise
             verdict = facts.read()
             if pledge is not None:
                 answer = Answer.read(verdict.header, pledge.digest, self._ranks.size)
@@ -190,6 +196,8 @@ class Engine:
         for indices, stages in plan.parts:
             for i, sums in zip(indices, stages.collect([contexts[i] for i in indices]), strict=True):
                 collected[i] = sums
+        if facts is not None:
+            self.ranks.agreement.confirm(dict, plan.device)
         self._complete(plan, collected, facts)
         return collected
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
 
@@ -143,9 +143,25 @@ def is_dense(tensor: Tensor) -> bool:
     return memory_span(tensor) == tensor.numel() and not _overlaps_itself(tensor)
 
 
+def check_memory(memory: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise StateError unless the memory of a run can be read, and has these shapes."""
+    for name, value in memory.items():
+        fault = missing_memory(value)
+        if fault is None and tuple(value.shape) != shapes.get(name, tuple(value.shape)):
+            fault = f"has shape {tuple(value.shape)}, expected {shapes[name]}"
+        if fault:
+            raise StateError(f"the memory of the run, {name!r}, {fault}; load a checkpoint")
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether its address is one at which its type may be read; those in packed files may not be."""
+    return not has_memory(tensor) or tensor.data_ptr() % tensor.itemsize == 0
+
+
 def has_memory(tensor: Tensor) -> bool:
-    """Whether it can be asked where it is: not one of a tracer, nor of the meta device."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided
+    """Whether it can be asked where it is: not one of a tracer, nor one that wraps others, nor of the meta device."""
+    is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__  # subclasses that only add methods are
+    return is_plain and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -208,10 +224,15 @@ def _fitted(value: Any, what: str, shape: tuple[int, ...] | None, one: Stepped) 
         raise StateError(f"{what} is {layout}{_look(local)}, {wanted}: {_REMEDY}")
     if fault := _missing_memory(local):
         raise StateError(f"{what} {fault}")
-    if is_lazy(local) or _write_protection(local):
+    if is_lazy(local) or _write_protection(local) or not is_dense(local):  # gaps may be somebody else's
         in_format_of_param = shape is None and local is value
         value = torch.empty_like(param, dtype=value.dtype).copy_(value) if in_format_of_param else value.clone()
     fitted: Tensor = value.to(one.dtype)
+    if local.dtype.itemsize < one.dtype.itemsize and not local_part(fitted).isfinite().all():
+        raise StateError(
+            f"{what} is {local.dtype} with values that are not finite, of numbers too large for it, most likely: "
+            f"{_REMEDY}"
+        )
     return fitted
 
 
@@ -236,8 +257,9 @@ def _check_disjoint(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, An
     for one in {id(one.param): one for one in stepped}.values():  # a parameter may be given twice
         for name in (None, *one.shapes):
             local = local_part(one.param if name is None else one.state[name])
-            if has_memory(local) and is_dense(local) and (start := local.data_ptr()):
-                span = _Span(start, start + local.numel() * local.itemsize, name, one.param)
+            # A state with gaps gets memory of its own; what lies in those of a parameter counts as its.
+            if has_memory(local) and (name is None or is_dense(local)) and (start := local.data_ptr()):
+                span = _Span(start, start + memory_span(local) * local.itemsize, name, one.param)
                 spans.setdefault(local.device, []).append(span)
     for mine in spans.values():
         mine.sort(key=lambda span: span.start)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from pylo_integrations.decay import shrinkage
@@ -54,7 +57,19 @@ class Remarks:
         """Warn of what was kept; what comes after a warning that raises is kept for the next time."""
         for subject in list(self._kept):
             if (message := self._kept.pop(subject, None)) is not None:  # else another thread has told it
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
+
+
+_INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
+"""Whose lines are none of a user's."""
+
+
+def _users_level() -> int:
+    """The ``stacklevel`` by which a warning of our caller shows the line of a user, or of a framework."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class _Course:
@@ -232,8 +247,8 @@ class SettingsWatch:
 def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there is a scheduler for these parameters, though it may not have done anything yet.
 
-    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for.
-    That is slow, and done once a run.
+    Most leave a key in the groups. Those that wait for a plateau, torch's and transformers', have to be looked for:
+    that is slow, and done once a run.
     """
     if any("initial_lr" in group for group in groups):
         return True
@@ -241,9 +256,15 @@ def _is_scheduled(groups: Sequence[Mapping[str, Any]]) -> bool:
     found = gc.get_objects()
     # Other people's objects may do anything when they are asked, so their types are.
     kinds = {kind for kind in set(map(type, found)) if any("get_last_lr" in vars(base) for base in kind.__mro__)}
-    schedulers = [one for one in found if type(one) in kinds]
-    theirs = [getattr(getattr(scheduler, "optimizer", None), "param_groups", ()) for scheduler in schedulers]
-    return any(id(param) in ours for scheduled in theirs for group in scheduled for param in group["params"])
+    return any(not ours.isdisjoint(_scheduled(one)) for one in found if type(one) in kinds)
+
+
+def _scheduled(scheduler: Any) -> set[int]:
+    """The parameters of a scheduler's optimizer, by their ids."""
+    try:
+        return {id(param) for group in scheduler.optimizer.param_groups for param in group["params"]}
+    except Exception:  # it is somebody else's, and no scheduler after all
+        return set()
 
 
 def _largest(lrs: Sequence[float]) -> float:

@@ -72,12 +72,14 @@ class Ledger:
         rule: As given.
         holdings: As given.
         names: That states of the optimizer have, whoever's; what has others is other code's.
+        memory_shapes: Of what the rule remembers of the run, by name.
     """
 
     def __init__(self, rule: Rule, holdings: Holdings) -> None:
         self.rule = rule
         self.holdings = holdings
         self.names = rule.state_names
+        self.memory_shapes = {name: tuple(value.shape) for name, value in rule.initial_memory().items()}
 
     def entry(self, param: Tensor, group: Mapping[str, Any], name: str | None = None) -> Entry:
         """A parameter of a group, by the name that it was given.
@@ -118,7 +120,7 @@ class Ledger:
 
     def has_state(self, param: Tensor, state: States) -> bool:
         """Whether a parameter has state of ours: others may have made an empty entry, or keep something there."""
-        return not self.names.isdisjoint(state.get(param, ()))
+        return not self.names.isdisjoint(state.get(param) or ())
 
     def fresh_state(self, entry: Entry) -> dict[str, Tensor]:
         """What a rule keeps of a parameter before the first step."""

@@ -22,7 +22,7 @@ from pylo_integrations.checkpoints import PROGRESS, SMALL, Checkpoint, Checkpoin
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
-from pylo_integrations.fitting import check_gradients
+from pylo_integrations.fitting import check_gradients, check_memory
 from pylo_integrations.hints import Remarks, SettingsWatch
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.ops.select import Backend
@@ -432,7 +432,7 @@ class LearnedOptimizer(Optimizer):
 
     @property
     def _policies(self) -> Policies:
-        return Policies(self.on_nonfinite, self.max_grad_norm)
+        return Policies(self.on_nonfinite, None if self.max_grad_norm is None else float(self.max_grad_norm))
 
     def _step_with(self, loss: Tensor | float | None, result: Any) -> bool:
         """Check, and step if there is anything to step; False if the step was skipped."""
@@ -456,6 +456,7 @@ class LearnedOptimizer(Optimizer):
                 if not engine.ranks.is_any(False, question, groups, progress, policies, of_replicas=True):
                     return True
             self._check_needs(observed)
+            check_memory(progress.memory, self.ledger.memory_shapes)
             if not recalled:
                 self.init_state()
         except (DisagreementError, RankError):
@@ -529,9 +530,32 @@ class LearnedOptimizer(Optimizer):
         )
         self._remarks.keep({"nonfinite": message})
 
+    def expect_frozen(self, params: Mapping[str, Tensor]) -> None:
+        """Have it warned of, once, if parameters that were left out as frozen are trained later.
+
+        Args:
+            params: By name.
+        """
+        self._frozen[:] = [(name, weakref.ref(param)) for name, param in params.items()]
+
+    def _warn_of_thawed(self) -> None:
+        there = [(name, param) for name, ref in self._frozen if (param := ref()) is not None and param.requires_grad]
+        if not any(param.grad is not None for _, param in there):
+            return
+        ours = {param for group in self.param_groups for param in group["params"]}
+        if thawed := [name for name, param in there if param.grad is not None and param not in ours]:
+            message = (
+                f"parameters that were frozen when the optimizer was created now have gradients, but are in no "
+                f"parameter group and stay as they are: {thawed[:5]}{' and others' if len(thawed) > 5 else ''}. "
+                'Call optimizer.add_param_group({"params": [...]}) when you unfreeze them'
+            )
+            self._remarks.keep({"frozen": message})
+
     def _hint(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
         """Remark on what will not train well, before a step."""
         self._warn_of_horizon(progress)
+        if self._frozen and progress.iteration % 10 == 0:
+            self._warn_of_thawed()
         self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
 
     # -- stepping in compiled functions ----------------------------------------------------------------------------
@@ -655,7 +679,8 @@ class LearnedOptimizer(Optimizer):
         """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
         group, born = self.param_groups[index], self._born[index] if index < len(self._born) else []
         param = group["params"][position]
-        replaced = len(group["params"]) != len(born) or born[position] != 1
+        is_alone = len(group["params"]) == 1 < len(born)
+        replaced = is_alone or (len(group["params"]) == len(born) and born[position] != 1)
         if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
             raise ShardingError(
                 f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
@@ -787,6 +812,7 @@ class LearnedOptimizer(Optimizer):
         self._steplock = StepLock()
         self._options = OptionCheck(self.rule, adamw_scale)
         self._resumption = Resumption(type(self).__name__, self.ledger, self.theta, self._progress, self._options)
+        self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 

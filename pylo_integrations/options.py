@@ -30,6 +30,9 @@ _LARGEST = {"lr": 1e12, "weight_decay": 3.4e38, "base_lr": 3.4e38}
 """How large the numbers of a group may be. They meet tensors in float32, and what such an ``lr`` makes of a parameter
 can be squared and summed in it; for weight decay, :func:`~pylo_integrations.decay.check_decay` knows more."""
 
+_ROUNDING = 1e-12
+"""How far below zero counts as zero."""
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16, torch.int32, torch.int64)
 """Of tensors in a number's place: those that torch can compute with."""
 
@@ -75,6 +78,9 @@ def _read_options(
     if missing := [option for option in wanted if option not in group]:
         raise ValueError(f"the options {missing} are missing; set them as add_param_group() did")
     numbers = {option: read(option, group[option]) for option in _LARGEST if option in group}
+    is_real = any(isinstance(param, Tensor) and not param.is_meta for param in group["params"][:1])
+    if is_real and (lost := [option for option, number in numbers.items() if math.isnan(number)]):
+        raise ValueError(f"{lost[0]}={group[lost[0]]!r} is on the meta device and has no value; a float will do")
     check_decay_policy(group["weight_decay_policy"])
     if not isinstance(group["maximize"], (int, np.bool_)):
         raise ValueError(f"maximize={group['maximize']!r} must be True or False")
@@ -102,7 +108,8 @@ def read_number(option: str, value: Any) -> float:
             return math.nan
         number = value.item()
     is_real = isinstance(number, Real)
-    if not (is_real and 0 <= number < math.inf):  # nan fails the comparison, too
+    # Nan fails the comparison, too. Schedules to zero may end a rounding error below it.
+    if not (is_real and -_ROUNDING <= number < math.inf):
         raise ValueError(f"{option}={value!r} must be a finite number >= 0")
     if number > _LARGEST[option]:
         raise ValueError(f"{option}={value!r} must be at most {_LARGEST[option]:g}")

@@ -224,16 +224,24 @@ def as_scalar_loss(loss: Tensor | float) -> Tensor:
 
     Raises:
         TypeError: ``loss`` is neither a tensor nor a number.
-        ValueError: ``loss`` has more than one element.
+        ValueError: ``loss`` has more than one element, or no memory any more.
     """
     if isinstance(loss, Tensor):
         if loss.is_complex():
             raise TypeError("loss is complex; pass the real scalar that was given to backward()")
+        if loss.layout != torch.strided or loss.is_nested or loss.is_meta:
+            kind = "meta" if loss.is_meta else "nested" if loss.is_nested else str(loss.layout)
+            raise TypeError(f"loss is a {kind} tensor; pass the scalar that was given to backward()")
+        if fault := missing_memory(loss):
+            raise ValueError(f"loss {fault}; pass the scalar that was given to backward()")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss has shape {tuple(loss.shape)}; pass the scalar that was given to backward(), e.g. loss.mean()"
             )
         return loss.detach().reshape(()).float()
     if isinstance(loss, Real):  # Python's numbers and numpy's
-        return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
+        try:
+            return torch.tensor(float(loss), dtype=torch.float32, device="cpu")
+        except OverflowError:
+            raise ValueError("loss is larger than any float; pass the scalar that was given to backward()") from None
     raise TypeError(f"loss must be a scalar tensor or a number, not {type(loss).__name__}")

@@ -338,6 +338,25 @@ def lossless(optimizer: Any, model: nn.Module) -> Undo:
     return lambda: optimizer.__dict__.pop("step") and None
 
 
+def misremembered(optimizer: Any, model: nn.Module) -> Undo:
+    """Memory of the run of another shape."""
+    optimizer.init_state()
+    memory = dict(optimizer._progress.memory)
+    optimizer._progress.memory.update({name: value.new_zeros(7, 7) for name, value in memory.items()})
+    return lambda: optimizer._progress.memory.update(memory)
+
+
+def unforeseen(optimizer: Any, model: nn.Module) -> Undo:
+    """What nobody looks for, in the midst of what ranks do before they exchange anything."""
+    engine, collect = optimizer._engine, optimizer._engine._contexts
+
+    def failing(*args: Any) -> Any:
+        raise MemoryError("no memory left")
+
+    engine._contexts = failing
+    return lambda: setattr(engine, "_contexts", collect)
+
+
 RAISING: dict[str, tuple[Callable[[Any, nn.Module], Undo], str]] = {
     "sparse gradient": (sparse, "TypeError: the gradient of parameter"),
     "no horizon": (aimless, "needs to know how many steps"),
@@ -345,6 +364,8 @@ RAISING: dict[str, tuple[Callable[[Any, nn.Module], Undo], str]] = {
     "lr": (option("lr", None), "lr=None"),
     "max_grad_norm": (attribute("max_grad_norm", -1.0), "max_grad_norm=-1.0"),
     "loss": (lossless, "loss"),
+    "memory": (misremembered, "the memory of the run"),
+    "in the midst": (unforeseen, "MemoryError: no memory left"),
 }
 
 

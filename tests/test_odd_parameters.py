@@ -264,3 +264,24 @@ def test_a_default_device_does_not_reach_the_weights(weights):
     with torch.device("meta"):
         on_meta = load_theta(weights, "")
     assert on_meta == plain and all(array.device.type == "cpu" for array in on_meta.arrays.values())
+
+
+@pytest.mark.parametrize("name", ["celo2", "celo"])
+def test_parameters_that_are_unfrozen_without_a_word_are_warned_of_once(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    optimizer = create(model, name, num_steps=100)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(40):
+            model[0].requires_grad_(step >= 15)
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4)).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss.detach())
+    (warning,) = [w for w in told if "frozen" in str(w.message)]
+    assert "['0.weight', '0.bias']" in str(warning.message) and "add_param_group" in str(warning.message)
+    assert warning.filename == __file__  # and not one of ours
+    optimizer = create(model, name, num_steps=100)
+    model[0].requires_grad_(False)
+    assert not optimizer._frozen

@@ -476,3 +476,114 @@ def test_formats_are_equal_only_for_equal_shapes():
     assert not same_format(base.view(4, 3), base.view(3, 4))
     assert not same_format(base, base.view(3, 4))  # both contiguous
     assert same_format(torch.zeros(4, 1).t(), torch.zeros(1, 4))
+
+
+def half_with_overflow(params, optimizer):
+    state = optimizer.state[params[0]]
+    state["rms"] = torch.full((6, 5), 1e9).half()
+
+
+def test_a_cast_state_that_overflowed_is_refused():
+    for name in list_optimizers():
+        run = Run(name, "auto")
+        half_with_overflow(run.params, run.optimizer)
+        before = run.bits()
+        with pytest.raises(StateError, match="'rms' of parameter 'layer.0' .*float16 with values that are not finite"):
+            run.step()
+        assert run.bits() == before
+
+
+class Described(torch.Tensor):
+    """A subclass that only has a name of its own."""
+
+
+def interleaved(params, optimizer):
+    buffer = torch.zeros(6, 10)
+    state = optimizer.state[params[0]]
+    buffer[:, ::2] = state["momentum_0"].abs()
+    state["momentum_0"] = buffer[:, ::2]
+    state["rms"] = buffer[:, ::2]
+
+
+def misaligned_gradient(params, optimizer):
+    grad = params[0].grad
+    packed = bytearray(b"\0" + grad.numpy().tobytes())
+    params[0].grad = torch.frombuffer(packed, dtype=torch.float32, offset=1).view(6, 5)
+
+
+def misaligned_parameter(params, optimizer):
+    packed = bytearray(b"\0\0\0" + params[0].detach().numpy().tobytes())
+    params[0].data = torch.frombuffer(packed, dtype=torch.float32, offset=3).view(6, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [interleaved, misaligned_gradient, misaligned_parameter])
+def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
+    for name in list_optimizers():
+        run = Run(name, backend)
+        change(run.params, run.optimizer)
+        fresh = run.fresh()
+        for each in (run, fresh):
+            each.step()
+        tolerance = 0 if change is interleaved else 1e-5  # kernels leave what is not aligned to the reference
+        for param, twin in zip(run.params, fresh.params, strict=True):
+            assert (param - twin).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["gradient", "rms"])
+def test_subclasses_without_memory_are_refused(what, backend):
+    for name in list_optimizers():
+        run = Run(name, backend)
+        param = run.params[0]
+        if what == "gradient":
+            param.grad = param.grad.as_subclass(Described)
+            param.grad.untyped_storage().resize_(0)
+        else:
+            state = run.optimizer.state[param]
+            state["rms"] = state["rms"].as_subclass(Described)
+            state["rms"].untyped_storage().resize_(0)
+        with pytest.raises(StateError, match="has 0 of the 120 bytes"):
+            run.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_was_made_in_inference_mode_is_stepped_outside(backend):
+    for name in list_optimizers():
+        params = [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))]
+        optimizer = create(params, name, backend=backend)
+        for inside in (True, False, True, False):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            with torch.inference_mode(inside):
+                optimizer.step(loss=1.0)
+        assert optimizer.iteration == 4, name
+
+
+@pytest.mark.parametrize(
+    "loss, error",
+    [
+        (torch.ones(1, device="meta"), TypeError),
+        (torch.ones(1).to_sparse(), TypeError),
+        (torch.ones(1).to_mkldnn(), TypeError),
+        (10**400, ValueError),
+    ],
+)
+def test_losses_of_odd_forms_are_refused(loss, error):
+    run = Run("celo", "auto")
+    before = run.bits()
+    with pytest.raises(error, match="^loss "):
+        run.optimizer.step(loss=loss)
+    assert run.bits() == before
+    run.step()
+
+
+def test_a_loss_or_a_memory_of_the_run_without_memory_is_refused():
+    run = Run("celo", "auto")
+    loss = torch.ones(1)
+    loss.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="loss has 0 of the 4 bytes"):
+        run.optimizer.step(loss=loss)
+    next(iter(run.optimizer._progress.memory.values())).untyped_storage().resize_(0)
+    with pytest.raises(StateError, match="the memory of the run"):
+        run.step()

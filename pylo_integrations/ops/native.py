@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pylo_integrations.fitting import has_memory, is_lazy, memory_span
+from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_span
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
 from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
 from pylo_integrations.ops.records import (
@@ -171,12 +171,14 @@ def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
             axes = _norm_axes(spec, bucket.layout)
             if isinstance(spec.step, NetworkSpec) and record_axes(bucket.layout, order, piece.box, axes) is None:
                 return f"its shape {bucket.layout.shape} has too many axes of different roles"
+        if not is_aligned(local):
+            return f"a parameter is at address {local.data_ptr()}, which is not aligned"
         if is_lazy(local):
             return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
         for name, shape in rule.state_shapes(bucket.layout).items():
             value = local_part(state[name])
             fits = not local.numel() or same_format(value, local) if shape is None else value.is_contiguous()
-            if not fits:
+            if not fits or not is_aligned(value):
                 return f"the state {name} of a parameter of shape {tuple(local.shape)} has another memory format"
     return None
 
@@ -390,7 +392,7 @@ class NativeStages:
             return False
         if not np.array_equal(formats(memory), self._grad_formats) or room != self._grad_rooms:
             return False
-        if any(map(Tensor.is_neg, grads)):
+        if any(map(Tensor.is_neg, grads)) or (addresses(memory) % self._grad_sizes).any():
             return False
         self._enter_gradients(grads, memory)
         return True
@@ -626,7 +628,7 @@ def _empty_sums(rule: Rule, bucket: Bucket, members: Sequence[int]) -> dict[str,
 
 def _in_format_of(param: Tensor, grad: Tensor) -> Tensor:
     """The gradient in the memory format of its parameter and a type that the library reads; a copy if need be."""
-    if grad.dtype in DTYPES and same_format(grad, param):
+    if grad.dtype in DTYPES and same_format(grad, param) and is_aligned(grad):
         return grad
     dtype = grad.dtype if grad.dtype in DTYPES else torch.float32
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(grad)

@@ -131,7 +131,7 @@ class Agreement:
         self.check(answer, state, asked=True)
         if measured:
             self._compare(measured, device)
-        self.contract = contract
+        self.contract, self.numel = contract, HEADER
 
     def _compare(self, measured: Mapping[str, Tensor | None], device: torch.device) -> None:
         """Raise DisagreementError if numbers differ by more than rounding."""
@@ -146,6 +146,17 @@ class Agreement:
         if any(count * square > (1 + _ROUNDING) * total**2 for count, total, square in triples):
             told = {name: "none" if value is None else f"{float(value):.6g}" for name, value in measured.items()}
             raise DisagreementError(_explain(self._ranks.gather(told)))
+
+    def confirm(self, state: Callable[[], Statement], device: torch.device) -> None:
+        """Find out, before the first exchange under a contract, whether all ranks come to it.
+
+        A rank that fails before that does not know its size. Further exchanges have the same.
+
+        Raises:
+            RankError: Another rank failed.
+        """
+        if self.numel == HEADER:
+            self.check(self._send(digest_of("collected"), device), state)
 
     def vote(self, question: str, yes: bool, state: Callable[[], Statement], device: torch.device) -> bool:
         """Whether any rank says yes to a ``question`` that all of them have to ask before their step.

@@ -188,7 +188,8 @@ class Planner:
         absent = kinds.count(type(None)) > 0
         idle = [p.requires_grad for p, grad in zip(params, grads, strict=True) if grad is None] if absent else []
         identities = [list(map(id, objects)) for objects in (params, state, state.values())]
-        return self._holdings.ranks.size, agreed, options, identities, kinds, idle
+        mode = torch.is_inference_mode_enabled()  # in which tensors may be written that may not be outside
+        return self._holdings.ranks.size, agreed, options, identities, kinds, idle, mode
 
     def _make(
         self,
