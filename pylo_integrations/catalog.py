@@ -124,6 +124,8 @@ _DESIGNED.setdefault("muon", "Muon")  # torch has it from 2.9, and it is spelt a
 
 def _advise(name: str) -> str:
     """What whoever asked for a name that is not in the catalogue may have meant."""
+    if (respelt := name.lower().replace("-", "_")) in _CATALOG:
+        return f"did you mean {respelt!r}?"
     if not (near := difflib.get_close_matches(name.lower(), _CATALOG, n=3, cutoff=0.8)):
         words = (word.rstrip("0123456789") for word in name.lower().replace("-", "_").split("_"))
         if home := next((_DESIGNED[word] for word in words if word in _DESIGNED), None):
@@ -197,7 +199,10 @@ def create_optimizer(
     decay = spec.weight_decay if weight_decay is None else weight_decay
     options = {**spec.defaults, **options, "backend": backend, "weight_decay": decay, **kwargs}
     if unknown := sorted(set(options) - set(spec.options)):
-        raise TypeError(f"{name} has no option {unknown}; it has {sorted(spec.options)}")
+        message = f"{name} has no option {unknown}; it has {sorted({*spec.options, 'telemetry'})}"
+        if {"betas", "eps"} & set(unknown):
+            message += "; betas and eps are part of the learned weights: leave them out"
+        raise TypeError(message)
     model = model_or_params if isinstance(model_or_params, nn.Module) else None
     params: Any = model_or_params if model is None else spec.param_groups(model, decay)
     optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)

@@ -56,7 +56,9 @@ def test_every_entry_is_whole(name, params):
         ("smalfclopt", "small_fc_lopt"),
         ("zzz", "available"),
         (3, "available"),
-        ("Celo-Adam", "did you mean 'celo_adam'"),
+        ("Celo-Adam", r"did you mean 'celo_adam'\?$"),
+        ("CELO2", r"did you mean 'celo2'\?$"),
+        ("CELO2Base", r"did you mean 'celo2_base'\?$"),
         ("mulp", "did you mean 'mulo'"),
         ("lion", "available"),
     ],
@@ -76,9 +78,15 @@ def test_optimizers_of_others_are_named_as_such(name, params):
     assert "did you mean" not in str(caught.value)
 
 
-def test_unknown_options_are_named_with_the_known_ones(params):
-    with pytest.raises(TypeError, match=r"no option \['betas'\]; it has .*'weight_decay'"):
-        create_optimizer(params, "small_fc_lopt", betas=(0.9, 0.99))
+@pytest.mark.parametrize(
+    ("option", "is_learned"), [({"betas": (0.9, 0.99)}, True), ({"eps": 1e-8}, True), ({"fused": True}, False)]
+)
+def test_unknown_options_are_named_with_the_known_ones(params, option, is_learned):
+    [name] = option
+    with pytest.raises(TypeError, match=rf"no option \['{name}'\]; it has .*'telemetry', .*'weight_decay'") as caught:
+        create_optimizer(params, "small_fc_lopt", **option)
+    advice = "betas and eps are part of the learned weights: leave them out"
+    assert (advice in str(caught.value)) == is_learned
 
 
 def test_options_reach_the_optimizer(params):
