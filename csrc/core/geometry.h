@@ -24,12 +24,6 @@ struct Geometry {
     int64_t lane_norm_step;            // not 0 if every lane is in another such slice: then parts have one lane
 };
 
-// A part of a record, the unit of work: outer indices and lanes from begin to end. How a record is cut depends on the
-// record alone, never on threads or instruction set, so neither do sums over parts.
-struct Part {
-    int64_t record, outer_begin, outer_end, lane_begin, lane_end, slot;
-};
-
 static inline int64_t local_numel(const pylo_tensor &t) {
     int64_t numel = 1;
     for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis];
@@ -101,27 +95,5 @@ static inline int64_t network_floats(const pylo_rule &rule) {
     }
     return total;
 }
-
-// What a kernel needs to know about the call besides the part. `partial` is the part's own scratch for sums.
-struct Job {
-    const pylo_rule *rule;
-    const pylo_tensor *tensor;
-    const pylo_step *step;
-    Geometry geometry;
-    Part part;
-    double *partial;
-};
-
-// One instruction set's kernels.
-struct Kernels {
-    void (*collect)(const Job &);
-    void (*measure)(const Job &);
-    void (*prepare)(const Job &);
-    void (*describe)(const Job &);
-    void (*apply)(const Job &);
-    int64_t (*multiply_adds)(int64_t rounds);
-};
-
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
 }  // namespace pylo

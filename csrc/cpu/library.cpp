@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "../core/geometry.h"
+#include "kernels.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
 static_assert(sizeof(pylo_tensor) == 576, "");
