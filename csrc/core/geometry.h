@@ -82,18 +82,4 @@ static inline Geometry geometry(const pylo_tensor &t) {
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Floats behind pylo_step.network, 0 for a geometry that the kernels do not evaluate.
-static inline int64_t network_floats(const pylo_rule &rule) {
-    if (rule.layers < 2 || rule.layers > PYLO_MAX_LAYERS) return 0;
-    int64_t inputs = PYLO_SLOTS, total = 0;
-    for (int layer = 0; layer < rule.layers; ++layer) {
-        const bool last = layer == rule.layers - 1;
-        const int64_t width = rule.width[layer];
-        if (width < (last ? 2 : 1) || width > (last ? 4 : PYLO_MAX_WIDTH)) return 0;
-        total += (inputs + 1) * round_up(width, 4);
-        inputs = width;
-    }
-    return total;
-}
-
 }  // namespace pylo
