@@ -168,10 +168,7 @@ int check_overlaps(std::vector<Span> &spans) {
 }  // namespace
 
 int check_header(const pylo_call *call) {
-    if (!call) return fail(PYLO_BAD_ARGUMENT, "call is null");
-    if (call->abi_version != PYLO_ABI_VERSION || call->size != sizeof *call)
-        return fail(PYLO_WRONG_ABI, "the library has interface version %u (struct of %u bytes), the caller %u (%u bytes)",
-                    PYLO_ABI_VERSION, (unsigned)sizeof *call, call->abi_version, call->size);
+    if (int status = check_version(call)) return status;
     if (call->count < 0) return fail(PYLO_BAD_ARGUMENT, "count is negative");
     if (call->count > INT64_MAX / (int64_t)sizeof(pylo_tensor)) return fail(PYLO_BAD_ARGUMENT, "count is too large");
     if (!call->rule || (call->count && !call->tensors)) return fail(PYLO_BAD_ARGUMENT, "rule or tensors is null");
@@ -181,7 +178,7 @@ int check_header(const pylo_call *call) {
 int check_table(const pylo_call &call) {
     if (int status = check_rule(*call.rule)) return status;
     std::vector<Span> spans;
-    spans.reserve((size_t)call.count * 12);  // what a matrix has
+    spans.reserve((size_t)call.count * 12);  // about what a matrix has
     for (int64_t i = 0; i < call.count; ++i)
         if (int status = RecordCheck(call.tensors[i], call.rule->layers == 0, i, spans).run()) return status;
     return check_overlaps(spans);

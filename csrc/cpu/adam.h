@@ -9,7 +9,10 @@ namespace {
 
 void adam(const Job &job) {
     const pylo_tensor &t = *job.tensor;
-    const pylo_step &step = *job.step;
+    // Copies: of what pointers lead to, the compiler could not know that no store changes it, and would read every number
+    // again for every vector.
+    const pylo_rule rule = *job.rule;
+    const pylo_step step = *job.step;
     alignas(64) float buffer[5][WIDE];
     for (int64_t first = job.part.lane_begin; first < job.part.lane_end; first += WIDE) {
         const int count = (int)smaller(WIDE, job.part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
@@ -22,15 +25,15 @@ void adam(const Job &job) {
         float *direction = t.direction ? buffer[4] : nullptr;
         for (int lane = 0; lane < padded; lane += Vec::lanes) {
             const Vec p = Vec::load(param + lane);
-            const Vec g = read_gradient(job, Vec::load(grad + lane), p);
+            const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
             Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
-            const Vec proposed = Vec(step.step_mult) * adam_step(*job.rule, step, g, m, r);
+            const Vec proposed = adam_step(rule, step, g, m, r);
             m.store(momentum + lane);
             r.store(rms + lane);
             if (direction)
                 proposed.store(direction + lane);
             else
-                madd(Vec(-step.scale), proposed, Vec(step.keep) * p).store(param + lane);
+                updated_param(step, p, proposed).store(param + lane);
         }
         store_lanes(t.momentum[0], PYLO_FLOAT32, first, 1, count, momentum);
         store_lanes(t.rms, PYLO_FLOAT32, first, 1, count, rms);

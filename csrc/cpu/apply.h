@@ -37,11 +37,11 @@ PYLO_FN void apply_tile(
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
         float *at = window.param + i * Vec::lanes;
-        const Vec proposed = Vec(step.step_mult) * proposed_step(outputs[0][i], outputs[1][i], job.rule->exp_mult);
+        const Vec proposed = proposed_step(*job.rule, step, outputs[0][i], outputs[1][i]);
         if (t.direction)
             proposed.store(work.a[0] + i * Vec::lanes);
         else
-            madd(Vec(-step.scale), proposed, Vec(step.keep) * Vec::load(at)).store(at);
+            updated_param(step, Vec::load(at), proposed).store(at);
     }
     window.store_state(job);
     if (t.direction)

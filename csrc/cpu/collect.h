@@ -37,7 +37,7 @@ void collect_part(const Job &job) {
                     fetch(grad + lane + AHEAD);
                     running.of[0] = madd(raw, raw, running.of[0]);
                     if constexpr (Factored) {
-                        const Vec x = read_gradient(job, raw, Vec::load(param + lane));
+                        const Vec x = seen_gradient(*job.rule, *job.step, raw, Vec::load(param + lane));
                         running.of[1] = madd(x, x, running.of[1]);
                         add_to(lane_sums + lane, x * x);
                     }

@@ -8,14 +8,6 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
-PYLO_FN Vec read_gradient(const Job &job, Vec grad, Vec param) {
-    const pylo_step &step = *job.step;
-    if (step.flags & PYLO_ZERO_NONFINITE) grad = zero_beyond(grad, Vec(job.rule->grad_limit));
-    grad = grad * Vec(step.grad_scale);
-    if (step.l2 != 0.0f) grad = madd(param, Vec(step.l2), grad);
-    return clip_gradient(*job.rule, grad);
-}
-
 // Some lanes of all streams of a record.
 template <bool Factored, int Capacity>
 struct Window {
@@ -53,7 +45,7 @@ struct Window {
     PYLO_FN Element<Vec> element(const Job &job, int lane) const {
         Element<Vec> x;
         x.param = Vec::load(param + lane);
-        x.grad = read_gradient(job, Vec::load(grad + lane), x.param);
+        x.grad = seen_gradient(*job.rule, *job.step, Vec::load(grad + lane), x.param);
         x.rms = Vec::load(rms + lane);
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
@@ -100,8 +92,6 @@ PYLO_FN float fixed_statistic(const Job &job, const float *row, const float *col
     const pylo_tensor &t = *job.tensor;
     return job.geometry.row_varies ? col[k * t.col_numel + entry] : row[k * t.row_numel + entry];
 }
-
-PYLO_FN bool has_extra(const pylo_rule &rule) { return rule.features >> CLIPPED_GRAD & 1 || rule.features >> GRAD_OVER_RMS & 1; }
 
 }  // namespace
 }  // namespace PYLO_ISA

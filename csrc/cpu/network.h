@@ -1,6 +1,7 @@
 // The network as one tensor needs it.
 #pragma once
 
+#include "../core/network.h"
 #include "elements.h"
 
 namespace pylo {
@@ -12,18 +13,13 @@ constexpr int MAX_CHANNELS = Channels<false>::all;
 // Slot of one of the six channels of row or col: three of the statistic, three of its inverse root.
 PYLO_FN int statistic_slot(bool of_row, int k) { return (k < 3 ? ROW : INVERSE_ROW - 3) + k + (of_row ? 0 : 3); }
 
-// What normalises a feature in slice `norm`.
-PYLO_FN float normaliser(const Job &job, double mean_of_squares) {
-    return (float)inverse_root(mean_of_squares + (double)job.rule->norm_eps);
-}
-
 PYLO_FN float element_scale(const Job &job, int slot, int64_t norm) {
     const pylo_tensor &t = *job.tensor;
-    return normaliser(job, t.feature_sums[norm * SLOTS + slot] / (double)(t.numel / t.norm_slices));
+    return normaliser(*job.rule, t.feature_sums[norm * SLOTS + slot] / (double)(t.numel / t.norm_slices));
 }
 
 PYLO_FN float statistic_scale(const Job &job, int slot, int64_t norm) {
-    return normaliser(job, job.tensor->stat_squares[norm * SLOTS + slot]);
+    return normaliser(*job.rule, job.tensor->stat_squares[norm * SLOTS + slot]);
 }
 
 // The network as one tensor needs it: the normalisers are folded into the first layer, whose inputs are split into
@@ -43,27 +39,21 @@ struct Network {
         const pylo_tensor &t = *job.tensor;
         layers = rule.layers;
         channels = has_extra(rule) ? Channels<Factored>::all : Channels<Factored>::common;
-        const float *next = job.step->network;
-        int inputs = SLOTS;
-        for (int layer = 0; layer < layers; ++layer) {
-            width[layer] = rule.width[layer];
-            padded[layer] = (int)round_up(width[layer], 4);
-            weights[layer] = next;
-            biases[layer] = next + inputs * padded[layer];
-            next += (inputs + 1) * padded[layer];
-            inputs = width[layer];
+        for (int n = 0; n < layers; ++n) {
+            const Layer layer(rule, job.step->network, n);
+            width[n] = layer.outputs;
+            padded[n] = layer.step;
+            weights[n] = layer.weights;
+            biases[n] = layer.biases;
         }
         for (int n = 0; n < PYLO_MAX_WIDTH; ++n) bias[n] = n < padded[0] ? biases[0][n] : 0;
         for (int channel = 0; channel < channels; ++channel) {
             const int slot = Channels<Factored>::slot(channel);
             const float scale = t.norm_slices > 1 ? 1.0f : element_scale(job, slot, 0);
             fold_slot(rule, slot, scale, element[channel]);
-            const int twin = slot == ROW || slot == ROW + 1 || slot == ROW + 2                         ? slot + 3
-                             : slot == INVERSE_ROW || slot == INVERSE_ROW + 1 || slot == INVERSE_ROW + 2 ? slot + 3
-                                                                                                         : -1;
-            if (!Factored && twin >= 0) {
+            if (!Factored && has_twin(slot)) {
                 float other[PYLO_MAX_WIDTH];
-                fold_slot(rule, twin, scale, other);
+                fold_slot(rule, slot + COL - ROW, scale, other);
                 for (int n = 0; n < PYLO_MAX_WIDTH; ++n) element[channel][n] += other[n];
             }
         }
