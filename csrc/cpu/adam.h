@@ -14,16 +14,12 @@ void adam(const Job &job) {
     const pylo_rule rule = *job.rule;
     const pylo_step step = *job.step;
     alignas(64) float buffer[5][WIDE];
-    for (int64_t first = job.part.lane_begin; first < job.part.lane_end; first += WIDE) {
-        const int count = (int)smaller(WIDE, job.part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
-        const auto load = [&](void *base, int dtype, int stream) {
-            return load_lanes(base, dtype, first, 1, count, padded, 0, buffer[stream]);
-        };
-        const float *grad = load(const_cast<void *>(step.grad), step.grad_dtype, 0);
-        float *param = load(t.param, t.param_dtype, 1), *rms = load(t.rms, PYLO_FLOAT32, 2);
-        float *momentum = load(t.momentum[0], PYLO_FLOAT32, 3);
+    for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
+        const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
+        float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
+        float *momentum = run.load(t.momentum[0], PYLO_FLOAT32, buffer[3]);
         float *direction = t.direction ? buffer[4] : nullptr;
-        for (int lane = 0; lane < padded; lane += Vec::lanes) {
+        for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec p = Vec::load(param + lane);
             const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
             Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
@@ -35,13 +31,13 @@ void adam(const Job &job) {
             else
                 updated_param(step, p, proposed).store(param + lane);
         }
-        store_lanes(t.momentum[0], PYLO_FLOAT32, first, 1, count, momentum);
-        store_lanes(t.rms, PYLO_FLOAT32, first, 1, count, rms);
+        run.store(t.momentum[0], PYLO_FLOAT32, momentum);
+        run.store(t.rms, PYLO_FLOAT32, rms);
         if (direction)
-            store_lanes(t.direction, PYLO_FLOAT32, first, 1, count, direction);
+            run.store(t.direction, PYLO_FLOAT32, direction);
         else
-            store_lanes(t.param, t.param_dtype, first, 1, count, param);
-    }
+            run.store(t.param, t.param_dtype, param);
+    });
 }
 
 }  // namespace

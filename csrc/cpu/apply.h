@@ -45,7 +45,7 @@ PYLO_FN void apply_tile(
     }
     window.store_state(job);
     if (t.direction)
-        store_lanes(t.direction, PYLO_FLOAT32, window.index, window.step, window.count, work.a[0]);
+        window.run.store(t.direction, PYLO_FLOAT32, work.a[0]);
     else
         window.store_param(job);
 }
@@ -71,7 +71,7 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
             for (int k = 0; k < 3; ++k)
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         }
-        window.load(job, at.memory + first * g.lane_step, count);
+        window.load(job, Run(at.memory + first * g.lane_step, g.lane_step, count));
         apply_tile<Factored, Sliced, Units, V>(job, work, window, table, fixed_scale, foreseen ? ahead.memory + first : -1);
     }
 }

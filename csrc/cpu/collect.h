@@ -14,45 +14,37 @@ template <bool Factored>
 void collect_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
-    const Part &part = job.part;
     double *fixed_sums = g.row_varies ? t.col_sums : t.row_sums;
     Sums<2> sums;
     alignas(64) float grads[WIDE], params[WIDE];
-    Position at(job, part.outer_begin);
-    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
-        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-            const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
-            const int64_t index = at.memory + first * g.lane_step;
-            const float *grad = load_lanes(
-                const_cast<void *>(job.step->grad), job.step->grad_dtype, index, g.lane_step, count, padded, 0, grads);
-            const float *param = grad;
-            if (job.step->l2 != 0.0f)
-                param = load_lanes(t.param, t.param_dtype, index, g.lane_step, count, padded, 0, params);
-            double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
+    for_runs(job, [&](const Position &at, int64_t first, const Run &run) __attribute__((always_inline)) {
+        const float *grad = run.load(job.step->grad, job.step->grad_dtype, grads);
+        const float *param = grad;  // which is not read
+        if (job.step->l2 != 0.0f) param = run.load(t.param, t.param_dtype, params);
+        double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
 #pragma GCC unroll 4
-            for (int half = 0; half < 16; half += Vec::lanes) {
-                auto running = sums.running(half);
-                for (int lane = half; lane < padded; lane += 16) {
-                    const Vec raw = Vec::load(grad + lane);
-                    fetch(grad + lane + AHEAD);
-                    running.of[0] = madd(raw, raw, running.of[0]);
-                    if constexpr (Factored) {
-                        const Vec x = seen_gradient(*job.rule, *job.step, raw, Vec::load(param + lane));
-                        running.of[1] = madd(x, x, running.of[1]);
-                        add_to(lane_sums + lane, x * x);
-                    }
+        for (int half = 0; half < 16; half += Vec::lanes) {
+            auto running = sums.running(half);
+            for (int lane = half; lane < run.padded; lane += 16) {
+                const Vec raw = Vec::load(grad + lane);
+                fetch(grad + lane + AHEAD);
+                running.of[0] = madd(raw, raw, running.of[0]);
+                if constexpr (Factored) {
+                    const Vec x = seen_gradient(*job.rule, *job.step, raw, Vec::load(param + lane));
+                    running.of[1] = madd(x, x, running.of[1]);
+                    add_to(lane_sums + lane, x * x);
                 }
-                sums.keep(running, half);
             }
-            if constexpr (Factored) {
-                sums.flush();
-                fixed_sums[at.fixed()] += sums.total[1];
-                sums.total[1] = 0;
-            } else {
-                sums.count(count);
-            }
+            sums.keep(running, half);
         }
-    }
+        if constexpr (Factored) {
+            sums.flush();
+            fixed_sums[at.fixed()] += sums.total[1];
+            sums.total[1] = 0;
+        } else {
+            sums.count(run.count);
+        }
+    });
     sums.flush();
     job.partial[0] = sums.total[0];
 }

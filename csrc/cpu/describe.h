@@ -13,7 +13,6 @@ template <bool Factored, bool Extra>
 void describe_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const Geometry &g = job.geometry;
-    const Part &part = job.part;
     constexpr int channels = Extra ? Channels<Factored>::all : Channels<Factored>::common;
     const bool sliced = t.norm_slices > 1;
     Sums<channels> sums;
@@ -26,51 +25,46 @@ void describe_part(const Job &job) {
             sums.total[channel] = 0;
         }
     };
-    Position at(job, part.outer_begin);
-    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
-        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-            const int count = (int)smaller(WIDE, part.lane_end - first);
-            window.load(job, at.memory + first * g.lane_step, count);
-            const float *lane_scale[3] = {};
-            Vec fixed_scale[3];
-            if constexpr (Factored)
-                for (int k = 0; k < 3; ++k) {
-                    float *scale = lane_statistic(job, t.row_scale, t.col_scale, k, at.lane());
-                    lane_scale[k] = load_lanes(
-                        scale, PYLO_FLOAT32, first * g.lane_stat_step, g.lane_stat_step, count, window.padded, 0,
-                        gathered[k]);
-                    fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
-                }
-            const auto describe = [&](int lane, auto &&put) __attribute__((always_inline)) {
-                const Element<Vec> x = window.element(job, lane);
-                Vec scale[3];
-                if constexpr (Factored)
-#pragma GCC unroll 3
-                    for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(lane_scale[k] + lane);
-                features<Factored>(*job.rule, Extra, x, scale, put);
-            };
-            const int whole = count / Vec::lanes * Vec::lanes;
-#pragma GCC unroll 4
-            for (int half = 0; half < 16; half += Vec::lanes) {
-                auto running = sums.running(half);
-                for (int lane = half; lane < whole; lane += 16) {
-                    window.prefetch(lane + AHEAD);
-                    describe(lane, [&](int channel, Vec f) __attribute__((always_inline)) {
-                        running.of[channel] = madd(f, f, running.of[channel]);
-                    });
-                }
-                sums.keep(running, half);
+    for_runs(job, [&](const Position &at, int64_t first, const Run &run) __attribute__((always_inline)) {
+        window.load(job, run);
+        const Run along(first * g.lane_stat_step, g.lane_stat_step, run.count);
+        const float *lane_scale[3] = {};
+        Vec fixed_scale[3];
+        if constexpr (Factored)
+            for (int k = 0; k < 3; ++k) {
+                float *scale = lane_statistic(job, t.row_scale, t.col_scale, k, at.lane());
+                lane_scale[k] = along.load(scale, PYLO_FLOAT32, gathered[k]);
+                fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
             }
-            if (whole < count)
-                describe(whole, [&](int channel, Vec f) __attribute__((always_inline)) {
-                    sums.add_square(channel, whole, first_lanes(count - whole, f));
+        const auto describe = [&](int lane, auto &&put) __attribute__((always_inline)) {
+            const Element<Vec> x = window.element(job, lane);
+            Vec scale[3];
+            if constexpr (Factored)
+#pragma GCC unroll 3
+                for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(lane_scale[k] + lane);
+            features<Factored>(*job.rule, Extra, x, scale, put);
+        };
+        const int whole = run.count / Vec::lanes * Vec::lanes;
+#pragma GCC unroll 4
+        for (int half = 0; half < 16; half += Vec::lanes) {
+            auto running = sums.running(half);
+            for (int lane = half; lane < whole; lane += 16) {
+                window.prefetch(lane + AHEAD);
+                describe(lane, [&](int channel, Vec f) __attribute__((always_inline)) {
+                    running.of[channel] = madd(f, f, running.of[channel]);
                 });
-            if (sliced)
-                add_to_slice(at.norm);
-            else
-                sums.count(count);
+            }
+            sums.keep(running, half);
         }
-    }
+        if (whole < run.count)
+            describe(whole, [&](int channel, Vec f) __attribute__((always_inline)) {
+                sums.add_square(channel, whole, first_lanes(run.count - whole, f));
+            });
+        if (sliced)
+            add_to_slice(at.norm);
+        else
+            sums.count(run.count);
+    });
     if (!sliced) add_to_slice(0);
 }
 

@@ -13,20 +13,17 @@ template <bool Factored, int Capacity>
 struct Window {
     const float *grad;
     float *param, *momentum[3], *rms, *diagonal[3];
-    int count, padded;
-    int64_t index, step;
+    Run run;
 
-    PYLO_FN void load(const Job &job, int64_t at, int lanes) {
+    PYLO_FN void load(const Job &job, const Run &lanes) {
         const pylo_tensor &t = *job.tensor;
-        const int end = (int)round_up(lanes, Vec::lanes);
-        count = lanes, padded = end, index = at, step = job.geometry.lane_step;
-        grad = load_lanes(const_cast<void *>(job.step->grad), job.step->grad_dtype, at, step, lanes, end, 0, buffer[0]);
-        param = load_lanes(t.param, t.param_dtype, at, step, lanes, end, 0, buffer[1]);
-        rms = load_lanes(t.rms, PYLO_FLOAT32, at, step, lanes, end, 0, buffer[2]);
+        run = lanes;
+        grad = run.load(job.step->grad, job.step->grad_dtype, buffer[0]);
+        param = run.load(t.param, t.param_dtype, buffer[1]);
+        rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
         for (int k = 0; k < 3; ++k) {
-            momentum[k] = load_lanes(t.momentum[k], PYLO_FLOAT32, at, step, lanes, end, 0, buffer[3 + k]);
-            if constexpr (!Factored)
-                diagonal[k] = load_lanes(t.diagonal[k], PYLO_FLOAT32, at, step, lanes, end, 1, buffer[6 + k]);
+            momentum[k] = run.load(t.momentum[k], PYLO_FLOAT32, buffer[3 + k]);
+            if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
         }
     }
 
@@ -67,15 +64,15 @@ struct Window {
 
     PYLO_FN void store_state(const Job &job) const {
         const pylo_tensor &t = *job.tensor;
-        store_lanes(t.rms, PYLO_FLOAT32, index, step, count, rms);
+        run.store(t.rms, PYLO_FLOAT32, rms);
         for (int k = 0; k < 3; ++k) {
-            store_lanes(t.momentum[k], PYLO_FLOAT32, index, step, count, momentum[k]);
-            if constexpr (!Factored) store_lanes(t.diagonal[k], PYLO_FLOAT32, index, step, count, diagonal[k]);
+            run.store(t.momentum[k], PYLO_FLOAT32, momentum[k]);
+            if constexpr (!Factored) run.store(t.diagonal[k], PYLO_FLOAT32, diagonal[k]);
         }
     }
 
     PYLO_FN void store_param(const Job &job) const {
-        store_lanes(job.tensor->param, job.tensor->param_dtype, index, step, count, param);
+        run.store(job.tensor->param, job.tensor->param_dtype, param);
     }
 
 private:

@@ -31,27 +31,17 @@ PYLO_FN void add_to_sums(const float *values, int padded, double *sums, double *
 template <bool All>
 void measure_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
-    const Geometry &g = job.geometry;
-    const Part &part = job.part;
     constexpr int count_of_sums = All ? PYLO_TENSOR_SUMS : 1;
     alignas(64) double sums[count_of_sums][16] = {};
     alignas(64) float buffer[WIDE];
-    Position at(job, part.outer_begin);
-    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance()) {
-        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE) {
-            const int count = (int)smaller(WIDE, part.lane_end - first), padded = (int)round_up(count, Vec::lanes);
-            const int64_t index = at.memory + first * g.lane_step;
-            const auto load = [&](void *base, int dtype) {
-                return load_lanes(base, dtype, index, g.lane_step, count, padded, 0, buffer);
-            };
-            add_to_sums<false>(load(t.param, t.param_dtype), padded, nullptr, sums[0]);
-            if constexpr (All) {
-                for (int k = 0; k < 3; ++k)
-                    add_to_sums<true>(load(t.momentum[k], PYLO_FLOAT32), padded, sums[1 + k], sums[5 + k]);
-                add_to_sums<true>(load(t.rms, PYLO_FLOAT32), padded, sums[4], sums[8]);
-            }
+    for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
+        add_to_sums<false>(run.load(t.param, t.param_dtype, buffer), run.padded, nullptr, sums[0]);
+        if constexpr (All) {
+            for (int k = 0; k < 3; ++k)
+                add_to_sums<true>(run.load(t.momentum[k], PYLO_FLOAT32, buffer), run.padded, sums[1 + k], sums[5 + k]);
+            add_to_sums<true>(run.load(t.rms, PYLO_FLOAT32, buffer), run.padded, sums[4], sums[8]);
         }
-    }
+    });
     for (int i = 0; i < count_of_sums; ++i)
         for (double x : sums[i]) job.partial[i] += x;
 }

@@ -3,7 +3,7 @@
 
 #include "../core/formulas.h"
 #include "kernels.h"
-#include "simd.h"
+#include "storage.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -52,6 +52,17 @@ struct Position {
 };
 
 PYLO_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls visit(position, first lane, run) for all runs of a part, at most WIDE lanes each.
+template <class Visit>
+PYLO_FN void for_runs(const Job &job, Visit &&visit) {
+    const Part &part = job.part;
+    const int64_t step = job.geometry.lane_step;
+    Position at(job, part.outer_begin);
+    for (int64_t outer = part.outer_begin; outer < part.outer_end; ++outer, at.advance())
+        for (int64_t first = part.lane_begin; first < part.lane_end; first += WIDE)
+            visit(at, first, Run(at.memory + first * step, step, (int)smaller(WIDE, part.lane_end - first)));
+}
 
 constexpr int AHEAD = 256;
 constexpr int TILES_AHEAD = 2;
