@@ -12,20 +12,19 @@ namespace {
 // over which features are normalised. `Units`: of every hidden layer if they are few, else 0.
 template <bool Factored, bool Sliced, int Units, int V>
 PYLO_FN void apply_tile(
-    const Job &job, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale,
+    const Job &job, const pylo_rule &rule, const pylo_step &step, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale,
     int64_t next) {
     const pylo_tensor &t = *job.tensor;
-    const pylo_step &step = *job.step;
-    const bool extra = has_extra(*job.rule);
+    const bool extra = has_extra(rule);
     prefetch_tile(job, next, 0);
     const auto visit = [&](int i, auto &&put) __attribute__((always_inline)) {
-        const Element<Vec> x = window.element(job, i * Vec::lanes);
+        const Element<Vec> x = window.element(rule, step, i * Vec::lanes);
         window.keep_state(x, i * Vec::lanes);
         Vec scale[3];
         if constexpr (Factored)
 #pragma GCC unroll 3
             for (int k = 0; k < 3; ++k) scale[k] = fixed_scale[k] * Vec::load(table->scale[k] + i * Vec::lanes);
-        features<Factored>(*job.rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
+        features<Factored>(rule, extra, x, scale, [&](int channel, Vec f) __attribute__((always_inline)) {
             put(channel, Sliced ? f * Vec(table->element_scale[channel]) : f);
         });
     };
@@ -37,7 +36,7 @@ PYLO_FN void apply_tile(
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
         float *at = window.param + i * Vec::lanes;
-        const Vec proposed = proposed_step(*job.rule, step, outputs[0][i], outputs[1][i]);
+        const Vec proposed = proposed_step(rule, step, outputs[0][i], outputs[1][i]);
         if (t.direction)
             proposed.store(work.a[0] + i * Vec::lanes);
         else
@@ -53,6 +52,9 @@ PYLO_FN void apply_tile(
 template <bool Factored, bool Sliced, int Units, int V>
 void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
     const pylo_tensor &t = *job.tensor;
+    // Copies, as in adam().
+    const pylo_rule rule = *job.rule;
+    const pylo_step step = *job.step;
     const Geometry &g = job.geometry;
     const int64_t tables = g.slices < TABLES ? g.slices : 1;
     for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;
@@ -72,7 +74,7 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         }
         window.load(job, Run(at.memory + first * g.lane_step, g.lane_step, count));
-        apply_tile<Factored, Sliced, Units, V>(job, work, window, table, fixed_scale, foreseen ? ahead.memory + first : -1);
+        apply_tile<Factored, Sliced, Units, V>(job, rule, step, work, window, table, fixed_scale, foreseen ? ahead.memory + first : -1);
     }
 }
 

@@ -37,7 +37,7 @@ void describe_part(const Job &job) {
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
             }
         const auto describe = [&](int lane, auto &&put) __attribute__((always_inline)) {
-            const Element<Vec> x = window.element(job, lane);
+            const Element<Vec> x = window.element(*job.rule, *job.step, lane);
             Vec scale[3];
             if constexpr (Factored)
 #pragma GCC unroll 3

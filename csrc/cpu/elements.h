@@ -39,17 +39,17 @@ struct Window {
     }
 
     // The element at a lane, accumulators updated.
-    PYLO_FN Element<Vec> element(const Job &job, int lane) const {
+    PYLO_FN Element<Vec> element(const pylo_rule &rule, const pylo_step &step, int lane) const {
         Element<Vec> x;
         x.param = Vec::load(param + lane);
-        x.grad = seen_gradient(*job.rule, *job.step, Vec::load(grad + lane), x.param);
+        x.grad = seen_gradient(rule, step, Vec::load(grad + lane), x.param);
         x.rms = Vec::load(rms + lane);
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
             x.momentum[k] = Vec::load(momentum[k] + lane);
             if constexpr (!Factored) x.diagonal[k] = Vec::load(diagonal[k] + lane);
         }
-        accumulate<Factored>(*job.rule, x);
+        accumulate<Factored>(rule, x);
         return x;
     }
 
