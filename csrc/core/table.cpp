@@ -36,11 +36,12 @@ public:
         if (t_.rank < 1 || t_.rank > PYLO_MAX_RANK)
             return bad("rank", "must be 1 to %d, is %d", PYLO_MAX_RANK, t_.rank);
         if (!known_dtype(t_.param_dtype)) return bad("param_dtype", "%d is unknown", t_.param_dtype);
-        int64_t local = 1;
+        int64_t local = 1, counted = 1;  // counted: without empty axes, as others multiply extents in another order
         for (int axis = 0; axis < t_.rank; ++axis) {
             if (t_.extent[axis] < 0) return bad("extent", "of axis %d must not be negative", axis);
-            if (t_.extent[axis] > 0 && local > MOST_ELEMENTS / t_.extent[axis])
-                return bad("extent", "the tensor is too large");
+            const int64_t extent = std::max<int64_t>(t_.extent[axis], 1);
+            if (counted > MOST_ELEMENTS / extent) return bad("extent", "the tensor is too large");
+            counted *= extent;
             local *= t_.extent[axis];
         }
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
@@ -72,8 +73,9 @@ private:
     int factored() {
         if (t_.d0_axis >= t_.rank || t_.d1_axis < 0 || t_.d1_axis >= t_.rank || t_.d0_axis == t_.d1_axis)
             return bad("d0_axis", "and d1_axis must be two of the %d axes", t_.rank);
-        if (t_.d0_extent < t_.extent[t_.d0_axis] || t_.d1_extent < t_.extent[t_.d1_axis])
-            return bad("d0_extent", "and d1_extent must cover the box");
+        if (t_.d0_extent < std::max<int64_t>(t_.extent[t_.d0_axis], 1) ||
+            t_.d1_extent < std::max<int64_t>(t_.extent[t_.d1_axis], 1))
+            return bad("d0_extent", "and d1_extent must be positive and cover the box");
         if (int status = statistic("row", t_.row_stride, t_.d0_axis, t_.row_offset, t_.row_numel)) return status;
         if (int status = statistic("col", t_.col_stride, t_.d1_axis, t_.col_offset, t_.col_numel)) return status;
         if (t_.d1_row_stride < 1 || t_.d1_extent > t_.row_numel / t_.d1_row_stride ||

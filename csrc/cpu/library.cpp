@@ -36,6 +36,8 @@ int check_stage(Stage stage, const pylo_call &call) {
     const bool adam = call.rule->layers == 0;
     if (adam && (stage == PREPARE || stage == DESCRIBE))
         return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
+    if (stage == MEASURE && call.rule->measures == 0)
+        return fail(PYLO_BAD_ARGUMENT, "rule: measures is 0, so there is nothing to measure");
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
