@@ -539,7 +539,7 @@ def test_structures_have_the_size_that_the_library_expects(library):
     call = CallStruct(abi_version=ABI_VERSION + 1, size=ctypes.sizeof(CallStruct))
     with pytest.raises(NativeError, match=f"caller {ABI_VERSION + 1}"):
         library.check(call)
-    sizes = re.findall(r"static_assert\(sizeof\(pylo_(\w+)\) == (\d+)", (CSRC / "cpu/library.cpp").read_text())
+    sizes = re.findall(r"static_assert\(sizeof\(pylo_(\w+)\) == (\d+)", (CSRC / "core/table.cpp").read_text())
     assert {name: int(size) for name, size in sizes} == {
         "tensor": records.TENSOR.itemsize,
         "step": records.STEP.itemsize,

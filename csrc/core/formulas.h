@@ -1,6 +1,7 @@
 // The mathematics of the learned rules, each formula once, for any numeric type V (docs/mathematics.md; rules/features.py).
 #pragma once
 
+#include "pylo.h"
 #include "scalar.h"
 
 namespace pylo {
@@ -64,13 +65,22 @@ struct Element {
     V grad, param, momentum[3], rms, diagonal[3];
 };
 
-template <class V, class Rule>
-PYLO_FN V clip_gradient(const Rule &rule, V grad) {
+template <class V>
+PYLO_FN V clip_gradient(const pylo_rule &rule, V grad) {
     return at_most(V(rule.grad_clip), at_least(V(-rule.grad_clip), grad));
 }
 
-template <bool Factored, class V, class Rule>
-PYLO_FN void accumulate(const Rule &rule, Element<V> &x) {
+// The gradient as the rule reads it. `Plain`: of a step that only scales it.
+template <bool Plain = false, class V>
+PYLO_FN V seen_gradient(const pylo_rule &rule, const pylo_step &step, V grad, V param) {
+    if (!Plain && step.flags & PYLO_ZERO_NONFINITE) grad = zero_beyond(grad, V(rule.grad_limit));
+    grad = grad * V(step.grad_scale);
+    if (!Plain && step.l2 != 0.0f) grad = madd(param, V(step.l2), grad);
+    return clip_gradient(rule, grad);
+}
+
+template <bool Factored, class V>
+PYLO_FN void accumulate(const pylo_rule &rule, Element<V> &x) {
     const V square = x.grad * x.grad;
 #pragma GCC unroll 3
     for (int k = 0; k < 3; ++k) x.momentum[k] = ema(rule.momentum_keep[k], rule.momentum_weight[k], x.momentum[k], x.grad);
@@ -110,9 +120,14 @@ struct Channels<false> {  // row and col are the same full-size moment: its chan
     }
 };
 
+// Whether the rule reads the channels that only some rules read.
+PYLO_FN bool has_extra(const pylo_rule &rule) {
+    return rule.features >> CLIPPED_GRAD & 1 || rule.features >> GRAD_OVER_RMS & 1;
+}
+
 // Calls put(channel, value) for every channel. `scale` is the product of row and column scales, unused for vectors.
-template <bool Factored, class V, class Rule, class Put>
-PYLO_FN void features(const Rule &rule, bool extra, const Element<V> &x, const V *scale, Put &&put) {
+template <bool Factored, class V, class Put>
+PYLO_FN void features(const pylo_rule &rule, bool extra, const Element<V> &x, const V *scale, Put &&put) {
     const V inverse_rms = inverse_root(x.rms + V(rule.rms_eps));
     put(0, x.grad);
     put(1, x.param);
@@ -139,19 +154,24 @@ PYLO_FN void features(const Rule &rule, bool extra, const Element<V> &x, const V
     }
 }
 
+// -- the step ----------------------------------------------------------------------------------------------------------
+
 template <class V>
-PYLO_FN V proposed_step(V direction, V magnitude, float exp_mult) {
-    return direction * exponential(magnitude * V(exp_mult));
+PYLO_FN V proposed_step(const pylo_rule &rule, const pylo_step &step, V direction, V magnitude) {
+    return V(step.step_mult) * (direction * exponential(magnitude * V(rule.exp_mult)));
 }
 
-// -- Adam --------------------------------------------------------------------------------------------------------------
-
-template <class V, class Rule, class Step>
-PYLO_FN V adam_step(const Rule &rule, const Step &step, V grad, V &momentum, V &rms) {
+template <class V>
+PYLO_FN V adam_step(const pylo_rule &rule, const pylo_step &step, V grad, V &momentum, V &rms) {
     momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
     rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
     const V root_rms = root(rms / V(step.rms_correction) + V(rule.adam_eps_root));
-    return momentum / V(step.momentum_correction) / (root_rms + V(rule.adam_eps));
+    return V(step.step_mult) * (momentum / V(step.momentum_correction) / (root_rms + V(rule.adam_eps)));
+}
+
+template <class V>
+PYLO_FN V updated_param(const pylo_step &step, V param, V proposed) {
+    return madd(V(-step.scale), proposed, V(step.keep) * param);
 }
 
 }  // namespace PYLO_ISA

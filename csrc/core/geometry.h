@@ -24,12 +24,6 @@ struct Geometry {
     int64_t lane_norm_step;            // not 0 if every lane is in another such slice: then parts have one lane
 };
 
-// A part of a record, the unit of work: outer indices and lanes from begin to end. How a record is cut depends on the
-// record alone, never on threads or instruction set, so neither do sums over parts.
-struct Part {
-    int64_t record, outer_begin, outer_end, lane_begin, lane_end, slot;
-};
-
 static inline int64_t local_numel(const pylo_tensor &t) {
     int64_t numel = 1;
     for (int axis = 0; axis < t.rank; ++axis) numel *= t.extent[axis];
@@ -87,41 +81,5 @@ static inline Geometry geometry(const pylo_tensor &t) {
 }
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// Floats behind pylo_step.network, 0 for a geometry that the kernels do not evaluate.
-static inline int64_t network_floats(const pylo_rule &rule) {
-    if (rule.layers < 2 || rule.layers > PYLO_MAX_LAYERS) return 0;
-    int64_t inputs = PYLO_SLOTS, total = 0;
-    for (int layer = 0; layer < rule.layers; ++layer) {
-        const bool last = layer == rule.layers - 1;
-        const int64_t width = rule.width[layer];
-        if (width < (last ? 2 : 1) || width > (last ? 4 : PYLO_MAX_WIDTH)) return 0;
-        total += (inputs + 1) * round_up(width, 4);
-        inputs = width;
-    }
-    return total;
-}
-
-// What a kernel needs to know about the call besides the part. `partial` is the part's own scratch for sums.
-struct Job {
-    const pylo_rule *rule;
-    const pylo_tensor *tensor;
-    const pylo_step *step;
-    Geometry geometry;
-    Part part;
-    double *partial;
-};
-
-// One instruction set's kernels.
-struct Kernels {
-    void (*collect)(const Job &);
-    void (*measure)(const Job &);
-    void (*prepare)(const Job &);
-    void (*describe)(const Job &);
-    void (*apply)(const Job &);
-    int64_t (*multiply_adds)(int64_t rounds);
-};
-
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;
 
 }  // namespace pylo

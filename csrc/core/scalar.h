@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#ifndef PYLO_ISA
+#error "define PYLO_ISA, the namespace of what is compiled for one instruction set"
+#endif
+
 #ifdef __CUDACC__
 #define PYLO_FN __device__ __forceinline__
 #else
@@ -42,6 +46,9 @@ PYLO_FN float at_most(float bound, float x) {
     return y;
 }
 
+// x where |x| <= limit, else 0; also for NaN.
+PYLO_FN float zero_beyond(float x, float limit) { return fabsf(x) <= limit ? x : 0.0f; }
+
 #else
 
 PYLO_FN float root(float x) { return __builtin_sqrtf(x); }
@@ -60,6 +67,9 @@ PYLO_FN float at_least(float bound, float x) { return bound > x ? bound : x; }
 PYLO_FN double at_least(double bound, double x) { return bound > x ? bound : x; }
 PYLO_FN float at_most(float bound, float x) { return bound < x ? bound : x; }
 PYLO_FN double at_most(double bound, double x) { return bound < x ? bound : x; }
+
+// x where |x| <= limit, else 0; also for NaN.
+PYLO_FN float zero_beyond(float x, float limit) { return __builtin_fabsf(x) <= limit ? x : 0.0f; }
 
 PYLO_FN float exponential(float x) { return __builtin_expf(x); }
 PYLO_FN double exponential(double x) { return __builtin_exp(x); }

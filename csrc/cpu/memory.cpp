@@ -1,7 +1,10 @@
 // Where Python's tensors are, read for many at once: neither Python's headers nor torch's are needed for it.
+#include "../core/hash.h"
 #include "../core/pylo.h"
 
 namespace {
+
+using pylo::mix;
 
 // What DLPack 1.x says about a tensor, and its table of functions (https://dmlc.github.io/dlpack/latest/c_api.html).
 struct Tensor {
@@ -20,11 +23,6 @@ struct ExchangeApi {
     void (*other[3])(void);
     int (*read)(void *object, Tensor *tensor);  // dltensor_from_py_object_no_sync
 };
-
-uint64_t mix(uint64_t hash, uint64_t word) {
-    hash = (hash ^ word) * 0x9FB21C651E98DF25u;
-    return hash ^ hash >> 32;
-}
 
 uint64_t format_of(const Tensor &tensor) {
     uint64_t hash = mix((uint64_t)tensor.device_type << 32 | (uint32_t)tensor.device_index, (uint64_t)tensor.rank);

@@ -138,7 +138,7 @@ PYLO_FN Vec root(Vec x) { return root(x.raw); }
 PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return madd(a.raw, b.raw, c.raw); }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return at_least(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return at_most(bound.raw, x.raw); }
-PYLO_FN Vec zero_beyond(Vec x, Vec limit) { return __builtin_fabsf(x.raw) <= limit.raw ? x.raw : 0.0f; }
+PYLO_FN Vec zero_beyond(Vec x, Vec limit) { return zero_beyond(x.raw, limit.raw); }
 PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
     return p * Vec(__builtin_ldexpf(1.0f, (int)(rounded.raw - 12582912.0f)));
 }

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "../core/pylo.h"
+#include "../core/geometry.h"
 #include "simd.h"
 
 namespace pylo {
@@ -53,42 +53,51 @@ PYLO_FN uint16_t to_float16(float x) {  // to nearest, ties to even
 #endif
 }
 
-// `count` values from `index` on, `step` apart, as floats without gaps and filled up to `padded` with `fill`: in place
-// if they are stored like that, else copied to `buffer`.
-PYLO_FN float *load_lanes(
-    void *base, int dtype, int64_t index, int64_t step, int count, int padded, float fill, float *buffer) {
-    if (dtype == PYLO_FLOAT32) {
-        float *from = (float *)base + index;
-        if (step == 1 && count == padded) return from;
-        if (step == 1)
-            memcpy(buffer, from, (size_t)count * sizeof(float));
-        else
-            for (int i = 0; i < count; ++i) buffer[i] = from[i * step];
-    } else {
-        const uint16_t *from = (const uint16_t *)base + index;
-        if (dtype == PYLO_BFLOAT16)
-            for (int i = 0; i < count; ++i) buffer[i] = from_bfloat16(from[i * step]);
-        else
-            for (int i = 0; i < count; ++i) buffer[i] = from_float16(from[i * step]);
-    }
-    for (int i = count; i < padded; ++i) buffer[i] = fill;
-    return buffer;
-}
+// A run of lanes in memory: `count` from `index` on, `step` apart. Vectors take `padded` of them.
+struct Run {
+    int64_t index, step;
+    int count, padded;
 
-// The way back of load_lanes: nothing to do for values that were changed in place.
-PYLO_FN void store_lanes(void *base, int dtype, int64_t index, int64_t step, int count, const float *values) {
-    if (dtype == PYLO_FLOAT32) {
-        float *to = (float *)base + index;
-        if (values == to) return;
-        for (int i = 0; i < count; ++i) to[i * step] = values[i];
-    } else {
-        uint16_t *to = (uint16_t *)base + index;
-        if (dtype == PYLO_BFLOAT16)
-            for (int i = 0; i < count; ++i) to[i * step] = to_bfloat16(values[i]);
-        else
-            for (int i = 0; i < count; ++i) to[i * step] = to_float16(values[i]);
+    PYLO_FN Run() {}
+    PYLO_FN Run(int64_t index, int64_t step, int count)
+        : index(index), step(step), count(count), padded((int)round_up(count, Vec::lanes)) {}
+
+    // As floats without gaps, those from `count` to `padded` being `fill`: in place if they are stored like that, else
+    // copied to `buffer`.
+    PYLO_FN float *load(const void *base, int dtype, float *buffer, float fill = 0) const {
+        if (dtype == PYLO_FLOAT32) {
+            float *from = (float *)base + index;
+            if (step == 1 && count == padded) return from;
+            if (step == 1)
+                memcpy(buffer, from, (size_t)count * sizeof(float));
+            else
+                for (int i = 0; i < count; ++i) buffer[i] = from[i * step];
+        } else {
+            const uint16_t *from = (const uint16_t *)base + index;
+            if (dtype == PYLO_BFLOAT16)
+                for (int i = 0; i < count; ++i) buffer[i] = from_bfloat16(from[i * step]);
+            else
+                for (int i = 0; i < count; ++i) buffer[i] = from_float16(from[i * step]);
+        }
+        for (int i = count; i < padded; ++i) buffer[i] = fill;
+        return buffer;
     }
-}
+
+    // The way back: nothing to do for values that were changed in place.
+    PYLO_FN void store(void *base, int dtype, const float *values) const {
+        if (dtype == PYLO_FLOAT32) {
+            float *to = (float *)base + index;
+            if (values == to) return;
+            for (int i = 0; i < count; ++i) to[i * step] = values[i];
+        } else {
+            uint16_t *to = (uint16_t *)base + index;
+            if (dtype == PYLO_BFLOAT16)
+                for (int i = 0; i < count; ++i) to[i * step] = to_bfloat16(values[i]);
+            else
+                for (int i = 0; i < count; ++i) to[i * step] = to_float16(values[i]);
+        }
+    }
+};
 
 }  // namespace PYLO_ISA
 }  // namespace pylo

@@ -85,15 +85,6 @@ __device__ __forceinline__ void write(void *base, int dtype, Index<Plain> index,
         device((uint16_t *)base)[index] = dtype == PYLO_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
 }
 
-// The gradient as the rule sees it.
-template <bool Plain = false>
-__device__ __forceinline__ float seen_gradient(const pylo_rule &rule, const pylo_step &step, float grad, float param) {
-    if (!Plain && step.flags & PYLO_ZERO_NONFINITE) grad = fabsf(grad) <= rule.grad_limit ? grad : 0.0f;
-    grad = grad * step.grad_scale;
-    if (!Plain && step.l2 != 0.0f) grad = madd(param, step.l2, grad);
-    return clip_gradient(rule, grad);
-}
-
 // An element with its accumulators updated.
 template <bool Factored, bool Plain>
 __device__ __forceinline__ Element<float> load_element(
@@ -136,10 +127,6 @@ template <bool Plain>
 __device__ __forceinline__ void load_scales(const pylo_tensor &t, const Entry<Plain> &entry, float (&scale)[3]) {
 #pragma unroll
     for (int k = 0; k < 3; ++k) scale[k] = row_entry(t.row_scale, t, k, entry) * col_entry(t.col_scale, t, k, entry);
-}
-
-__device__ __forceinline__ bool has_extra(const pylo_rule &rule) {
-    return rule.features >> CLIPPED_GRAD & 1 || rule.features >> GRAD_OVER_RMS & 1;
 }
 
 }  // namespace PYLO_ISA

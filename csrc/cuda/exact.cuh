@@ -40,10 +40,10 @@ __device__ __forceinline__ void apply_exactly(const pylo_rule &rule, const FlatP
     shared.folded.template fill<Factored>(rule, shared.record.tensor);
     for (int i = thread; i < MAX_INPUTS * Width; i += EXACT_THREADS)
         shared.first[i / Width][i % Width] = shared.folded.template weight<Factored>(rule, network, i / Width, i % Width);
-    const Layer first(rule, network, 0), last(rule, network, hidden);
+    const PaddedLayer first(rule, network, 0), last(rule, network, hidden);
     for (int i = thread; i < Width; i += EXACT_THREADS) shared.first_bias[i] = first.bias(i);
     for (int n = 1; n < hidden; ++n) {
-        const Layer layer(rule, network, n);
+        const PaddedLayer layer(rule, network, n);
         for (int i = thread; i < (Width + 1) * Width; i += EXACT_THREADS)
             shared.middle[n - 1][i / Width][i % Width] =
                 i / Width < Width ? layer.weight(i / Width, i % Width) : layer.bias(i % Width);

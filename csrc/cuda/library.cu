@@ -1,13 +1,11 @@
 // The C interface for CUDA devices: the plan of a table, and the launches of every stage. What does not depend on the
 // device is left to the CPU library: the checks of rule and table.
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <new>
 #include <vector>
 
-#include "../core/geometry.h"
+#include "../core/checks.h"
 #include "exact.cuh"
 #include "pylo_cuda.h"
 #include "sums.cuh"
@@ -23,16 +21,6 @@ static_assert(sizeof(pylo_cuda_call) == 80, "");  // other languages mirror it
 namespace {
 
 using namespace pylo;
-
-thread_local char message[512] = "";
-
-__attribute__((format(printf, 2, 3))) int fail(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    std::vsnprintf(message, sizeof message, format, args);
-    va_end(args);
-    return status;
-}
 
 // -- the plan ------------------------------------------------------------------------------------------------------------
 
@@ -235,15 +223,8 @@ int with_plan(const pylo_call *call, Use use) {
 
 // -- stages --------------------------------------------------------------------------------------------------------------
 
-bool aligned(const void *pointer, size_t bytes) { return (uintptr_t)pointer % bytes == 0; }
-
-bool known_dtype(int dtype) { return dtype == PYLO_FLOAT32 || dtype == PYLO_FLOAT16 || dtype == PYLO_BFLOAT16; }
-
 int check_call(const pylo_cuda_call *call, bool reads_networks) {
-    if (!call) return fail(PYLO_BAD_ARGUMENT, "call is null");
-    if (call->abi_version != PYLO_ABI_VERSION || call->size != sizeof *call)
-        return fail(PYLO_WRONG_ABI, "the library has interface version %u (struct of %u bytes), the caller %u (%u bytes)",
-                    PYLO_ABI_VERSION, (unsigned)sizeof *call, call->abi_version, call->size);
+    if (int status = check_version(call)) return status;
     if (!call->plan || !aligned(call->plan, 16) || ((const Header *)call->plan)->magic != MAGIC)
         return fail(PYLO_BAD_ARGUMENT, "plan is not what pylo_cuda_plan() wrote");
     const Header &plan = *(const Header *)call->plan;
@@ -262,25 +243,13 @@ int check_call(const pylo_cuda_call *call, bool reads_networks) {
     if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
         return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
     const Record *records = (const Record *)((const char *)call->plan + plan.records);
-    const int64_t network_bytes = network_floats(plan.rule) * (int64_t)sizeof(float);
     for (int64_t i = 0; i < plan.record_count; ++i) {
         const pylo_step &step = call->steps[i];
-        const long long record = i;
-        if (!known_dtype(step.grad_dtype))
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad_dtype %d is unknown", record, step.grad_dtype);
-        if ((!step.grad && records[i].numel) || !aligned(step.grad, step.grad_dtype == PYLO_FLOAT32 ? 4 : 2))
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad is null or misaligned", record);
-        const int64_t grad_bytes = records[i].numel * (step.grad_dtype == PYLO_FLOAT32 ? 4 : 2);
-        if (step.grad_bytes < grad_bytes)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: grad has %lld bytes, must have %lld", record,
-                        (long long)step.grad_bytes, (long long)grad_bytes);
-        if (reads_networks && (!step.network || !aligned(step.network, sizeof(float))))
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network is null or misaligned", record);
-        if (reads_networks && step.network_bytes < network_bytes)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network has %lld bytes, must have %lld", record,
-                        (long long)step.network_bytes, (long long)network_bytes);
+        if (int status = check_gradient(i, step, records[i].numel)) return status;
+        if (reads_networks)
+            if (int status = check_network(i, step, plan.rule)) return status;
         if (plan.rule.measures && !records[i].tensor.tensor_sums)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
     }
     return PYLO_OK;
 }

@@ -4,6 +4,8 @@
 
 #include "elements.cuh"
 
+#include "../core/network.h"
+
 namespace pylo {
 inline namespace PYLO_ISA {
 
@@ -67,7 +69,7 @@ struct Folded {
             const int slot = Inputs<Factored>::slot(input);
             const bool statistic = Factored && slot >= ROW && slot < FACTORED_MOMENTUM;
             const double mean = statistic ? t.stat_squares[slot] : t.feature_sums[slot] / (double)t.numel;
-            scale[input] = (float)inverse_root(mean + (double)rule.norm_eps);
+            scale[input] = normaliser(rule, mean);
         }
         __syncthreads();
     }
@@ -77,31 +79,16 @@ struct Folded {
         if (input >= Inputs<Factored>::all || unit >= rule.width[0]) return 0;
         const int slot = Inputs<Factored>::slot(input), step = (rule.width[0] + 3) / 4 * 4;
         float sum = rule.features >> slot & 1 ? network[slot * step + unit] * scale[input] : 0.0f;
-        // Of an unfactored tensor, row and col are the same moment.
-        const bool twin = !Factored && ((slot >= ROW && slot < COL) || (slot >= INVERSE_ROW && slot < INVERSE_COL));
-        if (twin && rule.features >> (slot + 3) & 1) sum += network[(slot + 3) * step + unit] * scale[input];
+        if (!Factored && has_twin(slot) && rule.features >> (slot + COL - ROW) & 1)
+            sum += network[(slot + COL - ROW) * step + unit] * scale[input];
         return sum;
     }
 };
 
-// A later layer, or the biases of the first (layer 0), as they are stored.
-struct Layer {
-    const float *weights, *biases;
-    int inputs, outputs, step;
+// A later layer, or the biases of the first, with zeros beyond it.
+struct PaddedLayer : Layer {
+    using Layer::Layer;
 
-    __device__ __forceinline__ Layer(const pylo_rule &rule, const float *network, int layer) {
-        int before = SLOTS;
-        for (int i = 0;; ++i) {
-            outputs = rule.width[i];
-            inputs = before;
-            step = (outputs + 3) / 4 * 4;
-            weights = network;
-            biases = network + inputs * step;
-            if (i == layer) return;
-            network = biases + step;
-            before = outputs;
-        }
-    }
     __device__ __forceinline__ float weight(int input, int unit) const {
         return input < inputs && unit < outputs ? weights[input * step + unit] : 0.0f;
     }
@@ -113,11 +100,11 @@ template <bool Plain>
 __device__ __forceinline__ void finish_element(
     const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index, float param, float direction,
     float magnitude) {
-    const float proposed = step.step_mult * proposed_step(direction, magnitude, rule.exp_mult);
+    const float proposed = proposed_step(rule, step, direction, magnitude);
     if (!Plain && t.direction)
         device(t.direction)[index] = proposed;
     else
-        write<Plain>(t.param, t.param_dtype, index, madd(-step.scale, proposed, step.keep * param));
+        write<Plain>(t.param, t.param_dtype, index, updated_param(step, param, proposed));
 }
 
 }  // namespace PYLO_ISA

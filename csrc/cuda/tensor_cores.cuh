@@ -99,10 +99,10 @@ __device__ __forceinline__ void apply_on_tensor_cores(const pylo_rule &rule, con
     fill_fragments(shared.first, [&](int input, int unit) {
         return shared.folded.template weight<Factored>(rule, network, input, unit);
     });
-    const Layer first(rule, network, 0), last(rule, network, hidden);
+    const PaddedLayer first(rule, network, 0), last(rule, network, hidden);
     if (thread < TENSOR_WIDTH) shared.first_bias[thread] = first.bias(thread);
     for (int n = 1; n < hidden; ++n) {
-        const Layer layer(rule, network, n);
+        const PaddedLayer layer(rule, network, n);
         fill_fragments(shared.middle[n - 1], [&](int input, int unit) { return layer.weight(input, unit); });
         if (thread < TENSOR_WIDTH) shared.middle_bias[n - 1][thread] = layer.bias(thread);
     }

@@ -367,6 +367,13 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = -1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = INT64_MAX / 2; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] += 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[0] = t.tensors[7].d0_extent = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].extent[1] = t.tensors[7].d1_extent = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) {  // an empty box whose other axes are beyond counting
+        t.tensors[2].rank = 3;
+        t.tensors[2].extent[0] = 0;
+        t.tensors[2].extent[1] = t.tensors[2].extent[2] = (int64_t)1 << 40;
+    });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d0_axis = 5; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].d1_axis = t.tensors[7].d0_axis; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[7].row_stride[1] = -1; });
@@ -413,6 +420,9 @@ void nonsense_is_refused() {
     adam.tensors[1].tensor_sums = nullptr;
     CHECK(adam.check() == PYLO_OK && pylo_cpu_measure(&adam.call) == PYLO_BAD_ARGUMENT);
     CHECK(pylo_cpu_collect(&adam.call) == PYLO_OK && pylo_cpu_apply(&adam.call) == PYLO_OK);
+    Table unmeasured(adam_rule(), PYLO_FLOAT32, PYLO_BEST, 1);
+    unmeasured.rule.measures = 0;
+    CHECK(unmeasured.check() == PYLO_OK && pylo_cpu_measure(&unmeasured.call) == PYLO_BAD_ARGUMENT);
     CHECK(pylo_check(&adam.call, nullptr, nullptr) == PYLO_BAD_ARGUMENT);
     CHECK(pylo_check(nullptr, nullptr, nullptr) == PYLO_BAD_ARGUMENT);
     CHECK(pylo_network_floats(nullptr) == 0);

@@ -1,0 +1,95 @@
+// What is read and written of elements: gradient, parameter and state, a run of lanes at a time.
+#pragma once
+
+#include "storage.h"
+#include "walk.h"
+
+namespace pylo {
+inline namespace PYLO_ISA {
+namespace {
+
+// Some lanes of all streams of a record.
+template <bool Factored, int Capacity>
+struct Window {
+    const float *grad;
+    float *param, *momentum[3], *rms, *diagonal[3];
+    Run run;
+
+    PYLO_FN void load(const Job &job, const Run &lanes) {
+        const pylo_tensor &t = *job.tensor;
+        run = lanes;
+        grad = run.load(job.step->grad, job.step->grad_dtype, buffer[0]);
+        param = run.load(t.param, t.param_dtype, buffer[1]);
+        rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
+        for (int k = 0; k < 3; ++k) {
+            momentum[k] = run.load(t.momentum[k], PYLO_FLOAT32, buffer[3 + k]);
+            if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
+        }
+    }
+
+    PYLO_FN void prefetch(int lane) const {
+        fetch(grad + lane);
+        fetch(param + lane);
+        fetch(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            fetch(momentum[k] + lane);
+            if constexpr (!Factored) fetch(diagonal[k] + lane);
+        }
+    }
+
+    // The element at a lane, accumulators updated.
+    PYLO_FN Element<Vec> element(const pylo_rule &rule, const pylo_step &step, int lane) const {
+        Element<Vec> x;
+        x.param = Vec::load(param + lane);
+        x.grad = seen_gradient(rule, step, Vec::load(grad + lane), x.param);
+        x.rms = Vec::load(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            x.momentum[k] = Vec::load(momentum[k] + lane);
+            if constexpr (!Factored) x.diagonal[k] = Vec::load(diagonal[k] + lane);
+        }
+        accumulate<Factored>(rule, x);
+        return x;
+    }
+
+    PYLO_FN void keep_state(const Element<Vec> &x, int lane) {
+        x.rms.store(rms + lane);
+#pragma GCC unroll 3
+        for (int k = 0; k < 3; ++k) {
+            x.momentum[k].store(momentum[k] + lane);
+            if constexpr (!Factored) x.diagonal[k].store(diagonal[k] + lane);
+        }
+    }
+
+    PYLO_FN void store_state(const Job &job) const {
+        const pylo_tensor &t = *job.tensor;
+        run.store(t.rms, PYLO_FLOAT32, rms);
+        for (int k = 0; k < 3; ++k) {
+            run.store(t.momentum[k], PYLO_FLOAT32, momentum[k]);
+            if constexpr (!Factored) run.store(t.diagonal[k], PYLO_FLOAT32, diagonal[k]);
+        }
+    }
+
+    PYLO_FN void store_param(const Job &job) const {
+        run.store(job.tensor->param, job.tensor->param_dtype, param);
+    }
+
+private:
+    alignas(64) float buffer[Factored ? 6 : 9][Capacity];
+};
+
+// A channel of the statistic that varies along lanes, from `entry` on.
+PYLO_FN float *lane_statistic(const Job &job, float *row, float *col, int k, int64_t entry) {
+    const pylo_tensor &t = *job.tensor;
+    return job.geometry.row_varies ? row + k * t.row_numel + entry : col + k * t.col_numel + entry;
+}
+
+PYLO_FN float fixed_statistic(const Job &job, const float *row, const float *col, int k, int64_t entry) {
+    const pylo_tensor &t = *job.tensor;
+    return job.geometry.row_varies ? col[k * t.col_numel + entry] : row[k * t.row_numel + entry];
+}
+
+}  // namespace
+}  // namespace PYLO_ISA
+}  // namespace pylo
