@@ -78,7 +78,7 @@ def _read_options(
     if missing := [option for option in wanted if option not in group]:
         raise ValueError(f"the options {missing} are missing; set them as add_param_group() did")
     numbers = {option: read(option, group[option]) for option in _LARGEST if option in group}
-    is_real = any(isinstance(param, Tensor) and not param.is_meta for param in group["params"][:1])
+    is_real = any(isinstance(param, Tensor) and not param.is_meta for param in group.get("params", ())[:1])
     if is_real and (lost := [option for option, number in numbers.items() if math.isnan(number)]):
         raise ValueError(f"{lost[0]}={group[lost[0]]!r} is on the meta device and has no value; a float will do")
     check_decay_policy(group["weight_decay_policy"])

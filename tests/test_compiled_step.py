@@ -151,3 +151,15 @@ def test_inductor_takes_the_steps():
     train(optimizer, model, compiled, 3)
     train(other, other_model, lambda loss: other.step(loss=loss), 3)
     assert_equal_runs(model, optimizer, other_model, other)
+
+
+def test_groups_that_are_added_may_have_no_gradients_yet():
+    first, second = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 2))
+    optimizer = create([first], "small_fc_lopt")
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(4):
+        if number == 2:
+            optimizer.add_param_group({"params": [second]})
+        first.grad = torch.ones(4, 3)
+        compiled()
+    assert optimizer.iteration == 4 and torch.equal(second, torch.ones(3, 2))

@@ -415,3 +415,20 @@ def test_what_groups_keep_for_checkpoints_is_not_shown_among_their_options():
     shown = [line.split(":")[0].strip() for line in groups[0].splitlines()[1:]]
     assert shown == sorted(optimizer.param_groups[0].keys() - {"params", "progress", "tensor_state"})
     assert "mine: 3" in groups[0] and len(groups) == 2 and "theta: Theta(" in first and "iteration: 0" in first
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_learning_rate_without_a_value_is_refused(backend):
+    for name in list_optimizers():
+        param = nn.Parameter(torch.ones(4, 3))
+        optimizer = create([param], name, backend=backend)
+        for _ in range(2):
+            param.grad = torch.ones(4, 3)
+            optimizer.step(loss=1.0)
+        before, lr = param.detach().clone(), optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+        with pytest.raises(ValueError, match="parameter group 0: lr=.* is on the meta device"):
+            optimizer.step(loss=1.0)
+        assert torch.equal(param, before), name
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(loss=1.0)

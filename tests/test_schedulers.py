@@ -168,3 +168,15 @@ def test_timms_schedulers_drive_it_as_they_drive_sgd(kind):
             loss.backward()
             optimizer.step()
     assert rates[0] == pytest.approx(rates[1]) and len(set(rates[0])) > 1
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 0.3, 0.1, 0.7, 0.05])
+def test_schedules_to_zero_may_end_a_rounding_error_below_it(factor):
+    for steps in (3, 5, 7, 11, 20, 33):
+        optimizer = create([nn.Parameter(torch.ones(3, 2))], "small_fc_lopt", 1e-3)
+        scheduler = schedulers.LinearLR(optimizer, factor, 0.0, total_iters=steps)
+        for _ in range(steps + 1):
+            optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
+            optimizer.step()
+            scheduler.step()
+        optimizer.load_state_dict(optimizer.state_dict())
