@@ -1,4 +1,4 @@
-// apply for a rule without layers.
+// apply for a rule without layers: a few operations for each element, bound by memory.
 #pragma once
 
 #include "elements.h"

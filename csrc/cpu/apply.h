@@ -1,4 +1,7 @@
-// apply: accumulators and parameters.
+// apply: accumulators and parameters, a tile of a few vectors at a time.
+//
+// Tiles go down a strip, not along a row: what lanes contribute to the first layer is then computed once for the strip,
+// and the network is evaluated on whole registers.
 #pragma once
 
 #include "adam.h"
@@ -8,12 +11,15 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
+// Tiles between the one that is worked on and the one that is asked for.
+constexpr int TILES_AHEAD = 2;
+
 // One tile of V vectors; that at `next`, if not negative, will follow soon. `Sliced`: of a tensor with several slices
 // over which features are normalised. `Units`: of every hidden layer if they are few, else 0.
 template <bool Factored, bool Sliced, int Units, int V>
 PYLO_FN void apply_tile(
-    const Job &job, const pylo_rule &rule, const pylo_step &step, Workplace &work, Window<Factored, TILE> &window, const LaneTable *table, const Vec *fixed_scale,
-    int64_t next) {
+    const Job &job, const pylo_rule &rule, const pylo_step &step, Workplace &work, Window<Factored, TILE> &window,
+    const LaneTable *table, const Vec *fixed_scale, int64_t next) {
     const pylo_tensor &t = *job.tensor;
     const bool extra = has_extra(rule);
     prefetch_tile(job, next, 0);
@@ -38,7 +44,7 @@ PYLO_FN void apply_tile(
         float *at = window.param + i * Vec::lanes;
         const Vec proposed = proposed_step(rule, step, outputs[0][i], outputs[1][i]);
         if (t.direction)
-            proposed.store(work.a[0] + i * Vec::lanes);
+            proposed.store(work.a[0] + i * Vec::lanes);  // which no layer needs any more
         else
             updated_param(step, Vec::load(at), proposed).store(at);
     }
@@ -57,7 +63,7 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
     const pylo_step step = *job.step;
     const Geometry &g = job.geometry;
     const int64_t tables = g.slices < TABLES ? g.slices : 1;
-    for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;
+    for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;  // not filled
     Window<Factored, TILE> window;
     Position at(job, job.part.outer_begin), ahead = at;
     for (int i = 0; i < TILES_AHEAD; ++i) ahead.advance();
@@ -74,7 +80,8 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
                 fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         }
         window.load(job, Run(at.memory + first * g.lane_step, g.lane_step, count));
-        apply_tile<Factored, Sliced, Units, V>(job, rule, step, work, window, table, fixed_scale, foreseen ? ahead.memory + first : -1);
+        const int64_t next = foreseen ? ahead.memory + first : -1;
+        apply_tile<Factored, Sliced, Units, V>(job, rule, step, work, window, table, fixed_scale, next);
     }
 }
 

@@ -1,4 +1,4 @@
-// collect: sums of squared gradients.
+// collect: sums of squared gradients, of one stream and so bound by memory. Nothing but sums is written.
 #pragma once
 
 #include "elements.h"
@@ -19,7 +19,7 @@ void collect_part(const Job &job) {
     alignas(64) float grads[WIDE], params[WIDE];
     for_runs(job, [&](const Position &at, int64_t first, const Run &run) __attribute__((always_inline)) {
         const float *grad = run.load(job.step->grad, job.step->grad_dtype, grads);
-        const float *param = grad;  // which is not read
+        const float *param = grad;  // anything that can be read: without l2 it is not used
         if (job.step->l2 != 0.0f) param = run.load(t.param, t.param_dtype, params);
         double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
 #pragma GCC unroll 4
@@ -38,7 +38,7 @@ void collect_part(const Job &job) {
             sums.keep(running, half);
         }
         if constexpr (Factored) {
-            sums.flush();
+            sums.flush();  // what is constant along lanes gets the sum of every run
             fixed_sums[at.fixed()] += sums.total[1];
             sums.total[1] = 0;
         } else {

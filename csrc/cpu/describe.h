@@ -1,4 +1,7 @@
-// describe: sums of squared features.
+// describe: sums of squared features, for the normalisers of the network's inputs.
+//
+// Accumulators are updated in registers, forgotten, and updated once more in apply: multiplications cost less than to
+// write four streams and to read them again.
 #pragma once
 
 #include "elements.h"

@@ -8,7 +8,7 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
-// Some lanes of all streams of a record.
+// Some lanes of all streams of a record: in the tensors, or in copies where these are not floats without gaps.
 template <bool Factored, int Capacity>
 struct Window {
     const float *grad;
@@ -23,6 +23,7 @@ struct Window {
         rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
         for (int k = 0; k < 3; ++k) {
             momentum[k] = run.load(t.momentum[k], PYLO_FLOAT32, buffer[3 + k]);
+            // 1 beyond the end: the inverse root of 0 may be infinite.
             if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
         }
     }
@@ -53,6 +54,7 @@ struct Window {
         return x;
     }
 
+    // Into the window; store_state() brings copies back to the tensors.
     PYLO_FN void keep_state(const Element<Vec> &x, int lane) {
         x.rms.store(rms + lane);
 #pragma GCC unroll 3

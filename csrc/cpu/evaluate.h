@@ -1,4 +1,5 @@
-// Evaluation of the network for a tile.
+// The network's outputs for a tile: nearly all arithmetic of a step. Its sums run over inputs in a fixed order, with one
+// lane of a vector for each element, so a result does not depend on how many lanes there are.
 #pragma once
 
 #include "workplace.h"
@@ -113,7 +114,8 @@ PYLO_FN void evaluate(
     multiply<V, 2>(out, network.width[layer - 1], network.weights[layer], network.padded[layer], outputs);
 }
 
-// The same for a network whose hidden layers all have as many units as registers hold: nothing goes through memory.
+// The same for a network whose hidden layers all have as many units as registers hold: nothing goes through memory. Its
+// first sums are in the order in which features are made, so only the rule may decide which of the two is taken.
 template <bool Factored, int V, int Units, class Visit>
 PYLO_FN void evaluate_narrow(
     const Job &job, Workplace &work, const LaneTable *table, int64_t next, Visit &&visit, Vec (&outputs)[2][V]) {

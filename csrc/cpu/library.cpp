@@ -77,7 +77,8 @@ int run(Stage stage, void (*Kernels::*kernel)(const Job &), const pylo_call *cal
                 const Geometry &g = plan.geometries[(size_t)part.record];
                 double *partial = scratch + part.slot;
                 std::fill_n(partial, partial_doubles(stage, t, g), 0.0);
-                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, call.steps ? &call.steps[part.record] : nullptr, g, part, partial});
+                const pylo_step *step = call.steps ? &call.steps[part.record] : nullptr;
+                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, step, g, part, partial});
             }
             if (merges) {
 #pragma omp for schedule(dynamic)

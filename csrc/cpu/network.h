@@ -1,4 +1,4 @@
-// The network as one tensor needs it.
+// The network as one part of a tensor needs it: folded once, used for tens of thousands of elements.
 #pragma once
 
 #include "../core/network.h"
@@ -22,9 +22,10 @@ PYLO_FN float statistic_scale(const Job &job, int slot, int64_t norm) {
     return normaliser(*job.rule, job.tensor->stat_squares[norm * SLOTS + slot]);
 }
 
-// The network as one tensor needs it: the normalisers are folded into the first layer, whose inputs are split into
-// channels of elements, of the statistic along lanes and of the fixed one. If there are several slices, each with
-// normalisers of its own, then features are multiplied by them instead.
+// The normalisers are folded into the first layer, whose inputs are split into channels of elements, of the statistic
+// along lanes and of the fixed one: a row or a column contributes to many elements what it contributes once. If there are
+// several slices, each with normalisers of its own, then features are multiplied by them instead. Units beyond the first
+// layer's have weight 0, since vectors read beyond them.
 struct Network {
     int layers, channels;
     int width[PYLO_MAX_LAYERS], padded[PYLO_MAX_LAYERS];

@@ -1,4 +1,4 @@
-// The peak of a core.
+// Nothing but multiply-adds in registers: what a core could reach.
 #pragma once
 
 #include "simd.h"

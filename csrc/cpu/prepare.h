@@ -1,4 +1,5 @@
-// prepare: factored state and its inverse roots, from complete sums.
+// prepare: factored state and its inverse roots, from complete sums. State of rows and columns is whole wherever a box of
+// the tensor is, so this stage is the same whatever the box.
 #pragma once
 
 #include "walk.h"

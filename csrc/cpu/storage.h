@@ -53,7 +53,8 @@ PYLO_FN uint16_t to_float16(float x) {  // to nearest, ties to even
 #endif
 }
 
-// A run of lanes in memory: `count` from `index` on, `step` apart. Vectors take `padded` of them.
+// A run of lanes in memory: `count` from `index` on, `step` apart. Kernels work on whole vectors, which take `padded` of
+// them, and never on memory beyond the run: where it ends within a vector, they have a copy.
 struct Run {
     int64_t index, step;
     int count, padded;

@@ -1,4 +1,4 @@
-// Sums that are the same for every vector width.
+// Sums that are the same for every vector width, in the registers of a loop.
 #pragma once
 
 #include "simd.h"
@@ -59,7 +59,8 @@ struct Sums {
     }
 };
 
-PYLO_FN Vec first_lanes(int count, Vec x) {  // the others are 0
+// Zeros in place of the others: features of lanes beyond the end are not 0, though gradients and parameters are.
+PYLO_FN Vec first_lanes(int count, Vec x) {
     alignas(64) float values[Vec::lanes];
     x.store(values);
     for (int i = count; i < Vec::lanes; ++i) values[i] = 0;

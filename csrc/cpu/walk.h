@@ -1,4 +1,4 @@
-// Where the elements of a part are, in memory and in the statistics, and the sizes in which kernels take them.
+// Where the elements of a part are, in memory and in the statistics, and the runs in which kernels take them.
 #pragma once
 
 #include "../core/formulas.h"
@@ -9,9 +9,11 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
-constexpr int WIDE = 512;                    // lanes of a tile where memory is the bottleneck
+// Lanes of a run where memory is the bottleneck: of nine streams it fits into a first-level cache.
+constexpr int WIDE = 512;
 
-// A position on the outer axes and what it means in memory and in the statistics.
+// A position on the outer axes and what it means in memory and in the statistics. It takes divisions to find one, and
+// additions to go on to the next.
 struct Position {
     const Geometry *geometry;
     int64_t index[PYLO_MAX_RANK];
@@ -64,8 +66,10 @@ PYLO_FN void for_runs(const Job &job, Visit &&visit) {
             visit(at, first, Run(at.memory + first * step, step, (int)smaller(WIDE, part.lane_end - first)));
 }
 
+// Lanes between what is read and what is asked for. The rows of a narrow box are runs too short for the hardware to
+// foresee: on an Intel core, the stages before apply were bound by misses. Beyond the end of a buffer it does no harm: a
+// fetch never faults.
 constexpr int AHEAD = 256;
-constexpr int TILES_AHEAD = 2;
 
 PYLO_FN void fetch(const float *stream) { __builtin_prefetch(stream); }
 

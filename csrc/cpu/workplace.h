@@ -1,4 +1,4 @@
-// What row and column statistics contribute to the first layer.
+// What apply keeps at hand, and what row and column statistics contribute to the network's first layer.
 #pragma once
 
 #include "network.h"
@@ -7,9 +7,12 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
-constexpr int TILE_VECTORS = 3;              // x 4 units: 12 accumulators, the best blocking measured for 16 and 32 registers
+constexpr int TILE_VECTORS = 3;  // x 4 units: 12 accumulators, the best blocking measured for 16 and 32 registers
 constexpr int TILE = TILE_VECTORS * Vec::lanes;
-constexpr int TABLES = 16;                   // slices whose lane statistics are kept at hand
+
+// Slices whose tables are kept. Memory is walked in order, which passes through the slices of a convolution again and
+// again; 16 tables are enough for kernels of 3 x 3 and fit into a second-level cache.
+constexpr int TABLES = 16;
 
 // What the statistic that varies along lanes contributes to a tile, for one slice.
 struct LaneTable {
@@ -19,6 +22,7 @@ struct LaneTable {
     alignas(64) float preactivation[PYLO_MAX_WIDTH][TILE];
 };
 
+// A quarter of a megabyte with the widest vectors, on the stack of each thread: a stage allocates nothing.
 struct Workplace {
     Network network;
     LaneTable tables[TABLES];
@@ -26,6 +30,7 @@ struct Workplace {
     alignas(64) float a[PYLO_MAX_WIDTH][TILE], b[PYLO_MAX_WIDTH][TILE];
 };
 
+// Once for every strip and slice.
 template <int V>
 void fill_table(const Job &job, const Network &network, const Position &at, int64_t first, int count, LaneTable &table) {
     const pylo_tensor &t = *job.tensor;
@@ -62,6 +67,7 @@ void fill_table(const Job &job, const Network &network, const Position &at, int6
     table.slice = at.slice;
 }
 
+// What the statistic that is constant along lanes contributes: once for every tile.
 void fill_fixed(const Job &job, const Position &at, const LaneTable &table, Workplace &work) {
     const pylo_tensor &t = *job.tensor;
     const Network &network = work.network;
