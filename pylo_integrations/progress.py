@@ -232,7 +232,8 @@ def as_scalar_loss(loss: Tensor | float) -> Tensor:
         if loss.layout != torch.strided or loss.is_nested or loss.is_meta:
             kind = "meta" if loss.is_meta else "nested" if loss.is_nested else str(loss.layout)
             raise TypeError(f"loss is a {kind} tensor; pass the scalar that was given to backward()")
-        if fault := missing_memory(loss):
+        # A compiler has no memory to look at yet.
+        if not torch.compiler.is_compiling() and (fault := missing_memory(loss)):
             raise ValueError(f"loss {fault}; pass the scalar that was given to backward()")
         if loss.numel() != 1:
             raise ValueError(
