@@ -19,7 +19,7 @@ from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.select import Backend, select_local
 from pylo_integrations.progress import Progress
 from pylo_integrations.rules.base import Control, Rule, StepContext
-from pylo_integrations.sharding.agreement import Agreement, Answer, DisagreementError
+from pylo_integrations.sharding.agreement import Agreement, DisagreementError
 from pylo_integrations.sharding.blocks import Sums
 from pylo_integrations.sharding.rounds import RankError, sum_over_ranks_
 from pylo_integrations.step.agreement import Pledge, StepAgreement
@@ -48,7 +48,7 @@ class Engine:
 
     Attributes:
         telemetry: Gets a record of every step that is taken; None for no such work.
-        ranks: What ranks must have alike.
+        agreement: What ranks must have alike, and how they find out.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         self.telemetry: Telemetry | None = None
         fixed = {"stochastic_rounding": str(stochastic_rounding), "chunk_bytes": str(chunk_bytes)}
-        self.ranks = StepAgreement(ledger, theta, fixed, agreement)
+        self.agreement = StepAgreement(ledger, theta, fixed, agreement)
         self._planner = Planner(ledger, backend, chunk_bytes, stochastic_rounding)
         self._writer = Writer(ledger.holdings.ranks)
         self._local = select_local(backend)
@@ -123,11 +123,11 @@ class Engine:
         try:
             plan = self._plan if recalled else self.plan(groups, state)
             is_watched = self.telemetry is not None
-            pledge = self.ranks.pledge(plan, groups, progress, loss is not None, policies, is_watched)
+            pledge = self.agreement.pledge(plan, groups, progress, loss is not None, policies, is_watched)
         except Exception as error:
             self._agreed = agreed
             if not isinstance(error, (DisagreementError, RankError)):
-                self.ranks.tell(error, groups)
+                self.agreement.tell(error, groups)
             raise
         # A copy, so that a step which fails halfway has not been remembered.
         memory = dict(progress.memory)
@@ -139,12 +139,11 @@ class Engine:
             except Exception as error:
                 # Its exchange comes last, and raises RankError: whatever else is raised, others are still waiting.
                 if pledge is not None and not isinstance(error, RankError):
-                    self.ranks.tell(error, groups)
+                    self.agreement.tell(error, groups)
                 raise
             verdict = facts.read()
             if pledge is not None:
-                answer = Answer.read(verdict.header, pledge.digest, self._ranks.size)
-                self.ranks.agreement.check(answer, pledge.state)
+                self.agreement.check(verdict.header, pledge)
             if verdict.agreed != self._agreed:  # what was collected rests on assumptions that do not hold on all ranks
                 self._agreed = verdict.agreed
                 plan = self.plan(groups, state)
@@ -197,7 +196,7 @@ class Engine:
             for i, sums in zip(indices, stages.collect([contexts[i] for i in indices]), strict=True):
                 collected[i] = sums
         if facts is not None:
-            self.ranks.agreement.confirm(dict, plan.device)
+            self.agreement.confirm(plan.device)
         self._complete(plan, collected, facts)
         return collected
 
@@ -208,7 +207,7 @@ class Engine:
             if bucket.parts > 1:
                 shares += [(total, self._ranks.size // bucket.parts) for total in mine.values()]
         if facts is not None:
-            self.ranks.agreement.numel = sum(share.numel() for share, _ in shares)
+            self.agreement.note_size(sum(share.numel() for share, _ in shares))
         sum_over_ranks_(shares, self._ranks)
 
     def _write(self, plan: Plan, collected: Sequence[Sums], ctx: StepContext) -> None:

@@ -453,7 +453,7 @@ class LearnedOptimizer(Optimizer):
             alone = observed is None or self._holdings.ranks.size == 1
             if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
                 question = "neither gradients nor a loss"
-                if not engine.ranks.is_any(False, question, groups, progress, policies, of_replicas=True):
+                if not engine.agreement.is_any(False, question, groups, progress, policies, of_replicas=True):
                     return True
             self._check_needs(observed)
             check_memory(progress.memory, self.ledger.memory_shapes)
@@ -462,7 +462,7 @@ class LearnedOptimizer(Optimizer):
         except (DisagreementError, RankError):
             raise
         except Exception as error:
-            engine.ranks.tell(error, groups)
+            engine.agreement.tell(error, groups)
             raise
         self._whole.clear()
         self._hint(groups, progress)
@@ -513,7 +513,7 @@ class LearnedOptimizer(Optimizer):
         # Shards may be zero on some ranks only, and all of them have to decide alike.
         question = "lr 0 and no loss, as to create state"
         asked = question, self.param_groups, self._progress, self._policies
-        return not self._engine.ranks.is_any(bool(found), *asked)
+        return not self._engine.agreement.is_any(bool(found), *asked)
 
     def _warn_of_horizon(self, progress: Progress) -> None:
         if progress.num_steps is not None and progress.iteration >= progress.num_steps:

@@ -6,7 +6,7 @@ What is to be compared is known here; :mod:`pylo_integrations.sharding.agreement
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from pylo_integrations.ledger import Groups, Ledger, state_dtype
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.agreement import (
     Agreement,
+    Answer,
     Statement,
     checksums,
     constants_of,
@@ -66,7 +67,7 @@ class StepAgreement:
         self._holdings = ledger.holdings
         self._fixed = fixed
         self._ranks = ledger.holdings.ranks
-        self.agreement = agreement or Agreement(self._ranks)
+        self._agreement = agreement or Agreement(self._ranks)
 
     def tell(self, error: Exception, groups: Groups) -> None:
         """Let ranks that would wait for this one know that it raises ``error`` in place of a step, so that they do too.
@@ -78,7 +79,7 @@ class StepAgreement:
         except ShardingError:
             return
         if expected:
-            self.agreement.fail(error, _device_of(groups))
+            self._agreement.fail(error, _device_of(groups))
 
     def is_any(
         self,
@@ -107,7 +108,7 @@ class StepAgreement:
         if not self._talks(groups) and not (of_replicas and self._averages_losses):
             return flag
         values = _values(groups, progress, policies, False, [])
-        return self.agreement.vote(
+        return self._agreement.vote(
             question, flag, lambda: {"this step": question, **self._statement(groups, values)}, _device_of(groups)
         )
 
@@ -136,7 +137,7 @@ class StepAgreement:
         """
         if self._ranks.size == 1:
             return None
-        agreement = self.agreement
+        agreement = self._agreement
         # Replicas that see no loss stay equal without talking.
         exchanges = bool(plan.candidates) and (bool(plan.sharded) or has_loss)
         agreement.renew()
@@ -154,6 +155,31 @@ class StepAgreement:
                 return None
         return Pledge(digest_of(plan.contract, values), state)
 
+    def confirm(self, device: torch.device) -> None:
+        """Find out, before the first exchange under a contract, whether all ranks come to it.
+
+        Raises:
+            RankError: Another rank failed.
+        """
+        self._agreement.confirm(dict, device)
+
+    def note_size(self, numel: int) -> None:
+        """Have a rank that fails send as many numbers in place of the exchange that begins the next step."""
+        self._agreement.numel = numel
+
+    def check(self, header: Sequence[float], pledge: Pledge) -> None:
+        """Raise on all ranks unless all of them pledged the same.
+
+        Args:
+            header: Of all ranks, added up.
+            pledge: Of this rank.
+
+        Raises:
+            DisagreementError: Ranks were about to do different things.
+            RankError: Another rank raised.
+        """
+        self._agreement.check(Answer.read(header, pledge.digest, self._ranks.size), pledge.state)
+
     @property
     def _averages_losses(self) -> bool:
         return self._ranks.size > 1 and self._rule.needs_loss
@@ -162,14 +188,14 @@ class StepAgreement:
         """Whether other ranks begin their step with an exchange, as far as can be told without a plan."""
         if self._ranks.size == 1:
             return False
-        self.agreement.renew()
+        self._agreement.renew()
         divided = (
             self._holdings.divides(param) and self._holdings.locate(param)[1].parts > 1
             for group in groups
             for param in group["params"]
             if may_step(param)
         )
-        return self.agreement.contract is not None or any(divided)
+        return self._agreement.contract is not None or any(divided)
 
     def _contract(self, groups: Groups) -> dict[str, str]:
         """What decides which numbers ranks exchange, and what they mean."""
