@@ -189,6 +189,9 @@ class _Unanimous(Agreement):
         """Take it that the others ask for the same, as they do in their first step."""
         self.contract = contract
 
+    def confirm(self, state: Callable[[], Statement], device: torch.device) -> None:
+        """Take it that the others come to the first exchange."""
+
     def check(self, answer: Answer, state: Callable[[], Statement], asked: bool = False) -> None:
         """Take it that the others do the same."""
 
