@@ -149,7 +149,9 @@ class Session:
             if param.grad is not None:
                 # Whatever p.grad = ... refuses was put there behind its back.
                 twin.grad = None
-                self.force_gradient(twin, resolved_copy_of(param.grad))
+                # A step reads a lazy one from a dense copy, whose norm is summed in another order than over gaps.
+                grad = param.grad.clone() if param.grad.is_neg() else resolved_copy_of(param.grad)
+                self.force_gradient(twin, grad)
         own = self.optimizer
         groups = [{"params": [copies[id(p)] for p in group["params"]]} for group in own.param_groups]
         fresh = create(groups, self.name, **self.options)
