@@ -356,7 +356,8 @@ def no_gradient(s: Session) -> None:
 
 @action
 def no_gradients(s: Session) -> None:
-    s.optimizer.zero_grad(set_to_none=s.random.random() < 0.5)
+    immutable = any(p.grad is not None and p.grad._is_zerotensor() for p in s.params)
+    s.optimizer.zero_grad(set_to_none=s.random.random() < 0.5 or immutable)
 
 
 @action
