@@ -25,6 +25,7 @@ enum Slot {
     FACTORED_MOMENTUM = 27,
     SLOTS = 30
 };
+static_assert(SLOTS == PYLO_SLOTS, "");
 
 template <class V>
 PYLO_FN V inverse_root(V x) {

@@ -46,18 +46,18 @@ public:
         }
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
         if (int status = buffer("param", t_.param, t_.param_bytes, local, itemsize(t_.param_dtype))) return status;
-        if (int status = buffer("rms", t_.rms, t_.rms_bytes, local, sizeof(float))) return status;
+        if (int status = buffer("rms", t_.rms, t_.rms_bytes, local)) return status;
         for (int k = 0; k < (adam_ ? 1 : 3); ++k)
-            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local, sizeof(float))) return status;
+            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local)) return status;
         if (t_.tensor_sums)
-            if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS, sizeof(double))) return status;
+            if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS)) return status;
         if (t_.direction)
-            if (int status = buffer("direction", t_.direction, t_.direction_bytes, local, sizeof(float))) return status;
+            if (int status = buffer("direction", t_.direction, t_.direction_bytes, local)) return status;
         if (adam_) return t_.d0_axis == -1 && t_.d1_axis == -1 ? PYLO_OK : bad("d0_axis", "and d1_axis must be -1 for Adam");
         if (int status = slices()) return status;
         const int64_t sums = t_.norm_slices * PYLO_SLOTS;
-        if (int status = buffer("feature_sums", t_.feature_sums, t_.feature_sums_bytes, sums, sizeof(double))) return status;
-        if (int status = buffer("stat_squares", t_.stat_squares, t_.stat_squares_bytes, sums, sizeof(double))) return status;
+        if (int status = buffer("feature_sums", t_.feature_sums, t_.feature_sums_bytes, sums)) return status;
+        if (int status = buffer("stat_squares", t_.stat_squares, t_.stat_squares_bytes, sums)) return status;
         return t_.d0_axis < 0 ? unfactored(local) : factored();
     }
 
@@ -66,7 +66,7 @@ private:
         if (t_.d0_axis != -1 || t_.d1_axis != -1) return bad("d0_axis", "and d1_axis must both be -1 or neither");
         if (t_.norm_slices != 1) return bad("norm_slices", "must be 1 without d0_axis");
         for (int k = 0; k < 3; ++k)
-            if (int status = buffer("diagonal", t_.diagonal[k], t_.diagonal_bytes[k], local, sizeof(float))) return status;
+            if (int status = buffer("diagonal", t_.diagonal[k], t_.diagonal_bytes[k], local)) return status;
         return PYLO_OK;
     }
 
@@ -82,12 +82,12 @@ private:
             t_.row_numel % (t_.d1_extent * t_.d1_row_stride) != 0)
             return bad("d1_row_stride", "times d1_extent must divide row_numel");
         const int64_t row = t_.row_numel, col = t_.col_numel;
-        if (int status = buffer("row", t_.row, t_.row_bytes, 3 * row, sizeof(float))) return status;
-        if (int status = buffer("col", t_.col, t_.col_bytes, 3 * col, sizeof(float))) return status;
-        if (int status = buffer("row_scale", t_.row_scale, t_.row_scale_bytes, 3 * row, sizeof(float))) return status;
-        if (int status = buffer("col_scale", t_.col_scale, t_.col_scale_bytes, 3 * col, sizeof(float))) return status;
-        if (int status = buffer("row_sums", t_.row_sums, t_.row_sums_bytes, row, sizeof(double))) return status;
-        return buffer("col_sums", t_.col_sums, t_.col_sums_bytes, col, sizeof(double));
+        if (int status = buffer("row", t_.row, t_.row_bytes, 3 * row)) return status;
+        if (int status = buffer("col", t_.col, t_.col_bytes, 3 * col)) return status;
+        if (int status = buffer("row_scale", t_.row_scale, t_.row_scale_bytes, 3 * row)) return status;
+        if (int status = buffer("col_scale", t_.col_scale, t_.col_scale_bytes, 3 * col)) return status;
+        if (int status = buffer("row_sums", t_.row_sums, t_.row_sums_bytes, row)) return status;
+        return buffer("col_sums", t_.col_sums, t_.col_sums_bytes, col);
     }
 
     // Whether every element's entry lies inside a statistic that lacks the axis `missing`.
@@ -113,6 +113,11 @@ private:
             last += steps * stride[axis];
         }
         return PYLO_OK;
+    }
+
+    template <class Number>
+    int buffer(const char *name, const Number *pointer, int64_t bytes, int64_t count) {
+        return buffer(name, pointer, bytes, count, sizeof(Number));
     }
 
     // Needs `count` numbers of `size` bytes at `pointer`, where there are `bytes`.

@@ -1,204 +1,20 @@
 // The C interface for CUDA devices: the plan of a table, and the launches of every stage. What does not depend on the
 // device is left to the CPU library: the checks of rule and table.
 #include <algorithm>
-#include <cstring>
 #include <new>
-#include <vector>
 
 #include "../core/checks.h"
 #include "exact.cuh"
+#include "planner.h"
 #include "pylo_cuda.h"
 #include "sums.cuh"
 #include "tensor_cores.cuh"
-
-#ifndef PYLO_NARROW
-// Fewer elements have indices of 32 bits, also where a block looks beyond the last one.
-#define PYLO_NARROW (((int64_t)1 << 31) - 65536)
-#endif
 
 static_assert(sizeof(pylo_cuda_call) == 80, "");  // other languages mirror it
 
 namespace {
 
 using namespace pylo;
-
-// -- the plan ------------------------------------------------------------------------------------------------------------
-
-Divisor divisor(int64_t n) {
-    uint32_t shift = 0;
-    while ((int64_t)1 << shift < n) ++shift;
-    const uint64_t magic = ((uint64_t)1 << 32) * (((uint64_t)1 << shift) - (uint64_t)n) / (uint64_t)n + 1;
-    return {(uint32_t)n, (uint32_t)magic, shift};
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Plan {
-    std::vector<Record> records;
-    std::vector<MatrixPart> matrices;
-    std::vector<FlatPart> measures, describes, applies;
-    std::vector<Merge> merges;
-    std::vector<StatisticPart> statistics;
-    int64_t doubles = 0;  // of partial sums; those of one stage are forgotten in the next
-    bool plain = true;
-
-    explicit Plan(const pylo_call &call) {
-        int64_t numel = 0;
-        for (int64_t i = 0; i < call.count; ++i) numel += local_numel(call.tensors[i]);
-        // Enough blocks for a large device, but not so small that folding the network costs more than using it.
-        const int64_t apply_part = std::min<int64_t>(std::max<int64_t>(divide_up(numel / 1024, 1024) * 1024, 2048), 16384);
-        int64_t collect_slots = 0, prepare_slots = 0, describe_slots = 0;
-        for (int64_t i = 0; i < call.count; ++i) {
-            const pylo_tensor &t = call.tensors[i];
-            Record r = {};
-            r.tensor = t;
-            r.numel = local_numel(t);
-            r.wide = std::max({r.numel, 3 * t.row_numel, 3 * t.col_numel}) >= PYLO_NARROW;
-            for (int axis = 0; axis < t.rank && !r.wide; ++axis)
-                r.axis[axis] = {divisor(std::max<int64_t>(t.extent[axis], 1)), (int32_t)t.row_stride[axis], (int32_t)t.col_stride[axis]};
-            plain = plain && !r.wide && !t.direction && t.param_dtype == PYLO_FLOAT32;
-            record = (int32_t)i;
-            collect(call, r, collect_slots);
-            if (t.d0_axis >= 0) prepare(r, prepare_slots);
-            r.describe_slot = describe_slots;
-            r.describe_parts = (int32_t)cut(describes, r.numel, PART, SLOTS, describe_slots, true);
-            int64_t none = 0;
-            cut(applies, r.numel, apply_part, 0, none, false);
-            records.push_back(r);
-        }
-        doubles = std::max({collect_slots, prepare_slots, describe_slots});
-    }
-
-private:
-    int32_t record = 0;
-
-    // Parts of a tensor in the order of memory; an empty one if there is nothing, where `always` something must run.
-    int64_t cut(std::vector<FlatPart> &parts, int64_t numel, int64_t size, int64_t sums, int64_t &slots, bool always) {
-        const int64_t count = std::max<int64_t>(divide_up(numel, size), always ? 1 : 0);
-        for (int64_t n = 0; n < count; ++n, slots += sums)
-            parts.push_back({n * size, std::min((n + 1) * size, numel), slots, record, 0});
-        return count;
-    }
-
-    void merge(double *result, int64_t result_step, int64_t count, int64_t first, int64_t step, int64_t terms, int64_t term_step) {
-        for (int64_t i = 0; i < count; i += SUM_THREADS)
-            merges.push_back({result ? result + i * result_step : nullptr, result_step, first + i * step, step, terms, term_step,
-                              (int32_t)std::min<int64_t>(count - i, SUM_THREADS), record});
-    }
-
-    void collect(const pylo_call &call, const Record &r, int64_t &slots) {
-        const pylo_tensor &t = r.tensor;
-        const size_t before = matrices.size();
-        if (t.d0_axis < 0) {
-            for (int64_t first = 0; first < r.numel;) {  // a matrix with a short last row
-                const int64_t rows = std::min<int64_t>((r.numel - first) / LANES, FLUSH);
-                const int64_t lanes = rows ? LANES : r.numel - first, taken = std::max<int64_t>(rows, 1);
-                matrices.push_back({first, LANES, 1, -1, -1, -1, (int32_t)taken, (int32_t)lanes, record, 0});
-                first += taken * lanes;
-            }
-        } else {
-            collect_factored(r, slots);
-        }
-        const int64_t parts = (int64_t)(matrices.size() - before);
-        for (size_t i = before; i < matrices.size(); ++i) matrices[i].square_slot = slots + (int64_t)(i - before);
-        merge(nullptr, 1, 1, slots, 1, parts, 1);
-        slots += parts;
-        if (const int sums = call.rule->measures) {
-            const int64_t first = slots;
-            merge(t.tensor_sums, 1, sums, first, 1, cut(measures, r.numel, PART, sums, slots, false), sums);
-        }
-    }
-
-    void collect_factored(const Record &r, int64_t &slots) {
-        const pylo_tensor &t = r.tensor;
-        const bool whole = r.numel == t.numel;
-        if (r.numel == 0) return matrices.push_back({0, 0, 0, -1, -1, -1, 0, 0, record, 1});
-        int64_t step[PYLO_MAX_RANK], next = 1;
-        for (int axis = t.rank - 1; axis >= 0; --axis) step[axis] = next, next *= t.extent[axis];
-        const bool rows_vary = geometry(t).row_varies;  // along lanes
-        const int lane = rows_vary ? t.d1_axis : t.d0_axis, down = rows_vary ? t.d0_axis : t.d1_axis;
-        const int64_t lanes = t.extent[lane], rows = t.extent[down];
-        const int64_t lanes_part = std::min(lanes, std::max<int64_t>(LANES, 65536 / rows / SUM_THREADS * SUM_THREADS));
-        const int64_t rows_part = std::min<int64_t>(rows, std::min<int64_t>(std::max<int64_t>(65536 / lanes_part, FLUSH), ROWS));
-        const int64_t lane_parts = divide_up(lanes, lanes_part), row_parts = divide_up(rows, rows_part);
-        double *const lane_sums = rows_vary ? t.row_sums : t.col_sums, *const row_sums = rows_vary ? t.col_sums : t.row_sums;
-        const int64_t lane_stride = (rows_vary ? t.row_stride : t.col_stride)[lane];
-        const int64_t down_stride = (rows_vary ? t.col_stride : t.row_stride)[down];
-        int64_t index[PYLO_MAX_RANK] = {};
-        bool clears = !whole;
-        for (;;) {  // the matrices of all slices
-            int64_t memory = 0, row_entry = t.row_offset, col_entry = t.col_offset;
-            for (int axis = 0; axis < t.rank; ++axis) {
-                memory += index[axis] * step[axis];
-                row_entry += index[axis] * t.row_stride[axis];
-                col_entry += index[axis] * t.col_stride[axis];
-            }
-            const int64_t lane_slot = slots, row_slot = slots + row_parts * lanes;
-            for (int64_t i = 0; i < row_parts; ++i)
-                for (int64_t j = 0; j < lane_parts; ++j) {
-                    const int64_t row = i * rows_part, first = j * lanes_part;
-                    matrices.push_back({memory + row * step[down] + first * step[lane], step[down], step[lane], 0,
-                                        row_slot + j * rows + row, lane_slot + i * lanes + first,
-                                        (int32_t)std::min(rows_part, rows - row), (int32_t)std::min(lanes_part, lanes - first),
-                                        record, clears});
-                    clears = false;
-                }
-            slots += row_parts * lanes + lane_parts * rows;
-            merge(lane_sums + (rows_vary ? row_entry : col_entry), lane_stride, lanes, lane_slot, 1, row_parts, lanes);
-            merge(row_sums + (rows_vary ? col_entry : row_entry), down_stride, rows, row_slot, 1, lane_parts, rows);
-            int axis = t.rank - 1;
-            for (; axis >= 0; --axis) {
-                if (axis == lane || axis == down) continue;
-                if (++index[axis] < t.extent[axis]) break;
-                index[axis] = 0;
-            }
-            if (axis < 0) return;
-        }
-    }
-
-    void prepare(Record &r, int64_t &slots) {
-        const pylo_tensor &t = r.tensor;
-        const int64_t lines = t.row_numel / t.d1_extent;
-        r.prepare_slot = slots;
-        r.row_parts = (int32_t)divide_up(lines, LINES_PART);
-        r.col_parts = (int32_t)divide_up(t.col_numel, STATISTICS_PART);
-        for (int is_row = 1; is_row >= 0; --is_row) {
-            const int64_t count = is_row ? lines : t.col_numel, size = is_row ? LINES_PART : STATISTICS_PART;
-            for (int decay = 0; decay < 3; ++decay)
-                for (int64_t first = 0; first < count; first += size, slots += 2)
-                    statistics.push_back({first, std::min(first + size, count), slots, record, decay, is_row, 0});
-        }
-    }
-};
-
-// Writes header and tables behind each other, or, to no place, finds their size.
-Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
-    Header h = {};
-    h.magic = MAGIC;
-    h.rule = rule;
-    h.plain = plan.plain;
-    h.bytes = (int64_t)sizeof(Header);
-    const auto put = [&](const auto &table, int64_t &offset, int64_t &count) {
-        h.bytes = divide_up(h.bytes, 16) * 16;
-        offset = h.bytes;
-        count = (int64_t)table.size();
-        const size_t bytes = table.size() * sizeof table[0];
-        if (to && bytes) std::memcpy(to + offset, table.data(), bytes);
-        h.bytes += (int64_t)bytes;
-    };
-    put(plan.records, h.records, h.record_count);
-    put(plan.matrices, h.matrices, h.matrix_count);
-    put(plan.measures, h.measures, h.measure_count);
-    put(plan.merges, h.merges, h.merge_count);
-    put(plan.statistics, h.statistics, h.statistic_count);
-    put(plan.describes, h.describes, h.describe_count);
-    put(plan.applies, h.applies, h.apply_count);
-    h.tickets = 0;
-    h.partial = divide_up(h.record_count * (int64_t)sizeof(int32_t), 16) * 16;
-    h.workspace_bytes = h.partial + plan.doubles * (int64_t)sizeof(double);
-    if (to) std::memcpy(to, &h, sizeof h);
-    return h;
-}
 
 // Calls use(plan) with the plan of a table that is in order.
 template <class Use>
