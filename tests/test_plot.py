@@ -162,7 +162,7 @@ def refused(capsys):
 
 
 def test_misuse_is_refused_in_one_line(run_folder, tmp_path, refused, monkeypatch):
-    assert f"no such file or folder: {tmp_path / 'nowhere'}" in refused(tmp_path / "nowhere")
+    assert f"there is no file or folder {tmp_path / 'nowhere'}" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "metrics.csv or trainer_state.json" in refused(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("?")

@@ -56,7 +56,7 @@ def read_runs(path: Path) -> list[RunLog]:
         PlotError: There is none, or a log cannot be read.
     """
     if not path.exists():
-        raise PlotError(f"no such file or folder: {path}")
+        raise PlotError(f"there is no file or folder {path}")
     if not path.is_dir():
         files = [path]
     else:
