@@ -7,6 +7,7 @@ that have a handler in Python are therefore noted, and handled when the step is 
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
@@ -19,8 +20,9 @@ _FAULTS = ("SIGILL", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGKILL", "SIGSTOP")  # whi
 _NUMBERS: tuple[int, ...] = tuple(sorted(signal.valid_signals() - {getattr(signal, name, None) for name in _FAULTS}))
 
 # The functions of C: those around them make enumerations of everything, which takes ten times as long as the rest.
-_set_handler: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
-_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_c_signal: Any = importlib.import_module("_signal")
+_set_handler: Callable[[int, Any], Any] = _c_signal.signal
+_handler_of: Callable[[int], Any] = _c_signal.getsignal
 
 _Pending = dict[int, tuple[Callable[[int, FrameType | None], Any], FrameType | None]]
 """Handlers that wait, by signal, with the frame that each interrupted."""

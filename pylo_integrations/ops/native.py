@@ -304,9 +304,15 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             nth.table.check()
-        self._memory, self._rooms = self._read_memory(self._written)
+        self._memory = self._read_memory(self._written)
+        local = list(map(local_part, self._written))
+        # As long as storages are held and keep their sizes, no other can be at their addresses. Those of a device would
+        # be missed by who moves tensors away from it, so there sizes are asked of tensors.
+        on_cpu = library.device.type == "cpu"
+        self._storages = list(map(Tensor.untyped_storage, local)) if on_cpu else None
+        self._sizes = self._sizes_now(local)
         if self._sharded:
-            self._written += list(map(local_part, self._written))  # wrappers and what they wrap count by themselves
+            self._written += local  # wrappers and what they wrap count by themselves
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: Memory | None = None  # which the kernels read as they are
         self._grad_rooms: list[tuple[int, int]] = []
@@ -360,22 +366,26 @@ class NativeStages:
         states = (entries for get, owners in self._entries for entries in map(get, owners))
         return [*self._params, *itertools.chain.from_iterable(states)]
 
-    def _read_memory(self, tensors: Sequence[Tensor]) -> tuple[Memory, list[tuple[int, int]]]:
+    def _read_memory(self, tensors: Sequence[Tensor]) -> Memory:
         if not self._sharded:
-            return read_memory(tensors, len(tensors)), rooms(tensors)
-        local = list(map(local_part, tensors))
-        memory = read_memory(local, len(tensors))
+            return read_memory(tensors, len(tensors))
+        memory = read_memory(map(local_part, tensors), len(tensors))
         identities(memory)[:] = [id(tensor) for tensor in tensors]
-        return memory, rooms(local)
+        return memory
+
+    def _sizes_now(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What tells whether memory was taken from beneath these tensors."""
+        return rooms(tensors) if self._storages is None else list(map(torch.UntypedStorage.nbytes, self._storages))
 
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
         try:
             tensors = self._tensors_now()
-            memory, room = self._read_memory(tensors)
+            memory = self._read_memory(tensors)
+            sizes = self._sizes_now(tensors if self._storages is not None else list(map(local_part, tensors)))
         except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
             return False
-        is_same = np.array_equal(memory, self._memory) and room == self._rooms
+        is_same = np.array_equal(memory, self._memory) and sizes == self._sizes
         return is_same and not any(map(Tensor.is_neg, tensors))
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
