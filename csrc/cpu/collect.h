@@ -13,14 +13,16 @@ namespace {
 template <bool Factored>
 void collect_part(const Job &job) {
     const pylo_tensor &t = *job.tensor;
+    const pylo_rule rule = *job.rule;  // copies, as in adam()
+    const pylo_step step = *job.step;
     const Geometry &g = job.geometry;
     double *fixed_sums = g.row_varies ? t.col_sums : t.row_sums;
     Sums<2> sums;
     alignas(64) float grads[WIDE], params[WIDE];
     for_runs(job, [&](const Position &at, int64_t first, const Run &run) __attribute__((always_inline)) {
-        const float *grad = run.load(job.step->grad, job.step->grad_dtype, grads);
+        const float *grad = run.load(step.grad, step.grad_dtype, grads);
         const float *param = grad;  // anything that can be read: without l2 it is not used
-        if (job.step->l2 != 0.0f) param = run.load(t.param, t.param_dtype, params);
+        if (step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, params);
         double *lane_sums = job.partial + 1 + at.slice * round_up(g.lanes, 16) + first;
 #pragma GCC unroll 4
         for (int half = 0; half < 16; half += Vec::lanes) {
@@ -30,7 +32,7 @@ void collect_part(const Job &job) {
                 fetch(grad + lane + AHEAD);
                 running.of[0] = madd(raw, raw, running.of[0]);
                 if constexpr (Factored) {
-                    const Vec x = seen_gradient(*job.rule, *job.step, raw, Vec::load(param + lane));
+                    const Vec x = seen_gradient(rule, step, raw, Vec::load(param + lane));
                     running.of[1] = madd(x, x, running.of[1]);
                     add_to(lane_sums + lane, x * x);
                 }

@@ -11,12 +11,14 @@ namespace {
 
 using namespace pylo;
 
+bool reads_steps(Stage stage) { return stage != MEASURE && stage != PREPARE; }
+
 // What a stage needs of step `i` beyond pylo_check().
 int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const long long record = i;
     if (stage == MEASURE && !call.tensors[i].tensor_sums)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
-    if (stage == MEASURE || stage == PREPARE) return PYLO_OK;
+    if (!reads_steps(stage)) return PYLO_OK;
     const pylo_step &step = call.steps[i];
     if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
     if (stage != APPLY) return PYLO_OK;
@@ -41,7 +43,7 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
-    if (stage != MEASURE && stage != PREPARE && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
+    if (reads_steps(stage) && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
     if (stage == COLLECT && (!call.grad_squares || !aligned(call.grad_squares, sizeof(double))))
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
     for (int64_t i = 0; i < call.count; ++i)
