@@ -32,28 +32,29 @@ SCHEMA = (
 )
 
 
+class StepTensors(NamedTuple):
+    """The tensors of a step, whoever they belong to.
+
+    Attributes:
+        numbers: Of each parameter, its number among all of the optimizer.
+        params: Parameters to step, in place.
+        grads: Their gradients.
+        state: Their states, one parameter's after the other's, in place.
+        run: Iteration and memory of the run, in place.
+    """
+
+    numbers: Sequence[int]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    state: Sequence[Tensor]
+    run: Sequence[Tensor]
+
+
 class Stepper(Protocol):
     """An optimizer, as the operator knows it."""
 
-    def step_tensors(
-        self,
-        numbers: Sequence[int],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Sequence[Tensor],
-        run: Sequence[Tensor],
-        loss: Tensor | None,
-    ) -> None:
-        """Take a step in these tensors, whoever they belong to.
-
-        Args:
-            numbers: Of each parameter, its number among all of the optimizer.
-            params: Parameters to step, in place.
-            grads: Their gradients.
-            state: Their states, one parameter's after the other's, in place.
-            run: Iteration and memory of the run, in place.
-            loss: If the rule uses it.
-        """
+    def step_tensors(self, tensors: StepTensors, loss: Tensor | None) -> None:
+        """Take a step in these tensors, by a loss if the rule uses it."""
 
 
 _steppers: MutableMapping[int, Stepper] = WeakValueDictionary()
@@ -79,21 +80,12 @@ def _define() -> torch.library.Library:
     return library
 
 
-def _step(handle: int, *arguments: Any) -> None:
+def _step(handle: int, *tensors_and_loss: Any) -> None:
     stepper = _steppers.get(handle)
     if stepper is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists; keep it as long as the function")
-    stepper.step_tensors(*arguments)
-
-
-class StepTensors(NamedTuple):
-    """The tensors of a step, as the operator has them; see :class:`Stepper`."""
-
-    numbers: Sequence[int]
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    state: Sequence[Tensor]
-    run: Sequence[Tensor]
+    *tensors, loss = tensors_and_loss
+    stepper.step_tensors(StepTensors(*tensors), loss)
 
 
 class _Twins(NamedTuple):

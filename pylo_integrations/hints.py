@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -57,19 +58,45 @@ class Remarks:
         """Warn of what was kept; what comes after a warning that raises is kept for the next time."""
         for subject in list(self._kept):
             if (message := self._kept.pop(subject, None)) is not None:  # else another thread has told it
-                warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
+                warn_user(message)
 
 
 _INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
 """Whose lines are none of a user's."""
 
 
-def _users_level() -> int:
-    """The ``stacklevel`` by which a warning of our caller shows the line of a user, or of a framework."""
-    frame, level = sys._getframe(1), 1
+def warn_user(message: str) -> None:
+    """A RuntimeWarning that shows the line of a user, or of a framework, and not one of ours or torch's."""
+    frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+class FrozenWatch:
+    """Looks whether parameters that were left out of an optimizer as frozen are trained after all.
+
+    Args:
+        params: By name; they are not kept alive.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._params = [(name, weakref.ref(param)) for name, param in params.items()]
+
+    def look(self, groups: Sequence[Mapping[str, Any]]) -> Hints:
+        """Look before a step, at the groups that it steps."""
+        there = [(name, param) for name, ref in self._params if (param := ref()) is not None]
+        trained = [(name, param) for name, param in there if param.requires_grad and param.grad is not None]
+        if not trained:
+            return {}
+        ours = {param for group in groups for param in group["params"]}
+        if not (names := [name for name, param in trained if param not in ours]):
+            return {}
+        return {
+            "frozen": "parameters that were frozen when the optimizer was created now have gradients, but are in no "
+            f"parameter group and stay as they are: {names[:5]}{' and others' if len(names) > 5 else ''}. "
+            'Call optimizer.add_param_group({"params": [...]}) when you unfreeze them'
+        }
 
 
 class _Course:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients, check_memory
-from pylo_integrations.hints import Remarks, SettingsWatch
+from pylo_integrations.hints import FrozenWatch, Remarks, SettingsWatch, warn_user
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
@@ -106,6 +105,7 @@ class LearnedOptimizer(Optimizer):
     """
 
     _is_made: bool = True
+    _frozen: FrozenWatch | None = None
 
     rule_type: ClassVar[type[Rule]]
 
@@ -536,26 +536,13 @@ class LearnedOptimizer(Optimizer):
         Args:
             params: By name.
         """
-        self._frozen[:] = [(name, weakref.ref(param)) for name, param in params.items()]
-
-    def _warn_of_thawed(self) -> None:
-        there = [(name, param) for name, ref in self._frozen if (param := ref()) is not None and param.requires_grad]
-        if not any(param.grad is not None for _, param in there):
-            return
-        ours = {param for group in self.param_groups for param in group["params"]}
-        if thawed := [name for name, param in there if param.grad is not None and param not in ours]:
-            message = (
-                f"parameters that were frozen when the optimizer was created now have gradients, but are in no "
-                f"parameter group and stay as they are: {thawed[:5]}{' and others' if len(thawed) > 5 else ''}. "
-                'Call optimizer.add_param_group({"params": [...]}) when you unfreeze them'
-            )
-            self._remarks.keep({"frozen": message})
+        self._frozen = FrozenWatch(params) if params else None
 
     def _hint(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
         """Remark on what will not train well, before a step."""
         self._warn_of_horizon(progress)
-        if self._frozen and progress.iteration % 10 == 0:
-            self._warn_of_thawed()
+        if self._frozen is not None and progress.iteration % 10 == 0:  # there may be thousands
+            self._remarks.keep(self._frozen.look(groups))
         self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
 
     # -- stepping in compiled functions ----------------------------------------------------------------------------
@@ -566,20 +553,9 @@ class LearnedOptimizer(Optimizer):
             tensors = self._compiled.tensors_of(self.param_groups, self.state, self._progress)
             torch.ops.pylo_integrations.step(self._handle, *tensors, loss)
 
-    def step_tensors(
-        self,
-        numbers: Sequence[int],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Sequence[Tensor],
-        run: Sequence[Tensor],
-        loss: Tensor | None,
-    ) -> None:
-        """Take a step in tensors that stand for this optimizer's; what compiled functions call.
-
-        For the arguments see :class:`~pylo_integrations.compiled.Stepper`. Raises as :meth:`step` does.
-        """
-        compiled, tensors = self._compiled, StepTensors(numbers, params, grads, state, run)
+    def step_tensors(self, tensors: StepTensors, loss: Tensor | None) -> None:
+        """Take a step in tensors that stand for this optimizer's, as compiled functions do. Raises as :meth:`step`."""
+        compiled = self._compiled
         with self._steplock.stepping(), torch.no_grad(), self._full_precision():
             self._options.check(self.param_groups)
             self._check_settings()
@@ -778,8 +754,7 @@ class LearnedOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        for remark in remarks:
-            warnings.warn(remark, RuntimeWarning, stacklevel=2)
+        self._warn(remarks)
 
     def _settle(self, everywhere: bool = False) -> None:
         """Take over what a wrapper has put among the states without telling us, see :meth:`Resumption.settle`."""
@@ -788,7 +763,7 @@ class LearnedOptimizer(Optimizer):
     @staticmethod
     def _warn(remarks: Sequence[str]) -> None:
         for remark in remarks:
-            warnings.warn(remark, RuntimeWarning, stacklevel=4)
+            warn_user(remark)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
@@ -812,7 +787,7 @@ class LearnedOptimizer(Optimizer):
         self._steplock = StepLock()
         self._options = OptionCheck(self.rule, adamw_scale)
         self._resumption = Resumption(type(self).__name__, self.ledger, self.theta, self._progress, self._options)
-        self._frozen: list[tuple[str, weakref.ref[Tensor]]] = []
+        self._frozen = None
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 

@@ -375,14 +375,16 @@ class NativeStages:
 
     def _sizes_now(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What tells whether memory was taken from beneath these tensors."""
-        return rooms(tensors) if self._storages is None else list(map(torch.UntypedStorage.nbytes, self._storages))
+        if self._storages is None:
+            return rooms(list(map(local_part, tensors)))
+        return list(map(torch.UntypedStorage.nbytes, self._storages))
 
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
         try:
             tensors = self._tensors_now()
             memory = self._read_memory(tensors)
-            sizes = self._sizes_now(tensors if self._storages is not None else list(map(local_part, tensors)))
+            sizes = self._sizes_now(tensors)
         except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
             return False
         is_same = np.array_equal(memory, self._memory) and sizes == self._sizes
