@@ -112,7 +112,9 @@ class Session:
         return torch.randn(tuple(shape), generator=self.generator).to(dtype)
 
     def guarded(self, values: Tensor) -> Tensor:
-        """A copy of ``values`` between guards."""
+        """A copy of ``values`` between guards; without, where memory is not one piece (sparse tensors)."""
+        if values.layout != torch.strided:
+            return values.clone()
         n = values.numel()
         base = torch.full((n + 2 * GUARD,), SENTINEL, dtype=values.dtype)
         self.guards = [*self.guards[-200:], (base, n)]
