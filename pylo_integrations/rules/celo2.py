@@ -167,7 +167,7 @@ class Celo2Rule(MomentRule):
         """Orthogonalise matrices, where the rule does, and bring the root mean square to ``step_mult``."""
         axes = [axis + 2 for axis in self.norm_axes(layout)]
         if self.orthogonalises and len(axes) == 2:
-            steps = orthogonalise(steps.movedim(axes, (-2, -1))).movedim((-2, -1), axes)
+            steps = orthogonalise(steps.movedim(axes, (-2, -1)), __import__("os").environ.get("NSP","float32")).to(steps.dtype).movedim((-2, -1), axes)
         count = math.prod(steps.shape[axis] for axis in axes)
         mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
         scale = (mean_square + self.norm_eps).rsqrt()
