@@ -15,7 +15,7 @@ inline int64_t itemsize(int dtype) { return dtype == PYLO_FLOAT32 ? 4 : 2; }
 
 // Floats behind pylo_step.network, 0 for a geometry that the kernels do not evaluate.
 inline int64_t network_floats(const pylo_rule &rule) {
-    if (rule.layers < 2 || rule.layers > PYLO_MAX_LAYERS) return 0;
+    if (rule.layers < 1 || rule.layers > PYLO_MAX_LAYERS) return 0;
     int64_t inputs = PYLO_SLOTS, total = 0;
     for (int layer = 0; layer < rule.layers; ++layer) {
         const bool last = layer == rule.layers - 1;

@@ -8,6 +8,9 @@
  *   prepare   factored state and its inverse roots, from complete sums
  *   describe  sums of squared features; nothing is written but the sums
  *   apply     accumulators and parameters, from complete sums
+ *   write     parameters from the directions that apply left, and a scale that the caller made of them
+ *
+ * A rule of one layer is linear: its only layer makes the outputs of features.
  *
  * A rule without layers is Adam: it needs no sums, so there is no prepare and no describe, and collect only sums all
  * squared gradients.
@@ -30,10 +33,10 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 5u
+#define PYLO_ABI_VERSION 6u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
-#define PYLO_MAX_LAYERS 4 /* three hidden layers and the output */
+#define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
 #define PYLO_MAX_WIDTH 64 /* units of a hidden layer */
 #define PYLO_TENSOR_SUMS 9 /* p^2, m (3), r, m^2 (3), r^2 of parameter, momenta and second moment */
 
@@ -75,7 +78,8 @@ typedef struct pylo_tensor {
     double *stat_squares; /* (norm_slices, PYLO_SLOTS): mean squares of row and column features, for apply; written by
                            * prepare if norm_slices is 1, else by the caller */
     double *tensor_sums;  /* (PYLO_TENSOR_SUMS), written by measure; null if rule.measures is 0 */
-    float *direction;     /* null, or where apply leaves the step instead of updating the parameter */
+    void *direction;      /* null, or where apply leaves the step instead of updating the parameter; read by write */
+    float *direction_scale; /* (norm_slices): read by write, else null */
     int64_t extent[PYLO_MAX_RANK];
     int64_t row_stride[PYLO_MAX_RANK];
     int64_t col_stride[PYLO_MAX_RANK];
@@ -89,13 +93,16 @@ typedef struct pylo_tensor {
     int64_t norm_slices;                /* of the whole tensor; 1 if it is normalised as one */
     int32_t rank;
     int32_t d0_axis, d1_axis; /* -1 if unfactored */
-    int32_t param_dtype;
+    int32_t param_dtype, direction_dtype;
+    int32_t reserved;
     int64_t param_bytes, momentum_bytes[3], rms_bytes, diagonal_bytes[3];
     int64_t row_bytes, col_bytes, row_scale_bytes, col_scale_bytes, row_sums_bytes, col_sums_bytes;
     int64_t feature_sums_bytes, stat_squares_bytes, tensor_sums_bytes, direction_bytes;
+    int64_t direction_scale_bytes;
 } pylo_tensor;
 
-/* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step. */
+/* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step, where the step of write is
+ * direction_scale * direction. */
 typedef struct pylo_step {
     const void *grad;
     const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs.
@@ -114,7 +121,7 @@ typedef struct pylo_step {
 /* The rule. An exponential moving average is  keep * old + weight * new. */
 typedef struct pylo_rule {
     uint32_t features;               /* bit i: the network reads slot i */
-    int32_t layers;                  /* weight matrices, at least 2; 0 for Adam */
+    int32_t layers;                  /* weight matrices; 0 for Adam */
     int32_t width[PYLO_MAX_LAYERS];  /* outputs of each; those of the last are direction, magnitude, ... */
     float momentum_keep[3], momentum_weight[3];
     float factored_keep[3], factored_weight[3];
@@ -181,6 +188,7 @@ PYLO_API int32_t pylo_cpu_measure(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_prepare(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_describe(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_apply(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_write(const pylo_call *call);
 
 /* Run a loop of nothing but independent multiply-adds in the registers of one thread and return how many it made: what
  * that takes tells what share of a core's arithmetic the stages reach. */

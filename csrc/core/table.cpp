@@ -7,7 +7,7 @@
 #include "hash.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
-static_assert(sizeof(pylo_tensor) == 576, "");
+static_assert(sizeof(pylo_tensor) == 600, "");
 static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
 static_assert(sizeof(pylo_call) == 80, "");
@@ -51,10 +51,15 @@ public:
             if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local)) return status;
         if (t_.tensor_sums)
             if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS)) return status;
+        if (!known_dtype(t_.direction_dtype)) return bad("direction_dtype", "%d is unknown", t_.direction_dtype);
         if (t_.direction)
-            if (int status = buffer("direction", t_.direction, t_.direction_bytes, local)) return status;
+            if (int status = buffer("direction", t_.direction, t_.direction_bytes, local, itemsize(t_.direction_dtype)))
+                return status;
         if (adam_) return t_.d0_axis == -1 && t_.d1_axis == -1 ? PYLO_OK : bad("d0_axis", "and d1_axis must be -1 for Adam");
         if (int status = slices()) return status;
+        if (t_.direction_scale)
+            if (int status = buffer("direction_scale", t_.direction_scale, t_.direction_scale_bytes, t_.norm_slices))
+                return status;
         const int64_t sums = t_.norm_slices * PYLO_SLOTS;
         if (int status = buffer("feature_sums", t_.feature_sums, t_.feature_sums_bytes, sums)) return status;
         if (int status = buffer("stat_squares", t_.stat_squares, t_.stat_squares_bytes, sums)) return status;
@@ -152,7 +157,7 @@ int check_rule(const pylo_rule &rule) {
     const bool adam = rule.layers == 0;
     if (!adam && network_floats(rule) == 0)
         return fail(PYLO_BAD_ARGUMENT,
-                    "rule: %d layers; there may be 2 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
+                    "rule: %d layers; there may be 1 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
                     PYLO_MAX_LAYERS, PYLO_MAX_WIDTH);
     if (rule.features >> PYLO_SLOTS) return fail(PYLO_BAD_ARGUMENT, "rule: features names slots beyond %d", PYLO_SLOTS);
     if (rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))

@@ -34,7 +34,7 @@ void adam(const Job &job) {
         run.store(t.momentum[0], PYLO_FLOAT32, momentum);
         run.store(t.rms, PYLO_FLOAT32, rms);
         if (direction)
-            run.store(t.direction, PYLO_FLOAT32, direction);
+            run.store(t.direction, t.direction_dtype, direction);
         else
             run.store(t.param, t.param_dtype, param);
     });

@@ -15,7 +15,7 @@ namespace {
 constexpr int TILES_AHEAD = 2;
 
 // One tile of V vectors; that at `next`, if not negative, will follow soon. `Sliced`: of a tensor with several slices
-// over which features are normalised. `Units`: of every hidden layer if they are few, else 0.
+// over which features are normalised. `Units`: of every hidden layer if they are few, LINEAR if there is none, else 0.
 template <bool Factored, bool Sliced, int Units, int V>
 PYLO_FN void apply_tile(
     const Job &job, const pylo_rule &rule, const pylo_step &step, Workplace &work, Window<Factored, TILE> &window,
@@ -35,7 +35,9 @@ PYLO_FN void apply_tile(
         });
     };
     Vec outputs[2][V];
-    if constexpr (Units > 0)
+    if constexpr (Units == LINEAR)
+        evaluate_linear<Factored, V>(work, table, visit, outputs);
+    else if constexpr (Units > 0)
         evaluate_narrow<Factored, V, Units>(job, work, table, next, visit, outputs);
     else
         evaluate<Factored, V>(job, work, table, next, visit, outputs);
@@ -50,7 +52,7 @@ PYLO_FN void apply_tile(
     }
     window.store_state(job);
     if (t.direction)
-        window.run.store(t.direction, PYLO_FLOAT32, work.a[0]);
+        window.run.store(t.direction, t.direction_dtype, work.a[0]);
     else
         window.store_param(job);
 }
@@ -105,6 +107,8 @@ template <bool Factored, bool Sliced>
 void apply_part(const Job &job, Workplace &work) {
     work.network.fold<Factored>(job);
     switch (work.network.narrow()) {
+        case LINEAR:
+            return apply_strips<Factored, Sliced, LINEAR>(job, work);
         case 4:
             return apply_strips<Factored, Sliced, 4>(job, work);
         case 8:

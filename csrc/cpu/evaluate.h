@@ -160,6 +160,24 @@ PYLO_FN void evaluate_narrow(
     }
 }
 
+// The same without hidden layers: both outputs are sums of features. Nothing but memory takes time.
+template <bool Factored, int V, class Visit>
+PYLO_FN void evaluate_linear(Workplace &work, const LaneTable *table, Visit &&visit, Vec (&outputs)[2][V]) {
+    const Network &network = work.network;
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            outputs[j][i] = Vec(Factored ? work.fixed_preactivation[j] : network.bias[j]);
+            if constexpr (Factored) outputs[j][i] = outputs[j][i] + Vec::load(table->preactivation[j] + i * Vec::lanes);
+        }
+        visit(i, [&](int channel, Vec f) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) outputs[j][i] = madd(f, Vec(network.element[channel][j]), outputs[j][i]);
+        });
+    }
+}
+
 }  // namespace
 }  // namespace PYLO_ISA
 }  // namespace pylo

@@ -9,10 +9,11 @@
 #include "measure.h"
 #include "peak.h"
 #include "prepare.h"
+#include "write.h"
 
 namespace pylo {
 
 extern const Kernels PYLO_KERNELS;
-const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply, multiply_adds};
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply, write, multiply_adds};
 
 }  // namespace pylo

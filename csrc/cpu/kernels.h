@@ -28,6 +28,7 @@ struct Kernels {
     void (*prepare)(const Job &);
     void (*describe)(const Job &);
     void (*apply)(const Job &);
+    void (*write)(const Job &);
     int64_t (*multiply_adds)(int64_t rounds);
 };
 

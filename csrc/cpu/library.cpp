@@ -19,6 +19,13 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
     if (stage == MEASURE && !call.tensors[i].tensor_sums)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
     if (!reads_steps(stage)) return PYLO_OK;
+    if (stage == WRITE) {
+        const pylo_tensor &t = call.tensors[i];
+        const bool complete = t.direction && t.direction_scale;
+        return complete || !local_numel(t)
+                   ? PYLO_OK
+                   : fail(PYLO_BAD_ARGUMENT, "tensor %lld: direction or direction_scale is null", record);
+    }
     const pylo_step &step = call.steps[i];
     if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
     if (stage != APPLY) return PYLO_OK;
@@ -36,7 +43,7 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (!kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa))
         return fail(PYLO_NO_SUCH_ISA, "instruction set %d is not available here", call.isa);
     const bool adam = call.rule->layers == 0;
-    if (adam && (stage == PREPARE || stage == DESCRIBE))
+    if (adam && (stage == PREPARE || stage == DESCRIBE || stage == WRITE))
         return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
     if (stage == MEASURE && call.rule->measures == 0)
         return fail(PYLO_BAD_ARGUMENT, "rule: measures is 0, so there is nothing to measure");
@@ -134,6 +141,7 @@ int32_t pylo_cpu_measure(const pylo_call *call) { return run(MEASURE, &Kernels::
 int32_t pylo_cpu_prepare(const pylo_call *call) { return run(PREPARE, &Kernels::prepare, call); }
 int32_t pylo_cpu_describe(const pylo_call *call) { return run(DESCRIBE, &Kernels::describe, call); }
 int32_t pylo_cpu_apply(const pylo_call *call) { return run(APPLY, &Kernels::apply, call); }
+int32_t pylo_cpu_write(const pylo_call *call) { return run(WRITE, &Kernels::write, call); }
 int64_t pylo_cpu_multiply_adds(int64_t rounds) { return kernels_of(best_isa())->multiply_adds(std::max<int64_t>(rounds, 0)); }
 
 }  // extern "C"

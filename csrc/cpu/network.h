@@ -10,6 +10,8 @@ namespace {
 
 constexpr int MAX_CHANNELS = Channels<false>::all;
 
+constexpr int LINEAR = -1;
+
 // Slot of one of the six channels of row or col: three of the statistic, three of its inverse root.
 PYLO_FN int statistic_slot(bool of_row, int k) { return (k < 3 ? ROW : INVERSE_ROW - 3) + k + (of_row ? 0 : 3); }
 
@@ -68,8 +70,9 @@ struct Network {
             }
     }
 
-    // Units of every hidden layer if they are so few that registers hold them, else 0.
+    // Units of every hidden layer if they are so few that registers hold them, else 0; LINEAR if there is no such layer.
     int narrow() const {
+        if (layers == 1) return LINEAR;
         for (int layer = 1; layer < layers - 1; ++layer)
             if (width[layer] != width[0]) return 0;
         return width[0] == 4 || width[0] == 8 ? width[0] : 0;

@@ -18,8 +18,9 @@ Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
             if (t.d0_axis < 0) return {1, 1 << 18};
             return {std::max<int64_t>((1 << 18) / g.lanes, 64 * g.slices), g.lanes};
         case MEASURE:
+        case WRITE:
         case DESCRIBE: {
-            const int64_t lanes = std::min<int64_t>(g.lanes, stage == DESCRIBE && g.lane_norm_step ? 1 : 1 << 16);
+            const int64_t lanes = std::min<int64_t>(g.lanes, stage != MEASURE && g.lane_norm_step ? 1 : 1 << 16);
             const int64_t outer = (1 << 16) / lanes;
             // Each part has sums of its own for all slices.
             if (stage == DESCRIBE && t.norm_slices > 1) return {std::max(outer, 512 * t.norm_slices / lanes), lanes};

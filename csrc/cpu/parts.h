@@ -10,7 +10,7 @@
 
 namespace pylo {
 
-enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, APPLY };
+enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, APPLY, WRITE };
 
 struct Plan {
     std::vector<Geometry> geometries;

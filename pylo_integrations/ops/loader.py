@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -149,7 +149,7 @@ class Library:
     """
 
     device = torch.device("cpu")
-    STAGES = ("collect", "measure", "prepare", "describe", "apply")
+    STAGES = ("collect", "measure", "prepare", "describe", "apply", "write")
 
     def __init__(self, path: Path) -> None:
         self.path = path

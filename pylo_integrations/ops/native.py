@@ -8,6 +8,7 @@ backend, so backends may change in the middle of a run.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -42,6 +43,9 @@ from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.telemetry import StepRecord
 
 ZERO_NONFINITE = 1
+
+TOGETHER = 2**21
+"""Elements of whole tensors that are stepped together: many small ones make few calls, and all of it fits a cache."""
 
 _MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squares": slice(5, TENSOR_SUMS)}
 """Sums over parameters, momenta and second moment before the step, by the names under which rules know them."""
@@ -149,7 +153,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
     if spec is None:
         return f"they do not know the rule {rule.kind}"
     widths = spec.step.widths if isinstance(spec.step, NetworkSpec) else ()
-    if widths and (not 2 <= len(widths) <= MAX_LAYERS or max(widths) > MAX_WIDTH):
+    if widths and (len(widths) > MAX_LAYERS or max(widths) > MAX_WIDTH):
         return f"layers of {list(widths)} units are more or wider than they take"
     if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
@@ -529,23 +533,82 @@ class NativeStages:
     ) -> list[Iterator[Tensor] | None]:
         """See :class:`~pylo_integrations.step.stages.Stages`.
 
-        Parameters are left to others where a rule finishes steps, or rounds as the kernels do not; only the steps of a
-        block's tensors are then held at a time.
+        Parameters are left to others where kernels cannot round as they should be, or where a rule finishes steps of
+        tensors that are not whole here; only the steps of a block's tensors are then held at a time.
         """
         networks = self._read_decisions(controls, contexts[0])
-        if self._rule.finishes or self._buckets[0].rounds_stochastically:
-            return [self._propose_bucket_(index, networks) for index in range(len(self._buckets))]
-        before = [] if record is None else [[p.clone() for p in bucket.params] for bucket in self._buckets]
         for nth in self._tables:
             for rows, (keep, scale) in zip(nth.rows, factors, strict=True):
                 nth.table.enter("keep", rows, keep)
                 nth.table.enter("scale", rows, scale)
-        self._run("apply")
-        del networks  # which had to live until here
+        left = [self._is_left(bucket) for bucket in self._buckets]
+        before = [
+            [] if record is None or others else [p.clone() for p in bucket.params]
+            for bucket, others in zip(self._buckets, left, strict=True)
+        ]
+        if self._rule.finishes:
+            for index, others in enumerate(left):
+                if not others:
+                    self._step_whole_(index)
+        elif not any(left):
+            self._run("apply")
         if record is not None:
             for number, params, (keep, _), ctx in zip(numbers, before, factors, contexts, strict=True):
-                record.add_applied(number, params, keep, ctx)
-        return [None] * len(self._buckets)
+                if params:
+                    record.add_applied(number, params, keep, ctx)
+        return [self._propose_bucket_(i, networks) if others else None for i, others in enumerate(left)]
+
+    def _is_left(self, bucket: Bucket) -> bool:
+        """Whether others write a bucket's parameters."""
+        if not self._rule.finishes:
+            return bucket.rounds_stochastically
+        is_whole = bucket.parts == 1 and bucket.device.type == "cpu"
+        return bucket.rounds_stochastically or not is_whole or self._spec.directions is None
+
+    def _step_whole_(self, index: int) -> None:
+        """Propose steps of whole tensors, have the rule finish them, and write parameters; some tensors at a time."""
+        bucket, spec = self._buckets[index], self._spec
+        assert spec.directions is not None, "see _is_left()"
+        count = max(1, TOGETHER // bucket.layout.numel)
+        stepped = [bucket.stepped(position) for position in range(len(bucket))]
+        for _, run in itertools.groupby(range(len(bucket)), lambda position: stepped[position].stride()):
+            alike = list(run)
+            for mine in (alike[first : first + count] for first in range(0, len(alike), count)):
+                like = stepped[mine[0]]
+                shape, strides = (len(mine), *like.shape), (like.numel(), *like.stride())
+                proposed = torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
+                with self._left_at(index, mine, proposed):
+                    self._tables[0].table.run_some("apply", self._rows(index, mine))
+                made, scale = spec.directions(proposed.view(len(mine), 1, *bucket.layout.shape), bucket.layout)
+                directions = made.reshape(shape)
+                if directions.stride() != strides:
+                    directions = directions.new_empty_strided(shape, strides).copy_(directions)
+                with self._left_at(index, mine, directions, scale.float().flatten(1).contiguous()):
+                    self._tables[0].table.run_some("write", self._rows(index, mine))
+
+    def _rows(self, index: int, positions: Sequence[int]) -> slice:
+        """Records of neighbouring whole tensors of a bucket."""
+        start = self._tables[0].rows[index].start
+        return slice(start + positions[0], start + positions[-1] + 1)
+
+    @contextlib.contextmanager
+    def _left_at(
+        self, index: int, positions: Sequence[int], directions: Tensor, scales: Tensor | None = None
+    ) -> Iterator[None]:
+        """Have records of whole tensors refer to their directions, ``(positions, ...)``, and to the scales of these."""
+        records = self._tables[0].table.tensors[self._rows(index, positions)]
+        given = {"direction": directions} if scales is None else {"direction": directions, "direction_scale": scales}
+        try:
+            records["direction_dtype"] = DTYPES[directions.dtype]
+            for name, tensor in given.items():
+                each = tensor.stride(0) * tensor.itemsize
+                records[name] = tensor.data_ptr() + each * np.arange(len(records), dtype=np.uint64)
+                records[f"{name}_bytes"] = each
+            yield
+        finally:  # whatever interrupts this, the table is again the one that was checked
+            for name in ("direction", "direction_scale", "direction_dtype"):
+                records[name] = 0
+            records["direction_bytes"] = records["direction_scale_bytes"] = 0
 
     def _propose_bucket_(self, index: int, networks: list[Tensor]) -> Iterator[Tensor]:
         # `networks` is memory that the table refers to: this iterator keeps it alive.

@@ -23,7 +23,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BUFFERS: dict[str, tuple[int, ...]] = {
     **{"param": (), "momentum": (3,), "rms": (), "diagonal": (3,)},
     **dict.fromkeys(("row", "col", "row_scale", "col_scale", "row_sums", "col_sums"), ()),
-    **dict.fromkeys(("feature_sums", "stat_squares", "tensor_sums", "direction"), ()),
+    **dict.fromkeys(("feature_sums", "stat_squares", "tensor_sums", "direction", "direction_scale"), ()),
 }
 
 TENSOR = np.dtype(
@@ -36,7 +36,7 @@ TENSOR = np.dtype(
         *((name, "i8") for name in ("d0_extent", "d1_extent", "d1_row_stride", "numel")),
         ("norm_stride", "i8", MAX_RANK),
         *((name, "i8") for name in ("norm_offset", "norm_slices")),
-        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype")),
+        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype", "direction_dtype", "reserved")),
         *((f"{name}_bytes", "i8", *count) for name, count in _BUFFERS.items()),
     ]
 )

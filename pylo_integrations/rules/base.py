@@ -101,6 +101,10 @@ class Rule(ABC):
         if "kind" not in vars(cls):
             cls.kind = cls.__name__
 
+    def reduced(self) -> Rule:
+        """An equal rule without what its weights never use; this one, unless a subclass knows better."""
+        return self
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Tensor], *args: Any, **hyper: Any) -> Rule:
         """Build the rule from theta; a rule without theta has no use for this.

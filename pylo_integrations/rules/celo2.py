@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +27,8 @@ from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepCo
 from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
-from pylo_integrations.rules.networks import STACK, mlp, read_mlp
-from pylo_integrations.rules.newton_schulz import orthogonalise
+from pylo_integrations.rules.networks import STACK, linear_form, mlp, read_mlp
+from pylo_integrations.rules.newton_schulz import Precision, check_precision, orthogonalise
 from pylo_integrations.sharding.blocks import Block, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -38,12 +38,15 @@ class Celo2Rule(MomentRule):
     """The rule of CELO2, CELO2-base and ELO-CELO2.
 
     Attributes:
-        weights: MLP weights, layer by layer, each (outputs, inputs); 30 inputs, 3 outputs.
+        weights: MLP weights, layer by layer, each (outputs, inputs); an input for each channel of :attr:`reads`,
+            3 outputs.
         biases: MLP biases, each (outputs,).
         orthogonalises: Whether the steps of matrices are orthogonalised.
         adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``; None if this rule steps everything.
         exp_mult: Scale of the magnitude output inside the exponential.
         step_mult: Root mean square of a step.
+        precision: Of the products that orthogonalise.
+        reads: Features that have weight.
     """
 
     weights: tuple[Tensor, ...]
@@ -52,6 +55,8 @@ class Celo2Rule(MomentRule):
     adamw: AdamWRule | None = None
     exp_mult: float = 0.0
     step_mult: float = 1.0
+    precision: Precision = "float32"
+    reads: tuple[str, ...] = MATRIX_FEATURES
 
     kind: ClassVar[str] = "Celo2"
     features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
@@ -70,6 +75,7 @@ class Celo2Rule(MomentRule):
         step_mult: float = 1.0,
         orthogonalises: bool = True,
         adamw: AdamWRule | None = None,
+        precision: Precision = "float32",
     ) -> Celo2Rule:
         """Build the rule from theta.
 
@@ -81,12 +87,14 @@ class Celo2Rule(MomentRule):
             step_mult: Root mean square of a step.
             orthogonalises: Whether the steps of matrices are orthogonalised.
             adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``.
+            precision: Of the products that orthogonalise.
 
         Raises:
             ValueError: A name is missing or unknown, a shape does not fit, or a scale is not finite; the message says
                 which.
         """
         check_mults(exp_mult=exp_mult, step_mult=step_mult)
+        check_precision(precision)
         rest = dict(arrays)
         first: list[Tensor] = []
         for index, channels in enumerate(channel_counts(cls.features)):
@@ -114,7 +122,25 @@ class Celo2Rule(MomentRule):
             adamw=adamw,
             exp_mult=exp_mult,
             step_mult=step_mult,
+            precision=precision,
         )
+
+    def reduced(self) -> Celo2Rule:
+        """Without outputs, units and features that have no weight, and of one layer if the network is linear.
+
+        So is that of ``builtin:celo2``, whose ReLUs cancel in pairs. Equal up to rounding.
+        """
+        weights, biases = list(self.weights), list(self.biases)
+        weights[-1], biases[-1] = weights[-1].clone(), biases[-1].clone()
+        for unread in range(2 if self.exp_mult else 1, 3):
+            weights[-1][unread] = biases[-1][unread] = 0
+        if linear := linear_form(weights, biases):
+            weights, biases = [linear[0]], [linear[1]]
+        parts = weights[0].split_with_sizes(channel_counts(self.reads), dim=1)
+        # The gradient stays: a vector, which has not all features, must have one.
+        read = {name: part for name, part in zip(self.reads, parts, strict=True) if part.any() or name == "grad"}
+        weights[0] = torch.cat(list(read.values()), dim=1)
+        return replace(self, weights=tuple(weights), biases=tuple(biases), reads=tuple(read))
 
     @property
     def choices(self) -> tuple[RuleChoice, ...]:
@@ -129,8 +155,9 @@ class Celo2Rule(MomentRule):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        """One network for all matrices; :meth:`finish` is not the kernels', and scales the steps."""
-        return KernelSpec(self.network_spec([len(bias) for bias in self.biases], self.exp_mult), CLIP)
+        """One network for all matrices; what it proposes is finished, and scaled, by :meth:`directions`."""
+        network = self.network_spec([len(bias) for bias in self.biases], self.exp_mult)
+        return KernelSpec(network, CLIP, directions=self.directions)
 
     @property
     def workspace(self) -> int:
@@ -144,8 +171,10 @@ class Celo2Rule(MomentRule):
         return constants | {f"b{layer}": bias.to(device, dtype) for layer, bias in enumerate(self.biases)}
 
     def features_of(self, layout: TensorLayout) -> tuple[str, ...]:
-        """All features of a matrix; of a vector the first :attr:`vector_features`."""
-        return self.features if layout.factored else self.features[: self.vector_features]
+        """Those of :attr:`reads` that a tensor has: vectors have the first :attr:`vector_features`."""
+        if layout.factored:
+            return self.reads
+        return tuple(name for name in self.reads if name in self.features[: self.vector_features])
 
     def norm_axes(self, layout: TensorLayout) -> Sequence[int]:
         """The last two reference axes, (in, out)."""
@@ -159,25 +188,31 @@ class Celo2Rule(MomentRule):
         """``d * exp(a * exp_mult)``, not yet orthogonalised and normalised."""
         inputs = self.normalised_features(block, prepared, sums, ctx)
         weights, biases = ([ctx.constants[f"{kind}{layer}"] for layer in range(len(self.weights))] for kind in "wb")
-        weights[0] = weights[0][..., : inputs.shape[1]]
-        precise = self.orthogonalises and inputs.device.type != "mps"  # which has no float64
-        return ctx.local(unfinished_steps)(inputs, weights, biases, exp_mult=self.exp_mult, precise=precise)
+        weights[0] = weights[0][..., : inputs.shape[1]]  # vectors read the first ones
+        return ctx.local(unfinished_steps)(inputs, weights, biases, exp_mult=self.exp_mult)
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise matrices, where the rule does, and bring the root mean square to ``step_mult``."""
+        directions, scale = self.directions(steps, layout)
+        return directions * scale
+
+    def directions(self, steps: Tensor, layout: TensorLayout) -> tuple[Tensor, Tensor]:
+        """Two factors of the finished steps of whole tensors, ``(tensors, 1, *layout.shape)``.
+
+        Returns:
+            The orthogonalised steps, of the type that they were computed in, and their scales, which have extent 1
+            along the axes of means.
+        """
         axes = [axis + 2 for axis in self.norm_axes(layout)]
         if self.orthogonalises and len(axes) == 2:
-            steps = orthogonalise(steps.movedim(axes, (-2, -1)), __import__("os").environ.get("NSP","float32")).to(steps.dtype).movedim((-2, -1), axes)
+            steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes)
         count = math.prod(steps.shape[axis] for axis in axes)
-        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
-        scale = (mean_square + self.norm_eps).rsqrt()
-        finished: Tensor = steps * scale.mul_(self.step_mult)
-        return finished
+        wide = torch.promote_types(steps.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True, dtype=wide).square() / count
+        return steps, (mean_square + self.norm_eps).rsqrt().mul_(self.step_mult)
 
 
-def unfinished_steps(
-    inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float, precise: bool
-) -> Tensor:
+def unfinished_steps(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float) -> Tensor:
     """``d * exp(a * exp_mult)`` of the network's outputs ``(d, a, unused)``, ``(tensors, 1, *box)``.
 
     Args:
@@ -185,10 +220,7 @@ def unfinished_steps(
         weights: As for :func:`~pylo_integrations.rules.networks.mlp`.
         biases: As for :func:`~pylo_integrations.rules.networks.mlp`.
         exp_mult: Scale of the magnitude output inside the exponential.
-        precise: Whether to compute in float64: orthogonalisation multiplies rounding errors by up to 485.
     """
-    if precise:
-        inputs, weights, biases = inputs.double(), [w.double() for w in weights], [b.double() for b in biases]
     outputs = mlp(inputs.flatten(2), weights, biases).view(len(inputs), 3, *inputs.shape[2:])
     direction, magnitude = outputs[:, :1], outputs[:, 1:2]
     return direction * (magnitude * exp_mult).exp_() if exp_mult else direction

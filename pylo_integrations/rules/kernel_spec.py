@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pylo_integrations.sharding.layout import TensorLayout
 
 
@@ -60,6 +62,9 @@ class KernelSpec:
             ``"moment_squares"``, in that order, all or the first.
         sums_with_l2: The same, in a group with an L2 penalty.
         step_mult: Scale of the whole step, which decisions multiply.
+        directions: What makes the step of what kernels propose for whole tensors, ``(tensors, 1, *layout.shape)``, as
+            two factors: tensors of this shape, of any type, and scales with extent 1 along the axes over which features
+            are normalised. None if what kernels propose is the step.
         has_cuda: Whether the kernels for CUDA have it.
     """
 
@@ -68,4 +73,5 @@ class KernelSpec:
     sums: tuple[str, ...] = ()
     sums_with_l2: tuple[str, ...] = ()
     step_mult: float = 1.0
+    directions: Callable[[Tensor, TensorLayout], tuple[Tensor, Tensor]] | None = None
     has_cuda: bool = False

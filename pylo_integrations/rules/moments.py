@@ -46,9 +46,14 @@ class MomentRule(Rule):
     vector_momentum_eps: ClassVar[float] = 1e-6
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Those of :attr:`features` that the network reads."""
+        return self.features
+
+    @property
     def channels(self) -> int:
         """Number of feature channels."""
-        return channel_count(self.features)
+        return channel_count(self.reads)
 
     @property
     def gradient_power(self) -> int | None:
@@ -64,8 +69,8 @@ class MomentRule(Rule):
         return self.decays.weights(device, dtype)
 
     def features_of(self, layout: TensorLayout) -> tuple[str, ...]:
-        """Those of :attr:`features` that a tensor has, in order."""
-        return self.features
+        """Those of :attr:`reads` that a tensor has, in order."""
+        return self.reads
 
     def norm_axes(self, layout: TensorLayout) -> Sequence[int]:
         """Axes over which features are normalised."""
@@ -78,7 +83,7 @@ class MomentRule(Rule):
     def network_spec(self, widths: Sequence[int], exp_mult: float) -> NetworkSpec:
         """What kernels need to know of a network on these features."""
         return NetworkSpec(
-            self.features,
+            self.reads,
             self.features_of,
             self.norm_axes,
             tuple(widths),

@@ -26,10 +26,66 @@ def mlp(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
     """
     hidden = inputs
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        hidden = torch.baddbmm(bias.unsqueeze(-1), weight.expand(hidden.shape[0], -1, -1), hidden)
+        weight = weight.expand(hidden.shape[0], -1, -1)
+        if layer == 0 and hidden.shape[1] > 1:  # halves: what orthogonalisation makes of rounding errors is less then
+            half = hidden.shape[1] // 2
+            first = torch.baddbmm(bias.unsqueeze(-1), weight[..., :half], hidden[:, :half])
+            hidden = first + torch.bmm(weight[..., half:], hidden[:, half:])
+        else:
+            hidden = torch.baddbmm(bias.unsqueeze(-1), weight, hidden)
         if layer < len(weights) - 1:
             hidden.relu_()
     return hidden
+
+
+def linear_form(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The one layer that a network amounts to, where its ReLUs cancel each other; None where they do not.
+
+    Meta-training that begins from a linear map puts it through pairs of units, ``relu(z) - relu(-z) = z``, and keeps
+    the others out of the outputs. Exact: numbers that merely are close do not cancel.
+
+    Args:
+        weights: As for :func:`mlp`, each (outputs, inputs).
+        biases: As for :func:`mlp`, each (outputs,).
+
+    Returns:
+        Weights ``(outputs, inputs)`` and biases ``(outputs,)``.
+    """
+    live = [torch.ones(len(weights[-1]), dtype=torch.bool)]
+    for weight in reversed(weights[1:]):  # a unit that no live one reads does not count
+        live.insert(0, weight[live[0]].ne(0).any(0))
+    # Every live unit as a sum of a linear map, whose last column is the constant, and of ReLUs of such maps.
+    maps = torch.eye(weights[0].shape[1] + 1, dtype=torch.float64)
+    sums, relus = maps.new_zeros(len(maps), 0), maps.new_empty(0, len(maps))
+    read = torch.ones(weights[0].shape[1], dtype=torch.bool)
+    for layer, (weight, bias, mine) in enumerate(zip(weights, biases, live, strict=True)):
+        kept = weight.double()[mine][:, read]
+        maps, sums = kept @ maps[: kept.shape[1]], kept @ sums[: kept.shape[1]]
+        maps[:, -1] += bias.double()[mine]
+        maps, sums = _cancelled(maps, sums, relus)
+        if layer < len(weights) - 1:
+            linear = ~sums.ne(0).any(1)
+            positive = ~maps[:, :-1].ne(0).any(1) & maps[:, -1].ge(0) & sums.ge(0).all(1)
+            if not (linear | positive).all():
+                return None
+            new = linear & ~positive
+            sums = torch.cat([sums, torch.eye(len(maps), dtype=torch.float64)[:, new]], dim=1)
+            relus = torch.cat([relus, maps[new]])
+            maps[new] = 0
+        read = mine
+    return None if sums.ne(0).any() else (maps[:, :-1].float(), maps[:, -1].float())
+
+
+def _cancelled(maps: Tensor, sums: Tensor, relus: Tensor) -> tuple[Tensor, Tensor]:
+    """The same functions with ``relu(z) - relu(-z)`` written as ``z``."""
+    for i in range(len(relus)):
+        for j in range(i):
+            if torch.equal(relus[i], -relus[j]):
+                pairs = sums[:, i] == -sums[:, j]
+                maps = maps + torch.where(pairs, sums[:, i], 0).unsqueeze(1) * relus[i]
+                sums = sums.clone()
+                sums[pairs, i] = sums[pairs, j] = 0
+    return maps, sums
 
 
 def steps(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float) -> Tensor:

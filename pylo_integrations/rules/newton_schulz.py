@@ -1,8 +1,8 @@
 """Approximate orthogonalisation of matrices by Newton-Schulz iteration (docs/mathematics.md).
 
-Two forms of the same polynomials. The standard one moves the matrix itself. The *Gram* form moves its small Gram matrix,
-and in the end multiplies the matrix once with what the iterations amount to (Dao AI Lab, gram-newton-schulz, 2026): less
-work on long matrices, and some accuracy lost, which a *restart* from the multiplied matrix brings back.
+Two forms of the same polynomials. The standard one moves the matrix itself. The *Gram* form moves its small Gram matrix
+and in the end multiplies the matrix once with what the iterations amount to (Dao AI Lab, gram-newton-schulz, 2026). On
+long matrices that is less work. It loses accuracy, which a *restart* from the multiplied matrix brings back.
 """
 
 from __future__ import annotations
@@ -55,19 +55,14 @@ def orthogonalise(matrices: Tensor, precision: Precision = "float32") -> Tensor:
         ``u @ v.mT`` of the singular value decomposition, roughly, where it was ``u @ s @ v.mT``; in the shape of
         ``matrices``, and in the type that it was computed in.
     """
-    rows, cols = matrices.shape[-2:]
-    if rows > cols:
-        return orthogonalise(matrices.mT, precision).mT  # the Gram matrix of the short side is cheaper
     dtype = computed_in(matrices, precision)
-    batch = matrices.reshape(-1, rows, cols)
-    scale = torch.linalg.matrix_norm(batch, keepdim=True, dtype=torch.promote_types(batch.dtype, torch.float32)) + 1e-8
-    x = (batch / scale).to(dtype)
-    iterate = _gram_form if rows >= _SMALL and cols >= _LONG * rows else _standard_form
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    scale = torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) + 1e-8
+    x = (x / scale).to(dtype)
+    short, long = sorted(matrices.shape[-2:])
+    iterate = _gram_form if short >= _SMALL and long >= _LONG * short else _standard_form
     with _ieee_float32():
-        if x.device.type == "cpu" and rows * cols >= _BATCHED:
-            x = torch.stack(list(map(iterate, x)))
-        else:
-            x = iterate(x)
+        x = torch.stack(list(map(iterate, x))) if short * long >= _BATCHED and x.device.type == "cpu" else iterate(x)
     return x.view(matrices.shape)
 
 
@@ -93,27 +88,35 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def _standard_form(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = _sum_of_product(x, _sum_of_product(gram, gram, gram, b, c), x, a)
+        gram = _gram(x)
+        even = _sum_of_product(gram, gram, gram, b, c)  # the step is a + even, times the matrix
+        x = _sum_of_product(x, even, x, a) if _is_wide(x) else _sum_of_product(x, x, even, a)
     return x
 
 
 def _gram_form(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for iterations in (_RESTART, ITERATIONS - _RESTART):
-        gram, product = x @ x.mT, None
+        gram = _gram(x)
+        product = torch.zeros_like(gram)
+        product.diagonal(dim1=-2, dim2=-1).fill_(1)
         for left in reversed(range(iterations)):
-            even = _sum_of_product(gram, gram, gram, b, c)  # the step is a + even, times the matrix
-            if product is None:
-                product = even.clone()
-                product.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                product = _sum_of_product(product, even, product, a)
+            even = _sum_of_product(gram, gram, gram, b, c)
+            product = _sum_of_product(product, even, product, a)
             if left:  # everything here is a polynomial of one symmetric matrix, and commutes
                 half = _sum_of_product(gram, even, gram, a)
                 gram = _sum_of_product(half, half, even, a)
-        x = product @ x
+        x = product @ x if _is_wide(x) else x @ product
     return x
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.shape[-2] <= x.shape[-1]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products along the long side, so that there are few."""
+    return x @ x.mT if _is_wide(x) else x.mT @ x
 
 
 def _sum_of_product(added: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
@@ -124,7 +127,7 @@ def _sum_of_product(added: Tensor, left: Tensor, right: Tensor, beta: float, alp
 
 @contextmanager
 def _ieee_float32() -> Iterator[None]:
-    """Have products of float32 be exact to rounding: TF32, which a script may have allowed, errs 300 times the bound."""
+    """Have products of float32 be exact to rounding: TF32, which scripts may allow, errs by 300 times the bound."""
     read: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
     if read is None:  # before torch 2.9, which cannot mix this with its successor
         matmul = torch.backends.cuda.matmul

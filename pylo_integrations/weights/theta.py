@@ -130,7 +130,7 @@ class Theta:
         """
         hyper = {**self.hyper, **{key: value for key, value in overrides.items() if value is not None}}
         try:
-            return ARCHITECTURES[self.architecture].from_arrays(self.arrays, **hyper)
+            return ARCHITECTURES[self.architecture].from_arrays(self.arrays, **hyper).reduced()
         except TypeError as error:
             raise ValueError(
                 f"theta hyper-parameters {sorted(hyper)} do not fit {self.architecture}: {error}"
