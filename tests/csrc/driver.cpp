@@ -51,7 +51,8 @@ struct Shape {
 struct Record {
     std::unique_ptr<float[]> state[8], row, col, row_scale, col_scale;
     std::unique_ptr<double[]> row_sums, col_sums, feature_sums, stat_squares, tensor_sums;
-    std::unique_ptr<char[]> param, grad;
+    std::unique_ptr<char[]> param, grad, direction;
+    std::unique_ptr<float[]> direction_scale;
     int64_t numel = 1, itemsize = 4, rows = 0, cols = 0, slices = 1;
 
     Record(const Shape &shape, int dtype, pylo_tensor &t, pylo_step &step) {
@@ -232,6 +233,20 @@ struct Table {
         steps[i].network_bytes = 0;
     }
 
+    // Has apply leave the steps in directions, which write then subtracts.
+    void leave_directions(int dtype) {
+        for (size_t i = 0; i < records.size(); ++i) {
+            pylo_tensor &t = tensors[i];
+            Record &r = records[i];
+            t.direction_dtype = dtype;
+            t.direction_bytes = r.numel * (dtype == PYLO_FLOAT32 ? 4 : 2);
+            r.direction = block<char>(t.direction_bytes);
+            t.direction = r.direction.get();
+            r.direction_scale = block(t.norm_slices, t.direction_scale, t.direction_scale_bytes);
+            for (int64_t slice = 0; slice < t.norm_slices; ++slice) r.direction_scale[(size_t)slice] = 1 + 0.25f * (float)slice;
+        }
+    }
+
     int check() {
         uint64_t token;
         int64_t bytes;
@@ -267,6 +282,7 @@ struct Table {
                 CHECK(pylo_cpu_describe(&call) == PYLO_OK);
             }
             CHECK(pylo_cpu_apply(&call) == PYLO_OK);
+            if (rule.layers && tensors[0].direction) CHECK(pylo_cpu_write(&call) == PYLO_OK);
         }
     }
 };
@@ -274,13 +290,14 @@ struct Table {
 constexpr uint32_t ALL = (1u << 30) - 1, SMALL_FC = ALL & ~(1u << 1) & ~(1u << 14);
 
 void results_do_not_depend_on_threads_or_vector_width(
-    int dtype, const pylo_rule &rule, const std::vector<Shape> &shapes = ::shapes) {
+    int dtype, const pylo_rule &rule, const std::vector<Shape> &shapes = ::shapes, int direction = -1) {
     std::string with_fma;
     for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
         if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
         std::string first;
         for (int threads : {1, 3}) {
             Table table(rule, dtype, isa, threads, shapes);
+            if (direction >= 0) table.leave_directions(direction);
             CHECK(table.check() == PYLO_OK);
             table.run(2);
             const std::string now = table.bytes();
@@ -327,12 +344,12 @@ void buffers_that_are_too_small_are_refused() {
         refused(PYLO_BAD_ARGUMENT, [&](Table &t) { t.tensors[MATRIX].momentum_bytes[k] -= 1; });
         refused(PYLO_BAD_ARGUMENT, [&](Table &t) { t.tensors[VECTOR].diagonal_bytes[k] -= 1; });
     }
-    std::unique_ptr<float[]> direction;
-    refused(PYLO_BAD_ARGUMENT, [&](Table &t) {
-        direction = block(t.tensors[MATRIX].numel, t.tensors[MATRIX].direction, t.tensors[MATRIX].direction_bytes);
-        CHECK(t.check() == PYLO_OK);
-        t.tensors[MATRIX].direction_bytes -= 1;
-    });
+    for (int64_t pylo_tensor::*bytes : {&pylo_tensor::direction_bytes, &pylo_tensor::direction_scale_bytes})
+        refused(PYLO_BAD_ARGUMENT, [&](Table &t) {
+            t.leave_directions(PYLO_BFLOAT16);
+            CHECK(t.check() == PYLO_OK);
+            t.tensors[MATRIX].*bytes -= 1;
+        });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[MATRIX].rms_bytes = -1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[MATRIX].grad_bytes -= 1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[MATRIX].grad_bytes = INT64_MIN; });
@@ -393,7 +410,7 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].col_scale = t.tensors[4].col; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].feature_sums = nullptr; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].stat_squares = t.tensors[4].feature_sums + 1; });
-    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction = (float *)t.tensors[4].param, t.tensors[4].direction_bytes = t.tensors[4].param_bytes; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction = t.tensors[4].param, t.tensors[4].direction_bytes = t.tensors[4].param_bytes; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction = t.tensors[5].rms, t.tensors[4].direction_bytes = t.tensors[4].param_bytes; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].norm_slices = 0; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].norm_offset = 1; });
@@ -412,10 +429,20 @@ void nonsense_is_refused() {
 
     buffers_that_are_too_small_are_refused();
 
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].direction_dtype = 3; });
+
     // What only some stages ask for.
+    Table directed(a_rule(2, 8, ALL), PYLO_FLOAT32, PYLO_BEST, 1);
+    CHECK(directed.check() == PYLO_OK);
+    CHECK(pylo_cpu_write(&directed.call) == PYLO_BAD_ARGUMENT);
+    directed.leave_directions(PYLO_FLOAT32);
+    directed.tensors[3].direction_scale = nullptr;
+    CHECK(pylo_cpu_write(&directed.call) == PYLO_UNCHECKED);
+    CHECK(directed.check() == PYLO_OK);
+    CHECK(pylo_cpu_write(&directed.call) == PYLO_BAD_ARGUMENT);
     Table adam(adam_rule(), PYLO_FLOAT32, PYLO_BEST, 1);
     CHECK(adam.check() == PYLO_OK);
-    for (auto stage : {pylo_cpu_prepare, pylo_cpu_describe})
+    for (auto stage : {pylo_cpu_prepare, pylo_cpu_describe, pylo_cpu_write})
         CHECK(stage(&adam.call) == PYLO_BAD_ARGUMENT);
     adam.tensors[1].tensor_sums = nullptr;
     CHECK(adam.check() == PYLO_OK && pylo_cpu_measure(&adam.call) == PYLO_BAD_ARGUMENT);
@@ -479,9 +506,8 @@ void boxes_of_a_tensor_are_stepped(int isa) {
 // A step that is left in `direction` is the one that would have been taken.
 void directions_are_the_steps(const pylo_rule &rule, int isa, const std::vector<Shape> &shapes) {
     Table taken(rule, PYLO_FLOAT32, isa, 1, shapes), left(rule, PYLO_FLOAT32, isa, 1, shapes);
-    std::vector<std::unique_ptr<float[]>> directions;
+    left.leave_directions(PYLO_FLOAT32);
     for (size_t i = 0; i < shapes.size(); ++i) {
-        directions.push_back(block(left.tensors[i].numel, left.tensors[i].direction, left.tensors[i].direction_bytes));
         taken.steps[i].keep = 0;
         taken.steps[i].scale = -1;
     }
@@ -490,7 +516,8 @@ void directions_are_the_steps(const pylo_rule &rule, int isa, const std::vector<
     left.run(1);
     for (size_t i = 0; i < shapes.size(); ++i) {
         const float *param = (const float *)taken.records[i].param.get();
-        for (int64_t k = 0; k < taken.records[i].numel; ++k) CHECK(param[k] == directions[i][(size_t)k]);
+        const float *direction = (const float *)left.records[i].direction.get();
+        for (int64_t k = 0; k < taken.records[i].numel; ++k) CHECK(param[k] == direction[k]);
         CHECK(std::memcmp(taken.records[i].state[0].get(), left.records[i].state[0].get(), (size_t)left.records[i].numel * 4) == 0);
     }
 }
@@ -560,6 +587,10 @@ int main() {
         results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, SMALL_FC));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 4, ALL));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(3, 5, ALL));
+    results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(0, 3, ALL));
+    for (int dtype : {PYLO_FLOAT32, PYLO_BFLOAT16})
+        for (const auto *some : {&shapes, &sliced, &large})
+            results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(0, 2, ALL), *some, dtype);
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(2, 64, SMALL_FC));
     results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, a_rule(1, 1, ALL), large);
     for (int dtype : {PYLO_FLOAT32, PYLO_BFLOAT16}) {
@@ -571,6 +602,7 @@ int main() {
         boxes_of_a_tensor_are_stepped(isa);
         directions_are_the_steps(a_rule(2, 8, ALL), isa, shapes);
         directions_are_the_steps(a_rule(2, 8, ALL), isa, sliced);
+        directions_are_the_steps(a_rule(0, 2, ALL), isa, sliced);
         directions_are_the_steps(adam_rule(), isa, shapes);
         if (isa != PYLO_BEST) std::printf("%d ", isa);  // what has been run
     }
