@@ -19,10 +19,10 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from pylo_integrations.checkpoints import PROGRESS, SMALL, Checkpoint, CheckpointError, whole_states
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
-from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients, check_memory
 from pylo_integrations.hints import FrozenWatch, Remarks, SettingsWatch, warn_user
+from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
@@ -43,8 +43,6 @@ from pylo_integrations.step.policies import NonFinitePolicy, Policies
 from pylo_integrations.steplock import StepLock
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
-
-CHUNK_BYTES = 256 * 2**20
 
 _NONFINITE_POLICIES = get_args(NonFinitePolicy)
 
@@ -70,31 +68,16 @@ class LearnedOptimizer(Optimizer):
     Subclasses only choose the rule; all behaviour is here. State is created lazily (:meth:`init_state`), in float32
     (float64 for float64 parameters), shaped like its parameter but for small row and column statistics.
 
+    What else it takes, and its subclasses do, is in :class:`~pylo_integrations.keywords.Keywords`.
+
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
             are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
             ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
-        lr: Factor on the whole update; a float or a one-element tensor. Its natural value is that of the class,
+        lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
-        weight_decay: Weight decay; 0.01 to 0.1 is usual, as with AdamW.
-        num_steps: The horizon, i.e. how many optimizer steps the run will take.
-        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
-            infinity.
-        weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
-        maximize: Ascend instead of descend.
-        on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
-        chunk_bytes: Bound on the temporaries of a step, in bytes.
-        backend: See :data:`~pylo_integrations.ops.select.Backend`.
-        shard_step: Where several processes all have the whole parameters (``DistributedDataParallel``, or replicas in
-            the ranks of :meth:`bind_model`), let each step its share of the rows of every tensor and keep the state of
-            that share only, as ZeRO's first stage does; afterwards all collect the new parameters. Time of a step and
-            bytes of state fall with the number of processes. Without effect on parameters that are sharded anyway
-            (``DTensor``, FSDP), on scalars, and in a single process. For checkpoints see
-            :meth:`consolidate_state_dict`.
-        stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
-            updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
         usual_lrs: Learning rates that suit the rule; by default :attr:`default_lr`.
         wants_schedule: As the attribute, which is the default.
@@ -127,35 +110,28 @@ class LearnedOptimizer(Optimizer):
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
 
+    @spelled_out
     def __init__(
         self,
         params: ParamsT,
         rule: Rule,
         *,
-        lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
-        num_steps: int | None = None,
-        max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "adamw",
-        maximize: bool = False,
-        on_nonfinite: NonFinitePolicy = "skip",
-        chunk_bytes: int = CHUNK_BYTES,
-        backend: Backend = "auto",
-        shard_step: bool = False,
-        stochastic_rounding: bool = False,
+        lr: float | Tensor | None = None,
         theta: Theta | None = None,
         usual_lrs: Sequence[float] = (),
         wants_schedule: bool | None = None,
+        **keywords: Unpack[Keywords],
     ) -> None:
+        chunk_bytes, weight_decay, norm = (keywords[name] for name in ("chunk_bytes", "weight_decay", "max_grad_norm"))
         if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
         self.rule = rule
         self.theta = theta
-        self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
-        self.on_nonfinite: NonFinitePolicy = on_nonfinite
+        self.max_grad_norm = self.default_max_grad_norm if norm is None else None if norm == math.inf else norm
+        self.on_nonfinite: NonFinitePolicy = keywords["on_nonfinite"]
         self.chunk_bytes = chunk_bytes
-        self.backend = backend
-        self.stochastic_rounding = stochastic_rounding
+        self.backend: Backend = keywords["backend"]
+        self.stochastic_rounding = keywords["stochastic_rounding"]
         self._check_settings()
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
@@ -167,16 +143,16 @@ class LearnedOptimizer(Optimizer):
             self.adamw_lr,
             self.wants_schedule if wants_schedule is None else wants_schedule,
         )
-        self._holdings = Holdings(shard_step)
+        self._holdings = Holdings(keywords["shard_step"])
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
         self._start_engines()
-        self.set_num_steps(num_steps)
+        self.set_num_steps(keywords["num_steps"])
         defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "weight_decay_policy": weight_decay_policy,
-            "maximize": maximize,
+            "lr": self.default_lr if lr is None else lr,
+            "weight_decay": self.default_weight_decay if weight_decay is None else weight_decay,
+            "weight_decay_policy": keywords["weight_decay_policy"],
+            "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
             MOMENTUM: 0.0,

@@ -20,7 +20,7 @@ LAYERS = [
     {"weights", "decay", "progress", "rounding", "telemetry"},
     {"ops", "options", "hints", "ledger"},
     {"step", "checkpoints"},
-    {"engine", "resume"},
+    {"engine", "resume", "keywords"},
     {"compiled"},
     {"optimizer"},
     {"optimizers", "state"},

@@ -14,7 +14,7 @@ from pylo_integrations.weights import hub
 from pylo_integrations.weights.convert import CONFIG_FILE, check_config, convert
 from pylo_integrations.weights.theta import Theta
 
-Weights: TypeAlias = "Theta | str | os.PathLike[str] | Mapping[str, Any]"
+Weights: TypeAlias = Theta | str | os.PathLike[str] | Mapping[str, Any]
 """A theta, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"``, or arrays by the reference's names."""
 
 _BUILTIN = files(__package__) / "builtin"
