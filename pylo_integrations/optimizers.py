@@ -1,4 +1,4 @@
-"""The public optimizers: each chooses a rule and its default weights, and nothing else."""
+"""The public optimizers. What makes one of a name is in :mod:`pylo_integrations.profiles`; here are types and words."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from pylo_integrations.keywords import CeloKeywords, NetworkKeywords, ThetaKeywords, Unpack, spelled_out, split
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.rules.adamw import AdamWRule
+from pylo_integrations.profiles import PROFILES
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.rules.celo import CeloRule
-from pylo_integrations.rules.celo2 import Celo2Rule
-from pylo_integrations.rules.celo_adam import CeloAdamRule
-from pylo_integrations.rules.small_fc import SmallFCRule
-from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.weights.sources import Weights, load_theta
 from pylo_integrations.weights.theta import Theta
+
+__all__ = ["CELO2", "ELO", "ELOCELO2", "CELO2Base", "Celo", "CeloAdam", "MuLO", "SmallFCLOpt", "VeLO"]
+"""Those of the catalogue, which the package has at its top."""
 
 
 class ThetaOptimizer(LearnedOptimizer):
@@ -36,12 +34,8 @@ class ThetaOptimizer(LearnedOptimizer):
         TypeError: A parameter is complex or not floating point.
     """
 
-    @spelled_out
-    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[NetworkKeywords]) -> None:
-        self._make(params, lr, keywords)
-
     architecture: ClassVar[str]
-    """What theta must be for, see :data:`~pylo_integrations.weights.theta.ARCHITECTURES`."""
+    """What theta must be for, see :data:`~pylo_integrations.profiles.ARCHITECTURES`."""
 
     default_weights: ClassVar[str | None]
     """A ``weights`` argument; None if no weights are published."""
@@ -51,6 +45,22 @@ class ThetaOptimizer(LearnedOptimizer):
 
     constants: ClassVar[Mapping[str, Any]] = {}
     """Constants of the rule that make it this optimizer, whatever theta."""
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        """Have a subclass be the optimizer ``name``; without it, it inherits what its base is."""
+        super().__init_subclass__(**kwargs)
+        if name is None:
+            return
+        profile = PROFILES[name]
+        cls.theta_name, cls.rule_type, cls.architecture = name, profile.rule, profile.architecture
+        cls.default_weights, cls.constants = profile.weights, profile.constants
+        cls.default_lr, cls.adamw_lr, cls.wants_schedule = profile.lr, profile.adamw_lr, profile.wants_schedule
+        cls.default_weight_decay, cls.default_max_grad_norm = profile.weight_decay, profile.max_grad_norm
+        cls.adamw_embeddings = profile.adamw_embeddings
+
+    @spelled_out
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[NetworkKeywords]) -> None:
+        self._make(params, lr, keywords)
 
     def _make(self, params: ParamsT, lr: float | Tensor | None, keywords: ThetaKeywords) -> None:
         """Make theta of ``weights``, the rule of theta, and the optimizer of the rule."""
@@ -95,41 +105,29 @@ class ThetaOptimizer(LearnedOptimizer):
         return [lr for lr in lrs if isinstance(lr, (float, int)) and lr > 0]
 
 
-class SmallFCLOpt(ThetaOptimizer):
+class SmallFCLOpt(ThetaOptimizer, name="small_fc_lopt"):
     """small_fc_lopt: a per-parameter MLP over Adafactor-style features (:mod:`pylo_integrations.rules.small_fc`).
 
     Takes the arguments of :class:`ThetaOptimizer`. The default weights, ``"builtin:small_fc_bootstrap"``, are
     constructed, not meta-trained (:func:`pylo_integrations.weights.bootstrap`). The loss and ``num_steps`` are unused.
     """
 
-    rule_type = SmallFCRule
-    architecture = "small_fc"
-    default_weights = "builtin:small_fc_bootstrap"
 
-
-class VeLO(ThetaOptimizer):
+class VeLO(ThetaOptimizer, name="velo"):
     """VeLO: an LSTM for every tensor controls the MLP that steps it (:mod:`pylo_integrations.rules.velo`).
 
     Takes the arguments of :class:`ThetaOptimizer`. Needs ``num_steps``, and the loss at every step. The default weights
     are Google's, meta-trained for 4000 TPU-months, as republished in ``"hub:amoudgl/velo-4000"``.
     """
 
-    rule_type = VeLORule
-    architecture = "velo"
-    default_weights = "hub:amoudgl/velo-4000"
 
-
-class Celo(ThetaOptimizer):
+class Celo(ThetaOptimizer, name="celo"):
     """Celo: VeLO's MLPs under one learned schedule for the whole model (:mod:`pylo_integrations.rules.celo`).
 
     Takes the arguments of :class:`ThetaOptimizer`, and ``phase`` (:class:`~pylo_integrations.keywords.CeloKeywords`).
     Needs ``num_steps``, and the loss at every step. The default weights were meta-trained by this package on small
     networks, ``"builtin:celo"``; those of the authors are ``"hub:amoudgl/celo"``.
     """
-
-    rule_type = CeloRule
-    architecture = "celo"
-    default_weights = "builtin:celo"
 
     @spelled_out
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[CeloKeywords]) -> None:
@@ -141,23 +139,19 @@ class Celo(ThetaOptimizer):
         return bool(options.get("phase") == 1)
 
 
-class CeloAdam(ThetaOptimizer):
+class CeloAdam(ThetaOptimizer, name="celo_adam"):
     """Celo-Adam: Adam under Celo's learned schedule (:mod:`pylo_integrations.rules.celo_adam`).
 
     Takes the arguments of :class:`ThetaOptimizer` but ``exp_mult``. Needs ``num_steps``, and the loss at every step.
     The default weights are the authors', ``"hub:amoudgl/celo-adam"``.
     """
 
-    rule_type = CeloAdamRule
-    architecture = "celo_adam"
-    default_weights = "hub:amoudgl/celo-adam"
-
     @spelled_out
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[ThetaKeywords]) -> None:
         self._make(params, lr, keywords)
 
 
-class MuLO(ThetaOptimizer):
+class MuLO(ThetaOptimizer, name="mulo"):
     """MuLO: small_fc_lopt meta-trained, and used, in the maximal-update parametrisation.
 
     Therien et al., "μLO: Compute-Efficient Meta-Generalization of Learned Optimizers", 2024. The rule is that of
@@ -167,27 +161,15 @@ class MuLO(ThetaOptimizer):
     networks; those of the authors are ``"hub:btherien/mulo"``.
     """
 
-    rule_type = SmallFCRule
-    architecture = "small_fc"
-    theta_name = "mulo"
-    default_weights = "builtin:mulo"
 
-
-class ELO(ThetaOptimizer):
+class ELO(ThetaOptimizer, name="elo"):
     """ELO: the rule of :class:`SmallFCLOpt` with decays that were not learned and no scale but ``lr``.
 
     Takes the arguments of :class:`ThetaOptimizer`.
     """
 
-    rule_type = SmallFCRule
-    architecture = "small_fc"
-    theta_name = "elo"
-    default_weights = "hub:DiamondXL/elo"
-    default_lr = 1e-3
-    wants_schedule = True
 
-
-class CELO2(ThetaOptimizer):
+class CELO2(ThetaOptimizer, name="celo2"):
     """CELO2: a learned per-parameter MLP, orthogonalised, for matrices (:mod:`pylo_integrations.rules.celo2`).
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
@@ -196,45 +178,17 @@ class CELO2(ThetaOptimizer):
     networks; the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
     """
 
-    rule_type = Celo2Rule
-    architecture = "celo2"
-    default_weights = "builtin:celo2"
-    default_lr = 3e-4
-    adamw_lr = 3e-4
-    wants_schedule = True
-    adamw_embeddings = True
-    constants: ClassVar[Mapping[str, Any]] = {
-        "adamw": AdamWRule((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
-    }
 
-
-class CELO2Base(ThetaOptimizer):
+class CELO2Base(ThetaOptimizer, name="celo2_base"):
     """CELO2-base: the learned rule of CELO2 for every tensor, vectors too, and without orthogonalisation.
 
     Takes the arguments of :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
     """
 
-    rule_type = Celo2Rule
-    architecture = "celo2"
-    default_weights = None
-    default_lr = 1e-3
-    wants_schedule = True
-    constants: ClassVar[Mapping[str, Any]] = {"orthogonalises": False}
 
-
-class ELOCELO2(ThetaOptimizer):
+class ELOCELO2(ThetaOptimizer, name="elo_celo2"):
     """ELO-CELO2: the rule of CELO2 for matrices, embeddings included, and AdamW for vectors and scalars.
 
     AdamW has bias correction, eps outside the root and the same learning rate. Groups may be marked ``rule="adamw"``.
     Takes the arguments of :class:`ThetaOptimizer`.
     """
-
-    rule_type = Celo2Rule
-    architecture = "celo2"
-    default_weights = "hub:DiamondXL/elo-celo2"
-    default_lr = 3e-4
-    adamw_lr = 3e-4
-    wants_schedule = True
-    default_weight_decay = 0.1
-    default_max_grad_norm = 1.0
-    constants: ClassVar[Mapping[str, Any]] = {"adamw": AdamWRule((0.9, 0.95), eps=1e-8, clips=True)}

@@ -17,6 +17,7 @@ PACKAGE = ROOT.name
 LAYERS = [
     {"sharding", "files", "paths", "steplock"},
     {"rules", "sealed", "fitting"},
+    {"profiles"},
     {"weights", "decay", "progress", "rounding", "telemetry"},
     {"ops", "options", "hints", "ledger"},
     {"step", "checkpoints"},

@@ -15,7 +15,7 @@ from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optim
 from pylo_integrations.evaluation.tasks import HeldOutTask
 from pylo_integrations.metatrain.tasks import Readout
 from pylo_integrations.mup import mup_param_groups
-from pylo_integrations.optimizers import MuLO, ThetaOptimizer
+from pylo_integrations.optimizers import MuLO
 from pylo_integrations.weights import Theta, load_theta
 
 WARM_UP = 0.05
@@ -116,13 +116,13 @@ class Setting:
 
 def _theta_of(spec: OptimizerSpec, weights: str) -> Theta | None:
     """None if the optimizer has none."""
-    if not issubclass(spec.cls, ThetaOptimizer):
+    if spec.architecture is None:
         return None
-    source = weights or spec.defaults.get("weights", spec.cls.default_weights)
+    source = weights or spec.weights
     if source is None:
         raise ValueError(f"{spec.name} has no default weights; give some: {spec.name}:WEIGHTS")
     theta = load_theta(source, spec.name)
-    if theta.architecture != spec.cls.architecture:
+    if theta.architecture != spec.architecture:
         raise ValueError(f"{spec.name}:{source}: these weights are for {theta.architecture}")
     return theta
 

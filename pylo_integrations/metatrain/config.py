@@ -20,7 +20,7 @@ from pylo_integrations.metatrain.episodes import Objective, Reparametrisation, S
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES
 from pylo_integrations.metatrain.tasks import Family, find_family
 from pylo_integrations.paths import LARGEST_CONFIG, read_text
-from pylo_integrations.weights.theta import architecture_of
+from pylo_integrations.profiles import architecture_of
 
 _T = TypeVar("_T")
 

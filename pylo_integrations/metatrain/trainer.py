@@ -37,9 +37,10 @@ from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
 from pylo_integrations.metatrain.tasks import Family
 from pylo_integrations.ops.compiled import CompiledLocal
+from pylo_integrations.profiles import architecture_of
 from pylo_integrations.rules.base import as_written
 from pylo_integrations.weights.sources import load_theta
-from pylo_integrations.weights.theta import Theta, architecture_of
+from pylo_integrations.weights.theta import Theta
 
 CHECKPOINT, METRICS, THETA, LAST, REPORT, PLOT = (
     "checkpoint.safetensors",
