@@ -15,7 +15,7 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files", "paths", "steplock"},
+    {"sharding", "files", "paths", "steplock", "schedules"},
     {"rules", "sealed", "fitting"},
     {"profiles"},
     {"weights", "decay", "progress", "rounding", "telemetry"},
