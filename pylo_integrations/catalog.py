@@ -15,11 +15,13 @@ import torch.optim
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from pylo_integrations import optimizers
 from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.optimizers import CELO2, ELO, ELOCELO2, Celo, CELO2Base, CeloAdam, MuLO, SmallFCLOpt, VeLO
+from pylo_integrations.profiles import PROFILES, Profile
 from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
+from pylo_integrations.weights.published import PUBLISHED, Published
 from pylo_integrations.weights.sources import Weights
 
 
@@ -62,6 +64,33 @@ class OptimizerSpec:
         return self.cls.wants_schedule_with(self.defaults)
 
     @property
+    def architecture(self) -> str | None:
+        """What theta must be for; None for an optimizer without theta."""
+        return getattr(self.cls, "architecture", None)
+
+    @property
+    def weights(self) -> Weights | None:
+        """Theta where none is given; None if some must be."""
+        weights: Weights | None = self.defaults.get("weights", getattr(self.cls, "default_weights", None))
+        return weights
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """Constants of the rule and their defaults; theta may have others of its own."""
+        parameters = inspect.signature(self.cls.rule_type.from_arrays).parameters.values()
+        known = {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
+        return {**known, **(self._profile.hyper if self._profile else {}), **getattr(self.cls, "constants", {})}
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Theta that others have published for it."""
+        return tuple(entry for entry in PUBLISHED if self._profile and entry.optimizer == self._profile.converts_as)
+
+    @property
+    def _profile(self) -> Profile | None:
+        return PROFILES.get(getattr(self.cls, "theta_name", ""))
+
+    @property
     def options(self) -> tuple[str, ...]:
         """Keyword arguments of ``cls``."""
         return tuple(inspect.signature(self.cls).parameters)[1:]
@@ -79,20 +108,8 @@ class OptimizerSpec:
 
 
 _CATALOG = {
-    spec.name: spec
-    for spec in (
-        OptimizerSpec(
-            "small_fc_lopt", SmallFCLOpt, "per-parameter MLP over Adafactor-style features (Metz et al., CoLLAs 2022)"
-        ),
-        OptimizerSpec("velo", VeLO, "per-parameter MLP mixed by an LSTM for every tensor (Metz et al., 2022)"),
-        OptimizerSpec("celo", Celo, "per-parameter MLP under one learned schedule (Moudgil et al., 2025)"),
-        OptimizerSpec("celo_adam", CeloAdam, "Adam under one learned schedule (Moudgil et al., 2025)"),
-        OptimizerSpec("mulo", MuLO, "small_fc_lopt in the maximal-update parametrisation (Therien et al., 2024)"),
-        OptimizerSpec("elo", ELO, "small_fc_lopt with fixed decays, scaled by lr alone"),
-        OptimizerSpec("celo2", CELO2, "orthogonalised per-parameter MLP for matrices, Adam for vectors and embeddings"),
-        OptimizerSpec("celo2_base", CELO2Base, "the per-parameter MLP of celo2 for all tensors, not orthogonalised"),
-        OptimizerSpec("elo_celo2", ELOCELO2, "the rule of celo2 for matrices, AdamW for vectors, clipped gradients"),
-    )
+    cls.theta_name: OptimizerSpec(cls.theta_name, cls, PROFILES[cls.theta_name].description)
+    for cls in (getattr(optimizers, name) for name in optimizers.__all__)
 }
 
 

@@ -65,12 +65,13 @@ _INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, t
 """Whose lines are none of a user's."""
 
 
-def warn_user(message: str) -> None:
-    """A RuntimeWarning that shows the line of a user, or of a framework, and not one of ours or torch's."""
+def warn_user(*messages: str) -> None:
+    """RuntimeWarnings that show the line of a user, or of a framework, and not one of ours or torch's."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
+    for message in messages:
+        warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 class FrozenWatch:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.agreement import may_step
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Held
+from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups of an optimizer."""
@@ -134,3 +135,36 @@ class Ledger:
         for name, value in entry.rule.initial_state().items():
             state[name].copy_(value)
         return state
+
+    def new_states(
+        self, groups: Groups, state: States, born: Sequence[Sequence[int]]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """States of the parameters that may be stepped and have none yet.
+
+        Args:
+            groups: Of the optimizer.
+            state: Of the optimizer.
+            born: Number of axes of every parameter as it was given to the optimizer, by group.
+
+        Raises:
+            ShardingError: A parameter is distributed in a way that hides whole tensors.
+        """
+        made: dict[Tensor, dict[str, Tensor]] = {}
+        for index, group in enumerate(groups):
+            for position, param in enumerate(group["params"]):
+                if may_step(param) and not self.has_state(param, state):
+                    _check_flattening(group["params"], born[index] if index < len(born) else (), index, position)
+                    made[param] = self.fresh_state(self.entry(param, group))
+        return made
+
+
+def _check_flattening(params: Sequence[Tensor], born: Sequence[int], index: int, position: int) -> None:
+    """Raise ShardingError if a 1-D tensor has taken the place of the parameters that a group was given."""
+    param, is_alone = params[position], len(params) == 1 < len(born)
+    replaced = is_alone or (len(params) == len(born) and born[position] != 1)
+    if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
+        raise ShardingError(
+            f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
+            f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
+            "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+        )

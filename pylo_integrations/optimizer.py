@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
-from typing import Any, ClassVar, ParamSpec, TypeVar, get_args
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +14,25 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from pylo_integrations.checkpoints import PROGRESS, SMALL, Checkpoint, CheckpointError, whole_states
+from pylo_integrations.advice import Advice
+from pylo_integrations.checkpoints import PROGRESS, SMALL, CheckpointError, whole_states
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
-from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.engine import Engine
-from pylo_integrations.fitting import check_gradients, check_memory
-from pylo_integrations.hints import FrozenWatch, Remarks, SettingsWatch, warn_user
+from pylo_integrations.hints import SettingsWatch, warn_user
+from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
+from pylo_integrations.naming import name_all
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
-from pylo_integrations.progress import LARGEST_COUNT, LossWindow, Progress, as_scalar_loss
+from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss, check_horizon
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.sharding.agreement import DisagreementError, may_step
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.pieces import (
-    ShardingError,
-    is_sharded,
-    local_gradient,
-    parameter_names,
-    read_flat_slices,
-)
-from pylo_integrations.sharding.rounds import RankError
-from pylo_integrations.step.policies import NonFinitePolicy, Policies
-from pylo_integrations.steplock import StepLock
+from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
+from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
+from pylo_integrations.stepping import Stepping
 from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
-
-CHUNK_BYTES = 256 * 2**20
-
-_NONFINITE_POLICIES = get_args(NonFinitePolicy)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -70,31 +56,16 @@ class LearnedOptimizer(Optimizer):
     Subclasses only choose the rule; all behaviour is here. State is created lazily (:meth:`init_state`), in float32
     (float64 for float64 parameters), shaped like its parameter but for small row and column statistics.
 
+    What else it takes, and its subclasses do, is in :class:`~pylo_integrations.keywords.Keywords`.
+
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
             are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
             ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
-        lr: Factor on the whole update; a float or a one-element tensor. Its natural value is that of the class,
+        lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
-        weight_decay: Weight decay; 0.01 to 0.1 is usual, as with AdamW.
-        num_steps: The horizon, i.e. how many optimizer steps the run will take.
-        max_grad_norm: Clip the global L2 norm of the gradients to this before the rule sees them; not with None or
-            infinity.
-        weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
-        maximize: Ascend instead of descend.
-        on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
-        chunk_bytes: Bound on the temporaries of a step, in bytes.
-        backend: See :data:`~pylo_integrations.ops.select.Backend`.
-        shard_step: Where several processes all have the whole parameters (``DistributedDataParallel``, or replicas in
-            the ranks of :meth:`bind_model`), let each step its share of the rows of every tensor and keep the state of
-            that share only, as ZeRO's first stage does; afterwards all collect the new parameters. Time of a step and
-            bytes of state fall with the number of processes. Without effect on parameters that are sharded anyway
-            (``DTensor``, FSDP), on scalars, and in a single process. For checkpoints see
-            :meth:`consolidate_state_dict`.
-        stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
-            updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         theta: The weights that ``rule`` was built from, if any.
         usual_lrs: Learning rates that suit the rule; by default :attr:`default_lr`.
         wants_schedule: As the attribute, which is the default.
@@ -105,7 +76,6 @@ class LearnedOptimizer(Optimizer):
     """
 
     _is_made: bool = True
-    _frozen: FrozenWatch | None = None
 
     rule_type: ClassVar[type[Rule]]
 
@@ -127,56 +97,44 @@ class LearnedOptimizer(Optimizer):
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
 
+    @spelled_out
     def __init__(
         self,
         params: ParamsT,
         rule: Rule,
         *,
-        lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
-        num_steps: int | None = None,
-        max_grad_norm: float | None = None,
-        weight_decay_policy: DecayPolicy = "adamw",
-        maximize: bool = False,
-        on_nonfinite: NonFinitePolicy = "skip",
-        chunk_bytes: int = CHUNK_BYTES,
-        backend: Backend = "auto",
-        shard_step: bool = False,
-        stochastic_rounding: bool = False,
+        lr: float | Tensor | None = None,
         theta: Theta | None = None,
         usual_lrs: Sequence[float] = (),
         wants_schedule: bool | None = None,
+        **keywords: Unpack[Keywords],
     ) -> None:
+        chunk_bytes, weight_decay, norm = (keywords[name] for name in ("chunk_bytes", "weight_decay", "max_grad_norm"))
         if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
         self.rule = rule
         self.theta = theta
-        self.max_grad_norm = None if max_grad_norm == math.inf else max_grad_norm
-        self.on_nonfinite: NonFinitePolicy = on_nonfinite
+        self.max_grad_norm = self.default_max_grad_norm if norm is None else None if norm == math.inf else norm
+        self.on_nonfinite: NonFinitePolicy = keywords["on_nonfinite"]
         self.chunk_bytes = chunk_bytes
-        self.backend = backend
-        self.stochastic_rounding = stochastic_rounding
-        self._check_settings()
+        self.backend: Backend = keywords["backend"]
+        self.stochastic_rounding = keywords["stochastic_rounding"]
+        self._policies()  # which checks them
         # Changed in place only: wrappers of frameworks share it with us, see LossWindow.
         self._progress = Progress()
-        self._remarks = Remarks()
-        self._watch = SettingsWatch(
-            type(self).__name__,
-            self.default_lr,
-            usual_lrs or [self.default_lr],
-            self.adamw_lr,
-            self.wants_schedule if wants_schedule is None else wants_schedule,
-        )
-        self._holdings = Holdings(shard_step)
+        wants_schedule = self.wants_schedule if wants_schedule is None else wants_schedule
+        rates = self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr
+        self._advice = Advice(SettingsWatch(type(self).__name__, *rates, wants_schedule))
+        self._holdings = Holdings(keywords["shard_step"])
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
         self._start_engines()
-        self.set_num_steps(num_steps)
+        self.set_num_steps(keywords["num_steps"])
         defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "weight_decay_policy": weight_decay_policy,
-            "maximize": maximize,
+            "lr": self.default_lr if lr is None else lr,
+            "weight_decay": self.default_weight_decay if weight_decay is None else weight_decay,
+            "weight_decay_policy": keywords["weight_decay_policy"],
+            "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
             MOMENTUM: 0.0,
@@ -184,8 +142,7 @@ class LearnedOptimizer(Optimizer):
         self._is_made = False  # until then, groups of which some have names are an error, as in torch
         super().__init__(params, defaults)
         del self._is_made
-        self._remarks.keep(self._watch.look_at_start(self.param_groups))
-        self._remarks.tell()
+        self._advice.at_start(self.param_groups)
 
     @classmethod
     def wants_schedule_with(cls, options: Mapping[str, Any]) -> bool:
@@ -228,18 +185,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: Not a positive integer of at most 2**53.
         """
-        if num_steps is not None:
-            try:
-                count = operator.index(num_steps)
-            except TypeError:
-                count = 0
-            if isinstance(num_steps, bool) or not 1 <= count <= LARGEST_COUNT:
-                raise ValueError(
-                    f"num_steps={num_steps!r} must be a positive integer of at most 2**53: the optimizer steps of the "
-                    "whole run"
-                )
-            num_steps = count
-        self._progress.num_steps = num_steps
+        self._progress.num_steps = None if num_steps is None else check_horizon(num_steps)
 
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tell the next :meth:`step` the loss, where the caller of ``step`` cannot pass it.
@@ -398,154 +344,15 @@ class LearnedOptimizer(Optimizer):
                 result = closure()
         alone = self._holdings.ranks.size == 1
         if alone and torch.compiler.is_compiling() and self._compiled.allows(self.param_groups, self.state):
-            self._step_traced(self._take_loss(loss, result))
+            self._step_traced(self._stepping.take_loss(loss, result))
         else:
             self._step(loss, result)
         return result
 
-    def _take_loss(self, loss: Tensor | float | None, result: Any) -> Tensor | None:
-        """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
-        observed = self._progress.window.take()
-        known = loss if loss is not None else observed
-        if known is None and self.rule.needs_loss:
-            known = result
-        return None if known is None else as_scalar_loss(known)
-
     @torch._disable_dynamo  # type: ignore[attr-defined] # torch.compiler.disable would import the whole compiler
     def _step(self, loss: Tensor | float | None, result: Any) -> None:
-        with self._steplock.stepping(), torch.no_grad(), self._full_precision():
-            try:
-                taken = self._step_with(loss, result)
-            finally:
-                self._engine.release_gradients()
-        if not taken:
-            self._warn_of_skip(self._progress)
-        self._remarks.tell()
-
-    def _check_settings(self) -> None:
-        """Raise ValueError unless what applies to all groups is in range; attributes may be set at any time."""
-        if self.on_nonfinite not in _NONFINITE_POLICIES:
-            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} is unknown; choose one of {_NONFINITE_POLICIES}")
-        norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, Real) and norm > 0):
-            raise ValueError(f"max_grad_norm={norm!r} must be a positive number, or None for no clipping")
-
-    @property
-    def _policies(self) -> Policies:
-        return Policies(self.on_nonfinite, None if self.max_grad_norm is None else float(self.max_grad_norm))
-
-    def _step_with(self, loss: Tensor | float | None, result: Any) -> bool:
-        """Check, and step if there is anything to step; False if the step was skipped."""
-        engine, groups, progress, policies = self._engine, self.param_groups, self._progress, self._policies
-        known: set[Tensor] | None = None
-        try:
-            self._check_settings()
-            self._options.check(groups)
-            observed = self._take_loss(loss, result)
-            recalled = not progress.is_overwritten and engine.recall(groups, self.state)
-            if not recalled:
-                known = set(self.state)
-                check_gradients(groups)
-            if observed is None and self._is_state_probe():
-                self.init_state()
-                return True
-            # Where other ranks may have gradients, a loss here says that they are waiting.
-            alone = observed is None or self._holdings.ranks.size == 1
-            if not recalled and (self.needs_loss or self.needs_horizon) and alone and not self._has_gradients():
-                question = "neither gradients nor a loss"
-                if not engine.agreement.is_any(False, question, groups, progress, policies, of_replicas=True):
-                    return True
-            self._check_needs(observed)
-            check_memory(progress.memory, self.ledger.memory_shapes)
-            if not recalled:
-                self.init_state()
-        except (DisagreementError, RankError):
-            raise
-        except Exception as error:
-            engine.agreement.tell(error, groups)
-            raise
-        self._whole.clear()
-        self._hint(groups, progress)
-        used = observed if self.rule.needs_loss else None
-        try:
-            return engine.step(groups, self.state, progress, used, policies, recalled=recalled)
-        except (DisagreementError, RankError):
-            # New state may be of the wrong kind for what the ranks will agree on.
-            for param in [] if known is None else set(self.state) - known:
-                del self.state[param]
-            raise
-
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        kind = self._device_type()
-        # Entering one costs as much as stepping dozens of small tensors.
-        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-    def _device_type(self) -> str:
-        kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
-        return kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
-
-    def _has_gradients(self) -> bool:
-        return any(param.grad is not None for group in self.param_groups for param in group["params"])
-
-    def _check_needs(self, loss: Tensor | None) -> None:
-        name = type(self).__name__
-        if self.rule.needs_loss and loss is None:
-            raise RuntimeError(
-                f"{name} needs the training loss at every step: call optimizer.step(loss=loss) or "
-                "optimizer.step(closure), or observe_loss(loss) before step(); with a framework, use "
-                "pylo_integrations.hf.Trainer, pylo_integrations.lightning.LearnedOptimizerCallback or "
-                "pylo_integrations.accelerate.attach"
-            )
-        if self.rule.needs_horizon and self.num_steps is None:
-            raise RuntimeError(
-                f"{name} needs to know how many steps the run takes: pass num_steps= when creating it, or call "
-                "optimizer.set_num_steps(n) before the first step"
-            )
-
-    def _is_state_probe(self) -> bool:
-        """Whether this is torch.distributed.checkpoint making us create state: a step with lr 0 and zero gradients."""
-        if self.iteration > 0 or any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        params = [param for group in self.param_groups for param in group["params"]]
-        with torch.no_grad():
-            nonzero = [local_gradient(param).any() for param in params if param.grad is not None]
-        found = torch.stack(nonzero).any() if nonzero else torch.tensor(False, device=params[0].device)
-        # Shards may be zero on some ranks only, and all of them have to decide alike.
-        question = "lr 0 and no loss, as to create state"
-        asked = question, self.param_groups, self._progress, self._policies
-        return not self._engine.agreement.is_any(bool(found), *asked)
-
-    def _warn_of_horizon(self, progress: Progress) -> None:
-        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
-            message = (
-                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
-                "told that training ends there. Call set_num_steps() with the true length of the run"
-            )
-            self._remarks.keep({"horizon": message})
-
-    def _warn_of_skip(self, progress: Progress) -> None:
-        message = (
-            f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further ones "
-            "are only counted, in `nonfinite_steps`"
-        )
-        self._remarks.keep({"nonfinite": message})
-
-    def expect_frozen(self, params: Mapping[str, Tensor]) -> None:
-        """Have it warned of, once, if parameters that were left out as frozen are trained later.
-
-        Args:
-            params: By name.
-        """
-        self._frozen = FrozenWatch(params) if params else None
-
-    def _hint(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
-        """Remark on what will not train well, before a step."""
-        self._warn_of_horizon(progress)
-        if self._frozen is not None and progress.iteration % 10 == 0:  # there may be thousands
-            self._remarks.keep(self._frozen.look(groups))
-        self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
-
-    # -- stepping in compiled functions ----------------------------------------------------------------------------
+        take_loss = functools.partial(self._stepping.take_loss, loss, result)
+        self._stepping.step(self.param_groups, self.state, take_loss, self._policies, self.init_state)
 
     def _step_traced(self, loss: Tensor | None) -> None:
         """Have the compiler see one operator, see :mod:`pylo_integrations.compiled`."""
@@ -555,25 +362,19 @@ class LearnedOptimizer(Optimizer):
 
     def step_tensors(self, tensors: StepTensors, loss: Tensor | None) -> None:
         """Take a step in tensors that stand for this optimizer's, as compiled functions do. Raises as :meth:`step`."""
-        compiled = self._compiled
-        with self._steplock.stepping(), torch.no_grad(), self._full_precision():
-            self._options.check(self.param_groups)
-            self._check_settings()
-            self._check_needs(loss)
-            if self._progress.is_overwritten:
-                self._resumption.check_overwritten(self.param_groups, self.state)
-            self._whole.clear()
-            progress = compiled.progress_of(tensors, self._progress)
-            self._hint(self.param_groups, progress)
-            used = loss if self.rule.needs_loss else None
-            try:
-                taken = compiled.step(tensors, self.param_groups, self.state, progress, used, self._policies)
-            finally:
-                self._progress.nonfinite_steps += progress.nonfinite_steps
-        self._progress.expect(progress.iteration)
-        if not taken:
-            self._warn_of_skip(progress)
-        self._remarks.tell()
+        self._stepping.step_tensors(tensors, self.param_groups, self.state, loss, self._policies)
+
+    def _policies(self) -> Policies:
+        """Of now, as attributes may be set at any time; raises ValueError if they are not in range."""
+        return check_policies(self.on_nonfinite, self.max_grad_norm)
+
+    def expect_frozen(self, params: Mapping[str, Tensor]) -> None:
+        """Have it warned of, once, if parameters that were left out as frozen are trained later.
+
+        Args:
+            params: By name.
+        """
+        self._advice.expect_frozen(params)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -614,19 +415,9 @@ class LearnedOptimizer(Optimizer):
         params = param_group["params"]
         params = param_group["params"] = [params] if isinstance(params, Tensor) else params
         if not isinstance(params, set):  # which torch refuses
-            params = param_group["params"] = list(params)
-        groups = [*self.param_groups, param_group]
-        named = ["param_names" in group or any(isinstance(p, tuple) for p in group["params"]) for group in groups]
-        if all(named) or not any(named):
-            return []
+            param_group["params"] = list(params)
         known = {param: name for model in self._models for param, name in parameter_names(model).items()}
-        nameless = [group for group, has_names in zip(groups, named, strict=True) if not has_names]
-        for index, group in enumerate(groups):
-            if not named[index]:
-                group["param_names"] = [
-                    known.get(param, f"group{index}.{position}") for position, param in enumerate(group["params"])
-                ]
-        return nameless
+        return name_all([*self.param_groups, param_group], known)
 
     @_between_steps
     def init_state(self) -> None:
@@ -637,32 +428,14 @@ class LearnedOptimizer(Optimizer):
             CheckpointError: As for :meth:`step`.
         """
         self._settle(everywhere=True)
-        self._warn(self._resumption.check_arrival(self.param_groups, self.state))
-        created: dict[Tensor, dict[str, Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                if may_step(param) and not self.ledger.has_state(param, self.state):
-                    self._check_flattening(index, position)
-                    created[param] = self.ledger.fresh_state(self.ledger.entry(param, group))
+        warn_user(*self._resumption.check_arrival(self.param_groups, self.state))
+        created = self.ledger.new_states(self.param_groups, self.state, self._born)
         for param, state in created.items():
             self.state.setdefault(param, {}).update(state)
         if not self._progress.memory:
             memory = self._resumption.placed(self.rule.initial_memory(), self.param_groups, fresh=True)
             self._progress.memory.update(memory)
         self._progress.has_begun = True
-
-    def _check_flattening(self, index: int, position: int) -> None:
-        """Raise ShardingError if a 1-D tensor has taken the place of the parameters that the optimizer was given."""
-        group, born = self.param_groups[index], self._born[index] if index < len(self._born) else []
-        param = group["params"][position]
-        is_alone = len(group["params"]) == 1 < len(born)
-        replaced = is_alone or (len(group["params"]) == len(born) and born[position] != 1)
-        if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
-            raise ShardingError(
-                f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
-                f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
-                "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
-            )
 
     @_between_steps
     def state_dict(self) -> StateDict:
@@ -685,14 +458,8 @@ class LearnedOptimizer(Optimizer):
         """
         self._settle()
 
-        def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
-            return self._resumption.pack(state_dict, optimizer.param_groups, self._whole)
-
-        handle = self.register_state_dict_post_hook(pack, prepend=True)  # before the user's
-        try:
+        with self._resumption.packing(self, self._whole):
             return super().state_dict()
-        finally:
-            handle.remove()
 
     @_between_steps
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -730,44 +497,17 @@ class LearnedOptimizer(Optimizer):
         """
         if not isinstance(state_dict, dict):
             raise CheckpointError(f"state_dict is {type(state_dict).__name__}, not what state_dict() returned")
-        found: list[Checkpoint] = []
-        remarks: list[str] = []
-
-        def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-            found.append(self._resumption.read(state_dict, self.param_groups))
-            indices = {index for group in state_dict["param_groups"] for index in group["params"]}
-            others = {key: value for key, value in state_dict["state"].items() if key not in indices}
-            return {**state_dict, "state": others}
-
-        def load(optimizer: Optimizer) -> None:
-            self._whole.clear()
-            remarks.extend(self._resumption.take_over(found[0], self.param_groups, self.state))
-
-        # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
-        # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(load, prepend=True),
-        ]
-        try:
+        with self._resumption.loading(self, self._whole) as remarks:
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._warn(remarks)
+        warn_user(*remarks)
 
     def _settle(self, everywhere: bool = False) -> None:
         """Take over what a wrapper has put among the states without telling us, see :meth:`Resumption.settle`."""
-        self._warn(self._resumption.settle(self.param_groups, self.state, everywhere=everywhere))
-
-    @staticmethod
-    def _warn(remarks: Sequence[str]) -> None:
-        for remark in remarks:
-            warn_user(remark)
+        warn_user(*self._resumption.settle(self.param_groups, self.state, everywhere=everywhere))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")
-        ours = (*own, "_progress", "_remarks", "_watch", "_holdings", "_born")
+        ours = (*own, "_progress", "_advice", "_holdings", "_born")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in ours}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -784,10 +524,12 @@ class LearnedOptimizer(Optimizer):
         self._engine = Engine(self.ledger, *settings)
         self._compiled = CompiledSteps(Engine(Ledger(self.rule, Holdings()), *settings), self.ledger.names)
         self._handle = register(self)
-        self._steplock = StepLock()
         self._options = OptionCheck(self.rule, adamw_scale)
-        self._resumption = Resumption(type(self).__name__, self.ledger, self.theta, self._progress, self._options)
-        self._frozen = None
+        name = type(self).__name__
+        self._resumption = Resumption(name, self.ledger, self.theta, self._progress, self._options)
+        checks = self._options, self._resumption, self._progress, self._advice
+        self._stepping = Stepping(name, self.ledger, self._engine, self._compiled, *checks, self._whole)
+        self._steplock = self._stepping.lock
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 
 

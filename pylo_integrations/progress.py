@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
@@ -217,6 +218,23 @@ def fault_of(value: Tensor, dtypes: Collection[torch.dtype]) -> str | None:
     if value.is_meta:
         return "is on the meta device and has no values"
     return missing_memory(value)
+
+
+def check_horizon(num_steps: Any) -> int:
+    """The horizon that a user has set.
+
+    Raises:
+        ValueError: Not a positive integer of at most 2**53.
+    """
+    try:
+        count = operator.index(num_steps)
+    except TypeError:
+        count = 0
+    if isinstance(num_steps, bool) or not 1 <= count <= LARGEST_COUNT:
+        raise ValueError(
+            f"num_steps={num_steps!r} must be a positive integer of at most 2**53: the optimizer steps of the whole run"
+        )
+    return count
 
 
 def as_scalar_loss(loss: Tensor | float) -> Tensor:

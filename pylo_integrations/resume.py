@@ -8,11 +8,12 @@ written into our tensors in place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
 from pylo_integrations.checkpoints import (
     PROGRESS,
@@ -66,6 +67,47 @@ class Resumption:
         self._theta = theta
         self._progress = progress
         self._options = options
+
+    @contextmanager
+    def packing(self, optimizer: Optimizer, whole: Mapping[int, dict[str, Tensor]]) -> Iterator[None]:
+        """Have torch's ``state_dict()`` return our form, which hooks of the user's see."""
+
+        def pack(optimizer: Any, state_dict: StateDict) -> StateDict:
+            return self.pack(state_dict, optimizer.param_groups, whole)
+
+        handle = optimizer.register_state_dict_post_hook(pack, prepend=True)  # before the user's
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def loading(self, optimizer: Optimizer, whole: dict[int, dict[str, Tensor]]) -> Iterator[list[str]]:
+        """Have torch's ``load_state_dict()`` load our form; gives what there is to tell of it in the end."""
+        found: list[Checkpoint] = []
+        remarks: list[str] = []
+
+        def check(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
+            found.append(self.read(state_dict, optimizer.param_groups))
+            indices = {index for group in state_dict["param_groups"] for index in group["params"]}
+            others = {key: value for key, value in state_dict["state"].items() if key not in indices}
+            return {**state_dict, "state": others}
+
+        def load(optimizer: Optimizer) -> None:
+            whole.clear()
+            remarks.extend(self.take_over(found[0], optimizer.param_groups, optimizer.state))
+
+        # Ours sees, after all of the user's, what is loaded, and has loaded it before all of the user's. Torch is left
+        # nothing to cast: it would give states their parameter's type, and bring whole tensors to the device of shards.
+        handles = [
+            optimizer.register_load_state_dict_pre_hook(check),
+            optimizer.register_load_state_dict_post_hook(load, prepend=True),
+        ]
+        try:
+            yield remarks
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def origin(self) -> dict[str, str | None]:
         """What checkpoints tell about who wrote them."""

@@ -15,13 +15,15 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
-    {"sharding", "files", "paths", "steplock"},
+    {"sharding", "files", "paths", "steplock", "schedules", "naming"},
     {"rules", "sealed", "fitting"},
+    {"profiles"},
     {"weights", "decay", "progress", "rounding", "telemetry"},
     {"ops", "options", "hints", "ledger"},
-    {"step", "checkpoints"},
-    {"engine", "resume"},
+    {"step", "checkpoints", "advice"},
+    {"engine", "resume", "keywords"},
     {"compiled"},
+    {"stepping"},
     {"optimizer"},
     {"optimizers", "state"},
     {"groups", "attach"},

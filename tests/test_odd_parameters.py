@@ -284,4 +284,4 @@ def test_parameters_that_are_unfrozen_without_a_word_are_warned_of_once(name):
     assert warning.filename == __file__  # and not one of ours
     optimizer = create(model, name, num_steps=100)
     model[0].requires_grad_(False)
-    assert optimizer._frozen is None
+    assert optimizer._advice._frozen is None

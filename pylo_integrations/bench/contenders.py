@@ -13,7 +13,6 @@ from torch.optim import AdamW, Optimizer
 from pylo_integrations.bench.shapes import SHAPES, ParamShape
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.optimizers import ThetaOptimizer
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
 from pylo_integrations.weights.stand_in import stand_in
@@ -86,7 +85,7 @@ def make_contender(
     num_steps = 1_000_000 if spec.needs_horizon else None
     chosen = cast(Backend, backend or "auto")
     # Published weights may not be at hand, and no step's cost depends on their values.
-    weights = stand_in(spec.cls.architecture) if issubclass(spec.cls, ThetaOptimizer) else None
+    weights = stand_in(spec.architecture) if spec.architecture else None
     small = spec.lr / 10  # so that parameters stay as they are
     optimizer = create_optimizer(groups, name, small, num_steps=num_steps, backend=chosen, weights=weights, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.cli.output import print_table
-from pylo_integrations.cli.trial import NotDownloaded, default_weights, on_one_parameter
+from pylo_integrations.cli.trial import NotDownloaded, on_one_parameter
 from pylo_integrations.options import OPTIONS
 
 
@@ -52,6 +54,7 @@ def run_info(args: argparse.Namespace) -> int:
     if spec.wants_schedule:
         rows.append(("wants", "a learning rate that falls to zero over the run: give it a scheduler"))
     rows += _describe_theta(spec)
+    rows += _describe_published(spec)
     rows.append(("options", f"of create_optimizer(model, {spec.name!r}, ...), with their defaults"))
     rows += [(f"  {name}", text) for name, text in _describe_options(spec).items()]
     rows.append(("of a group", ", ".join(OPTIONS)))
@@ -65,7 +68,7 @@ def _describe_options(spec: OptimizerSpec) -> dict[str, str]:
     defaults = {name: own[name].default for name in spec.options}
     # Of these the entry tells, where they are not given.
     defaults |= {"lr": spec.lr, "weight_decay": spec.weight_decay, "max_grad_norm": spec.cls.default_max_grad_norm}
-    defaults |= {"weights": default_weights(spec)} | dict(spec.defaults)
+    defaults |= {"weights": spec.weights} | dict(spec.defaults)
     defaults |= {
         name: option.default
         for name, option in common.items()
@@ -84,11 +87,21 @@ def _describe_theta(spec: OptimizerSpec) -> list[tuple[str, str]]:
     try:
         theta = on_one_parameter(spec)[1].theta
     except (NotDownloaded, FileNotFoundError) as absent:
-        return [("weights", str(absent))]
+        return [("weights", str(absent)), _describe_constants(spec.hyper)]
     if theta is None:
         return [("weights", "none")]
     return [
         ("weights", f"{theta.name}, {theta.architecture}, sha256 {theta.sha256[:12]}"),
         ("  from", theta.provenance),
         ("  licence", theta.licence or "unknown"),
+        _describe_constants({**spec.hyper, **theta.hyper}),
     ]
+
+
+def _describe_constants(hyper: Mapping[str, Any]) -> tuple[str, str]:
+    return "  constants", ", ".join(f"{name} {value}" for name, value in hyper.items())
+
+
+def _describe_published(spec: OptimizerSpec) -> list[tuple[str, str]]:
+    others = [" + ".join(f"hub:{part.name}" for part in entry.repositories) for entry in spec.published]
+    return [("published", ", ".join(others))] if others else []

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pylo_integrations.catalog import get_optimizer_info, list_optimizers
 from pylo_integrations.cli.arguments import at_most, counts, natural, positive
-from pylo_integrations.cli.trial import default_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_builtin_weights() -> list[str]:
     """Optimizers whose default weights are in the package."""
-    defaults = {name: default_weights(get_optimizer_info(name)) for name in list_optimizers()}
+    defaults = {name: get_optimizer_info(name).weights for name in list_optimizers()}
     return [name for name, weights in defaults.items() if str(weights).startswith("builtin:")]

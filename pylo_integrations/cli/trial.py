@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.weights import load_theta
-from pylo_integrations.weights.sources import Weights
-
-
-def default_weights(spec: OptimizerSpec) -> Weights | None:
-    """The ``weights=`` that an entry has where none are given."""
-    return cast("Weights | None", spec.defaults.get("weights", getattr(spec.cls, "default_weights", None)))
 
 
 class NotDownloaded(Exception):
@@ -23,7 +15,7 @@ class NotDownloaded(Exception):
 
 def on_one_parameter(spec: OptimizerSpec) -> tuple[torch.Tensor, LearnedOptimizer]:
     """One parameter and an optimizer of it; raises :class:`NotDownloaded` rather than use the network."""
-    weights = default_weights(spec)
+    weights = spec.weights
     if isinstance(weights, str) and weights.startswith("hub:"):
         try:
             weights = load_theta(weights, spec.name, local_files_only=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 from pylo_integrations.catalog import get_optimizer_info, list_optimizers
 from pylo_integrations.cli.output import print_table
-from pylo_integrations.cli.trial import default_weights
 from pylo_integrations.weights import builtin_names, load_theta
 from pylo_integrations.weights.convert import OPTIMIZERS, convert
 from pylo_integrations.weights.hub import PUBLISHED
@@ -25,7 +24,7 @@ def run_list(args: argparse.Namespace) -> int:
     rows = [("in the package", "")]
     for name in builtin_names():
         theta = load_theta(f"builtin:{name}", name)
-        users = [user for user in list_optimizers() if default_weights(get_optimizer_info(user)) == f"builtin:{name}"]
+        users = [user for user in list_optimizers() if get_optimizer_info(user).weights == f"builtin:{name}"]
         use = f"default of {', '.join(users)}" if users else f"for {theta.name}"
         rows.append((f"  builtin:{name}", f"{theta.provenance}; {use}"))
     rows.append(("published by their authors", ""))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optim
 from pylo_integrations.evaluation.tasks import HeldOutTask
 from pylo_integrations.metatrain.tasks import Readout
 from pylo_integrations.mup import mup_param_groups
-from pylo_integrations.optimizers import MuLO, ThetaOptimizer
+from pylo_integrations.optimizers import MuLO
+from pylo_integrations.schedules import constant, cosine, linear
 from pylo_integrations.weights import Theta, load_theta
 
 WARM_UP = 0.05
@@ -25,21 +25,11 @@ MUP_BASE_WIDTH = 16
 """Of a theta that is for muP and has no record of its meta-training."""
 
 
-def _constant(progress: float) -> float:
-    return 1.0
+def _warmed_up(progress: float) -> float:
+    return progress / WARM_UP if progress < WARM_UP else cosine((progress - WARM_UP) / (1 - WARM_UP))
 
 
-def _cosine(progress: float) -> float:
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": _constant, "cosine": _cosine, "linear": _linear}
+SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosine": _warmed_up, "linear": linear}
 """Factors on the learning rate by name, from the part of the run that is over: constant; linear warm-up and a cosine to
 zero; linear to zero, the default of the Hugging Face Trainer."""
 
@@ -116,13 +106,13 @@ class Setting:
 
 def _theta_of(spec: OptimizerSpec, weights: str) -> Theta | None:
     """None if the optimizer has none."""
-    if not issubclass(spec.cls, ThetaOptimizer):
+    if spec.architecture is None:
         return None
-    source = weights or spec.defaults.get("weights", spec.cls.default_weights)
+    source = weights or spec.weights
     if source is None:
         raise ValueError(f"{spec.name} has no default weights; give some: {spec.name}:WEIGHTS")
     theta = load_theta(source, spec.name)
-    if theta.architecture != spec.cls.architecture:
+    if theta.architecture != spec.architecture:
         raise ValueError(f"{spec.name}:{source}: these weights are for {theta.architecture}")
     return theta
 

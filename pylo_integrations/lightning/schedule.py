@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias
@@ -13,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.schedules import cosine, linear
 
 Schedule: TypeAlias = Literal["cosine", "linear"] | Callable[[Optimizer, int], LRScheduler]
 """A decay to zero over the run, or a function of the optimizer and its number of steps that builds a scheduler."""
@@ -42,10 +42,7 @@ class Decay(LRScheduler):
         return {key: value for key, value in super().state_dict().items() if key != "_shape"}
 
 
-_SHAPES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "linear": lambda done: 1 - done,
-}
+_SHAPES: Mapping[object, Callable[[float], float]] = {"cosine": cosine, "linear": linear}
 
 
 @dataclass

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import torch
 
 from pylo_integrations.catalog import get_optimizer_info
-from pylo_integrations.metatrain.episodes import Objective, Reparametrisation, Schedule
+from pylo_integrations.metatrain.episodes import Objective, Reparametrisation
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES
 from pylo_integrations.metatrain.tasks import Family, find_family
 from pylo_integrations.paths import LARGEST_CONFIG, read_text
-from pylo_integrations.weights.theta import architecture_of
+from pylo_integrations.profiles import architecture_of
+from pylo_integrations.schedules import Shape
 
 _T = TypeVar("_T")
 
@@ -155,7 +156,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     reparametrisation: Reparametrisation | None = None
     lr: float | None = None
-    schedules: tuple[Schedule, ...] = ("constant",)
+    schedules: tuple[Shape, ...] = ("constant",)
     base_width: int | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_seconds: float = 60.0

@@ -7,7 +7,6 @@ theta. Gradients come from ``torch.func``; the rule's whole-model decisions, whi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,22 +20,13 @@ from pylo_integrations.metatrain.learners import Arrays, Learner
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.tasks import Batch, Task
 from pylo_integrations.rules.base import Control, Rule, StepContext
+from pylo_integrations.schedules import SHAPES, Shape
 from pylo_integrations.sharding.blocks import Block, Bucket, Sums
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
 from pylo_integrations.step.stages import Part, ReferenceStages, run_stages
 
 SplitName = Literal["train", "validation"]
-
-Schedule = Literal["constant", "linear", "cosine"]
-"""How the learning rate falls over an episode: not at all, or to zero as a line or half a cosine does."""
-
-
-def lr_factor(schedule: Schedule, fraction: float) -> float:
-    """Of the learning rate, when ``fraction`` of an episode's steps are taken."""
-    if schedule == "constant":
-        return 1.0
-    return 1 - fraction if schedule == "linear" else (1 + math.cos(math.pi * fraction)) / 2
 
 
 @dataclass(frozen=True)
@@ -208,7 +198,7 @@ class Episode:
     seeds: Sequence[int]
     copies: int = 1
     reparametrisation: Reparametrisation | None = None
-    schedule: Schedule = "constant"
+    schedule: Shape = "constant"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     iteration: int = 0
@@ -345,7 +335,7 @@ class Episode:
             for slot in self._slots
         ]
         stages = ReferenceStages(rules, stacks)
-        factor = lr_factor(self.schedule, self.iteration / self.horizon)
+        factor = SHAPES[self.schedule](self.iteration / self.horizon)
         factors = [keep_and_scale(slot.group, slot.rule.lr_mult * factor) for slot in self._slots]
         proposed, _ = run_stages(
             [Part(tuple(range(len(stacks))), stages)],

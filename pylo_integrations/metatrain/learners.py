@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pylo_integrations.catalog import get_optimizer_info
 from pylo_integrations.groups import param_groups
 from pylo_integrations.mup import mup_param_groups
+from pylo_integrations.profiles import ARCHITECTURES, architecture_of
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Local, Rule, as_written
-from pylo_integrations.weights.theta import ARCHITECTURES, architecture_of
 
 Arrays = Mapping[str, Tensor]
 """Theta's arrays by name; with a leading axis over members where several are meant."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,8 +55,3 @@ class Outer:
     def restored(cls, tensors: Mapping[str, Tensor], taken: int) -> Outer:
         """From what :meth:`tensors` returned."""
         return cls(**tensors, taken=taken)
-
-
-def cosine(lr: float, end: float, done: float) -> float:
-    """The rate after a fraction of a stage: from ``lr`` to ``end * lr`` along a cosine."""
-    return lr * (end + (1 - end) * (1 + math.cos(math.pi * done)) / 2)

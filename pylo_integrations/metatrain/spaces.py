@@ -284,7 +284,7 @@ class CeloLinear(LinearSpace):
 
     def _unconnected(self, lstm: int, generator: torch.Generator) -> dict[str, Tensor]:
         """All of the LSTM but what the vector sets."""
-        shapes = lstm_shapes("celo", {"lstm_init_state/hidden": torch.empty(1, lstm)}, SCHEDULE_FEATURES)
+        shapes = lstm_shapes(SCHEDULE_FEATURES, lstm, controls=1)
         arrays = {name: torch.zeros(shape) for name, shape in shapes.items()}
         units = slice(0, SCHEDULE_FEATURES)
         inputs, gates = arrays["rnn_params/linear_2/w"], arrays["rnn_params/rnn/linear/w"]
@@ -296,7 +296,6 @@ class CeloLinear(LinearSpace):
         blocks[units, 1, units] = torch.eye(SCHEDULE_FEATURES)
         # The gates in their order: write, candidate, forget (to which the rule adds 1), read.
         biases[:, units] = torch.tensor([self.open, 0, -self.open - 1, self.open]).unsqueeze(1)
-        arrays |= {"rnn_params/rnn_to_controls/w": torch.zeros(lstm, 1), "rnn_params/rnn_to_controls/b": torch.zeros(1)}
         return arrays
 
     def _line(self) -> tuple[Tensor, float]:

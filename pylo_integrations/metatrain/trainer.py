@@ -31,15 +31,17 @@ from pylo_integrations.metatrain.estimators import PES, Estimate, Estimator, Gro
 from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.logs import RunLog
-from pylo_integrations.metatrain.outer import Outer, cosine
+from pylo_integrations.metatrain.outer import Outer
 from pylo_integrations.metatrain.processes import Processes, device_of_rank
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
 from pylo_integrations.metatrain.tasks import Family
 from pylo_integrations.ops.compiled import CompiledLocal
+from pylo_integrations.profiles import architecture_of
 from pylo_integrations.rules.base import as_written
+from pylo_integrations.schedules import cosine
 from pylo_integrations.weights.sources import load_theta
-from pylo_integrations.weights.theta import Theta, architecture_of
+from pylo_integrations.weights.theta import Theta
 
 CHECKPOINT, METRICS, THETA, LAST, REPORT, PLOT = (
     "checkpoint.safetensors",
@@ -229,7 +231,7 @@ class MetaTrainer:
         ).items():
             estimates.setdefault(name, []).append(estimate)
         gradient = mean_gradient(estimates)
-        rate = cosine(stage.lr, stage.lr_end, progress.done / stage.iterations)
+        rate = stage.lr * (stage.lr_end + (1 - stage.lr_end) * cosine(progress.done / stage.iterations))
         self._outer.step_(gradient, rate, stage.average)
         progress.done += 1
         progress.iteration += 1

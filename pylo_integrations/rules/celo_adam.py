@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.rules.accumulators import Decays, ema_, rounded_to_float32
-from pylo_integrations.rules.arrays import check_arrays, check_mults
+from pylo_integrations.rules.arrays import check_arrays, check_mults, extent
 from pylo_integrations.rules.base import CLIP, Control, Rule, StepContext, l2_penalty, read_clipped_gradient
 from pylo_integrations.rules.control import (
     SCHEDULE_FEATURES,
@@ -69,7 +69,8 @@ class CeloAdamRule(Rule):
                 which.
         """
         check_mults(step_mult=step_mult)
-        check_arrays("celo_adam", arrays, lstm_shapes("celo_adam", arrays, SCHEDULE_FEATURES))
+        hidden = extent("celo_adam", arrays, "lstm_init_state/hidden", -1)
+        check_arrays("celo_adam", arrays, lstm_shapes(SCHEDULE_FEATURES, hidden))
         return cls(dict(arrays), step_mult)
 
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pylo_integrations.rules.arrays import extent
 from pylo_integrations.rules.base import StepContext, l2_penalty
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 
@@ -174,13 +173,8 @@ def loss_telemetry(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # -- LSTM ------------------------------------------------------------------------------------------------------------
 
 
-def lstm_shapes(architecture: str, arrays: Mapping[str, Tensor], inputs: int) -> dict[str, tuple[int, ...]]:
-    """Shapes that the LSTM's arrays must have; its width is read from ``arrays``.
-
-    Raises:
-        ValueError: The initial state is missing or has no axis.
-    """
-    hidden = extent(architecture, arrays, "lstm_init_state/hidden", -1)
+def lstm_shapes(inputs: int, hidden: int, controls: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of the LSTM's arrays and its heads: one for the step's size, and one for ``controls`` if there are any."""
     layers = {
         "linear": (inputs, hidden),  # dead: the reference computes it and overwrites the result
         "linear_1": (inputs, hidden),
@@ -188,6 +182,8 @@ def lstm_shapes(architecture: str, arrays: Mapping[str, Tensor], inputs: int) ->
         "rnn/linear": (2 * hidden, 4 * hidden),
         "step_size": (hidden, 1),
     }
+    if controls:
+        layers["rnn_to_controls"] = (hidden, controls)
     return {
         "lstm_init_state/hidden": (1, hidden),
         "lstm_init_state/cell": (1, hidden),

@@ -68,9 +68,8 @@ class MixtureRule(MomentRule):
         hidden = [extent(cls.architecture, arrays, f"{STACK}b{layer}", -1) for layer in range(depth - 1)]
         channels = channel_counts(cls.features)
         widths = [sum(channels), *hidden, 3]
-        controller = lstm_shapes(cls.architecture, arrays, cls.controller_inputs)
-        controller["rnn_params/rnn_to_controls/w"] = (controller["lstm_init_state/hidden"][1], controls)
-        controller["rnn_params/rnn_to_controls/b"] = (controls,)
+        width = extent(cls.architecture, arrays, "lstm_init_state/hidden", -1)
+        controller = lstm_shapes(cls.controller_inputs, width, controls)
         stack: dict[str, tuple[int, ...]] = {
             f"{STACK}w0__{i}": (controls, count, widths[1]) for i, count in enumerate(channels)
         }

@@ -145,8 +145,9 @@ def read_mlp(
     )
 
 
-def stack_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of an MLP under :data:`STACK`: two hidden layers of ``width``; without the axis of a bank."""
+def stack_shapes(width: int, *bank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of an MLP under :data:`STACK`, two hidden layers of ``width``; or of a bank of so many."""
     first = {f"{STACK}w0__{i}": (count, width) for i, count in enumerate(channel_counts(MATRIX_FEATURES))}
     rest = {"b0": (width,), "w1": (width, width), "b1": (width,), "w2": (width, 3), "b2": (3,)}
-    return first | {f"{STACK}{name}": shape for name, shape in rest.items()}
+    shapes = first | {f"{STACK}{name}": shape for name, shape in rest.items()}
+    return {name: (*bank, *shape) for name, shape in shapes.items()}

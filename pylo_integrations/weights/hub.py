@@ -1,4 +1,4 @@
-"""The Hugging Face hub: published theta by repository, and files out of and into repositories.
+"""The Hugging Face hub: files out of and into repositories.
 
 Everything goes through the ``huggingface_hub`` client, so its cache, its tokens, ``HF_HUB_OFFLINE`` and ``HF_ENDPOINT``
 apply. The client is imported when it is first needed: it is slow to import, and most runs never need it.
@@ -18,15 +18,13 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pylo_integrations.paths import LARGEST_THETA
+from pylo_integrations.weights.published import PUBLISHED, THETA_FILE, Published, Repository
 
-THETA_FILE = "theta.safetensors"
-FLAX_FILE = "theta.state"
-PYTORCH_FILE = "model.safetensors"
+__all__ = ["PUBLISHED", "Published", "Repository", "fetch", "find_published", "upload"]
 
 CONNECT_SECONDS = 2.0
 """How long to wait for a connection with the hub; for its answer, as long as the client does (HF_HUB_ETAG_TIMEOUT)."""
@@ -35,76 +33,6 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")  # no separator, 
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 _asking = threading.RLock()  # whose turn it is to look at answers
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A repository with a published theta, or a part of one.
-
-    Attributes:
-        name: ``<owner>/<repository>``.
-        filename: The file with the weights; its name tells the layout.
-        revision: Commit that is loaded unless another is asked for; None for the newest.
-        sha256: Digest of the file at that commit; None if unknown.
-    """
-
-    name: str
-    filename: str
-    revision: str | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """A theta that its authors published.
-
-    Attributes:
-        name: What to call it.
-        optimizer: The optimizer it is for, one of :data:`pylo_integrations.weights.convert.OPTIMIZERS`; None
-            if this package has no rule for it.
-        repositories: Where its parts are.
-        description: One line.
-    """
-
-    name: str
-    optimizer: str | None
-    repositories: tuple[Repository, ...]
-    description: str
-
-
-PUBLISHED = (
-    Published(
-        "mulo",
-        "mulo",
-        (Repository("btherien/mulo", PYTORCH_FILE),),
-        "muLO, for models in maximal-update parametrisation",
-    ),
-    Published(
-        "velo",
-        "velo",
-        (Repository("Pauljanson002/VeLO_RNN", PYTORCH_FILE), Repository("Pauljanson002/VeLO_MLP", PYTORCH_FILE)),
-        "Google's VeLO as PyTorch modules",
-    ),
-    Published("velo_4000", "velo", (Repository("amoudgl/velo-4000", FLAX_FILE),), "Google's VeLO, 4000 TPU-months"),
-    Published("velo_s", "velo", (Repository("amoudgl/velo-s", FLAX_FILE),), "VeLO at reduced width, by Celo's authors"),
-    Published("celo", "celo", (Repository("amoudgl/celo", FLAX_FILE),), "learned MLP and learned schedule"),
-    Published("celo_adam", "celo_adam", (Repository("amoudgl/celo-adam", FLAX_FILE),), "learned schedule over Adam"),
-    Published(
-        "adafac_mlp_lopt",
-        "small_fc",
-        (Repository("amoudgl/adafac-mlp-lopt", FLAX_FILE),),
-        "small_fc_lopt by Celo's authors",
-    ),
-    Published(
-        "rnn_mlp_lopt",
-        None,
-        (Repository("amoudgl/rnn-mlp-lopt", FLAX_FILE),),
-        "RNN over tensors and MLP over parameters, by Celo's authors",
-    ),
-    Published("elo", "elo", (Repository("DiamondXL/elo", PYTORCH_FILE),), "small_fc's network with plain decays"),
-    Published("elo_celo2", "elo_celo2", (Repository("DiamondXL/elo-celo2", PYTORCH_FILE),), "ELO with CELO2's rule"),
-)
-"""All published theta. No revision or digest is pinned: the hub could not be reached when this was written."""
 
 
 def find_published(repository: str) -> Published | None:

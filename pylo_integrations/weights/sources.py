@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 from pylo_integrations.weights import hub
 from pylo_integrations.weights.convert import CONFIG_FILE, check_config, convert
+from pylo_integrations.weights.published import FLAX_FILE, PYTORCH_FILE, THETA_FILE, Published
 from pylo_integrations.weights.theta import Theta
 
-Weights: TypeAlias = "Theta | str | os.PathLike[str] | Mapping[str, Any]"
+Weights: TypeAlias = Theta | str | os.PathLike[str] | Mapping[str, Any]
 """A theta, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"``, or arrays by the reference's names."""
 
 _BUILTIN = files(__package__) / "builtin"
@@ -78,17 +79,17 @@ def _from_hub(address: str, fetch: Callable[..., Path]) -> Theta:
         raise ValueError(f"weights='hub:{address}' must read 'hub:<owner>/<repo>' or 'hub:<owner>/<repo>@<revision>'")
     if published := hub.find_published(repository):
         return _from_published(published, repository, revision, fetch)
-    path = fetch(repository, (hub.THETA_FILE, hub.FLAX_FILE, CONFIG_FILE), revision or None)
+    path = fetch(repository, (THETA_FILE, FLAX_FILE, CONFIG_FILE), revision or None)
     commit = path.parent.name
-    if path.name == hub.THETA_FILE:
+    if path.name == THETA_FILE:
         return Theta.load(path)
     if path.name == CONFIG_FILE:
         check_config(path)  # before fetching what may be a language model
-        path = fetch(repository, (hub.PYTORCH_FILE,), commit)
+        path = fetch(repository, (PYTORCH_FILE,), commit)
     return _from_repositories({repository: path}, None)
 
 
-def _from_published(published: hub.Published, repository: str, revision: str, fetch: Callable[..., Path]) -> Theta:
+def _from_published(published: Published, repository: str, revision: str, fetch: Callable[..., Path]) -> Theta:
     """A published theta, all parts at their pinned revisions but for ``repository`` at ``revision`` if given."""
     if published.optimizer is None:
         raise ValueError(f"weights='hub:{repository}' are for {published.name}, which this package has no rule for")

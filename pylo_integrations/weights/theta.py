@@ -20,21 +20,13 @@ from torch import Tensor
 
 from pylo_integrations.files import write_whole
 from pylo_integrations.paths import check_file
+from pylo_integrations.profiles import ARCHITECTURES, PROFILES, architecture_of
 from pylo_integrations.rules.base import Rule
-from pylo_integrations.rules.celo import CeloRule
-from pylo_integrations.rules.celo2 import Celo2Rule
-from pylo_integrations.rules.celo_adam import CeloAdamRule
-from pylo_integrations.rules.small_fc import SmallFCRule
-from pylo_integrations.rules.velo import VeLORule
 from pylo_integrations.weights import hub
+from pylo_integrations.weights.published import THETA_FILE
 
 FORMAT = "pylo_integrations.theta"
 VERSION = 1
-
-ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
-    {"small_fc": SmallFCRule, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2Rule}
-)
-"""Rules that theta can be for."""
 
 _RECORD = {
     "name": str,
@@ -47,18 +39,6 @@ _RECORD = {
     "sha256": str,
 }
 """What a file says besides its arrays, and of which type each entry is."""
-
-# By catalogue name, where it is not the architecture's.
-_ARCHITECTURE_OF = {
-    "small_fc_lopt": "small_fc",
-    "mulo": "small_fc",
-    "elo": "small_fc",
-    "celo2_base": "celo2",
-    "elo_celo2": "celo2",
-}
-
-# Constants that differ from the rule's own, by catalogue name: those of the published weights.
-_HYPER_OF: Mapping[str, Mapping[str, float]] = {"mulo": {"step_mult": 1e-2}, "elo": {"step_mult": 1.0}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +67,8 @@ class Theta:
     licence: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    _rule: Rule = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"theta architecture {self.architecture!r} is unknown; known: {sorted(ARCHITECTURES)}")
@@ -101,7 +83,7 @@ class Theta:
         object.__setattr__(self, "arrays", MappingProxyType(arrays))
         object.__setattr__(self, "hyper", MappingProxyType(dict(self.hyper)))
         object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
-        self.rule()  # checks names, shapes and constants
+        object.__setattr__(self, "_rule", self._make_rule({}))  # which checks names, shapes and constants
 
     @classmethod
     def from_arrays(
@@ -118,9 +100,8 @@ class Theta:
         Raises:
             ValueError: See :class:`Theta`.
         """
-        return cls(
-            _ARCHITECTURE_OF.get(name, name), arrays, {**_HYPER_OF.get(name, {}), **(hyper or {})}, name=name, **about
-        )
+        published = PROFILES[name].hyper if name in PROFILES else {}
+        return cls(architecture_of(name), arrays, {**published, **(hyper or {})}, name=name, **about)
 
     def rule(self, **overrides: Any) -> Rule:
         """The rule with these weights; ``overrides`` replace constants of :attr:`hyper` where not None.
@@ -128,7 +109,11 @@ class Theta:
         Raises:
             ValueError: An override is not a constant of this architecture.
         """
-        hyper = {**self.hyper, **{key: value for key, value in overrides.items() if value is not None}}
+        given = {key: value for key, value in overrides.items() if value is not None}
+        return self._make_rule(given) if given else self._rule
+
+    def _make_rule(self, overrides: Mapping[str, Any]) -> Rule:
+        hyper = {**self.hyper, **overrides}
         try:
             return ARCHITECTURES[self.architecture].from_arrays(self.arrays, **hyper).reduced()
         except TypeError as error:
@@ -261,7 +246,7 @@ class Theta:
             OSError: The download failed midway.
             ValueError: Not a theta, or not the expected one.
         """
-        theta = cls.load(hub.fetch(repository, (hub.THETA_FILE,), revision))
+        theta = cls.load(hub.fetch(repository, (THETA_FILE,), revision))
         if sha256 is not None and theta.sha256 != sha256:
             raise ValueError(f"hub:{repository} holds {theta!r} with sha256 {theta.sha256}, expected {sha256}")
         return theta
@@ -284,14 +269,9 @@ class Theta:
             ValueError: Not a repository name.
         """
         with tempfile.TemporaryDirectory() as folder:
-            path = self.save(Path(folder) / hub.THETA_FILE)
+            path = self.save(Path(folder) / THETA_FILE)
             message = message or f"{self.name or self.architecture}, sha256 {self.sha256[:12]}"
-            return hub.upload(path, repository, hub.THETA_FILE, private=private, message=message)
-
-
-def architecture_of(name: str) -> str:
-    """The architecture that a catalogue name, or an architecture, stands for."""
-    return _ARCHITECTURE_OF.get(name, name)
+            return hub.upload(path, repository, THETA_FILE, private=private, message=message)
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.paths import LARGEST_CONFIG
+from pylo_integrations.profiles import PROFILES, architecture_of
 from pylo_integrations.weights.convert.errors import ConversionError, naming, read_bytes
 from pylo_integrations.weights.convert.flax import read_flax
 from pylo_integrations.weights.convert.pytorch import name_some, read_config, read_module
-from pylo_integrations.weights.hub import FLAX_FILE, PYTORCH_FILE
-from pylo_integrations.weights.theta import Theta, architecture_of
+from pylo_integrations.weights.published import FLAX_FILE, PYTORCH_FILE
+from pylo_integrations.weights.theta import Theta
 
 __all__ = ["OPTIMIZERS", "ConversionError", "Foreign", "check_config", "convert", "find_file", "read_foreign"]
 
@@ -29,20 +30,12 @@ CONFIG_FILE = "config.json"
 VELO_INPUTS, CELO_INPUTS = 30, 18
 """Features that enter the LSTM (docs/mathematics.md, "VeLO", "Celo")."""
 
-_RECOGNISED = {("MetaMLP",): "mulo", ("CELO2MLP",): "celo2", ("VeLO_MLP", "VeLO_RNN"): "velo"}
+_FOREIGN = {profile.converts_as: profile for profile in PROFILES.values() if profile.converts_as}
 
-
-OPTIMIZERS = ("small_fc", "mulo", "elo", "velo", "celo", "celo_adam", "celo2", "elo_celo2")
+OPTIMIZERS = tuple(_FOREIGN)
 """Optimizers that foreign weights may be for: what ``architecture`` accepts."""
 
-_LEARNED_DECAYS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-    # In the code beside the published weights, not in their file.
-    "mulo": {
-        "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
-        "rms_decays": (0.01079706,),
-        "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
-    }
-}
+_BY_MODULES = {profile.modules: name for name, profile in _FOREIGN.items() if profile.modules}
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def read_foreign(*sources: str | os.PathLike[str], architecture: str | None = No
     parts = [_read(path) for path in paths]
     names = " and ".join(map(str, paths))
     kinds = tuple(sorted(part.kind for part in parts))
-    recognised = kinds[0] if len(kinds) == 1 and kinds[0] in OPTIMIZERS else _RECOGNISED.get(kinds)
+    recognised = kinds[0] if len(kinds) == 1 and kinds[0] in OPTIMIZERS else _BY_MODULES.get(kinds)
     if recognised is None:
         raise ConversionError(
             f"{names}: {' and '.join(kinds) or 'no file'} does not make one theta; VeLO's PyTorch modules, VeLO_RNN "
@@ -111,7 +104,7 @@ def read_foreign(*sources: str | os.PathLike[str], architecture: str | None = No
     optimizer = architecture or recognised
     if architecture_of(optimizer) != architecture_of(recognised):
         raise ConversionError(f"{names}: holds weights of {recognised}, not of architecture={architecture!r}")
-    arrays = {name: torch.tensor(values) for name, values in _LEARNED_DECAYS.get(optimizer, {}).items()}
+    arrays = {name: torch.tensor(values) for name, values in _FOREIGN[optimizer].decays.items()}
     for part in parts:
         arrays.update(part.arrays)
     origin = " and ".join(f"{path.name} (sha256 {part.sha256})" for path, part in zip(paths, parts, strict=True))

@@ -1,0 +1,58 @@
+"""What there is to tell whoever trains with an optimizer, once each, and when a step is over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pylo_integrations.hints import FrozenWatch, Remarks, SettingsWatch
+from pylo_integrations.progress import Progress
+
+
+class Advice:
+    """Of one optimizer.
+
+    Args:
+        watch: Looks at its settings.
+    """
+
+    def __init__(self, watch: SettingsWatch) -> None:
+        self._watch = watch
+        self._frozen: FrozenWatch | None = None
+        self._remarks = Remarks()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": None}  # whose parameters a copy does not have
+
+    def expect_frozen(self, params: Mapping[str, Tensor]) -> None:
+        """See :meth:`LearnedOptimizer.expect_frozen`."""
+        self._frozen = FrozenWatch(params) if params else None
+
+    def at_start(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Look at new groups."""
+        self._remarks.keep(self._watch.look_at_start(groups))
+        self._remarks.tell()
+
+    def before_step(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
+        """Look at what will not train well."""
+        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
+            message = (
+                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
+                "told that training ends there. Call set_num_steps() with the true length of the run"
+            )
+            self._remarks.keep({"horizon": message})
+        if self._frozen is not None and progress.iteration % 10 == 0:  # there may be thousands
+            self._remarks.keep(self._frozen.look(groups))
+        self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
+
+    def after_step(self, taken: bool, progress: Progress) -> None:
+        """Tell what was found, and of a step that was skipped."""
+        if not taken:
+            message = (
+                f"step {progress.iteration + 1} met a gradient or loss that is not finite and was skipped; further "
+                "ones are only counted, in `nonfinite_steps`"
+            )
+            self._remarks.keep({"nonfinite": message})
+        self._remarks.tell()
