@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from pylo_integrations.decay import DecayPolicy
 from pylo_integrations.ops.select import Backend
+from pylo_integrations.rules.newton_schulz import Precision
 from pylo_integrations.step.policies import NonFinitePolicy
 from pylo_integrations.weights.sources import Weights
 
@@ -77,6 +78,17 @@ class NetworkKeywords(ThetaKeywords, total=False):
     exp_mult: float | None
 
 
+class OrthogonalKeywords(NetworkKeywords, total=False):
+    """Of optimizers that orthogonalise.
+
+    Attributes:
+        orthogonalise: Precision of the products of matrices that orthogonalise steps, see
+            :data:`~pylo_integrations.rules.newton_schulz.Precision`.
+    """
+
+    orthogonalise: Annotated[Precision, "float32"]
+
+
 class CeloKeywords(NetworkKeywords, total=False):
     """Of Celo.
 
@@ -124,4 +136,13 @@ def _parameter(name: str, hint: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-__all__ = ["CeloKeywords", "Keywords", "NetworkKeywords", "ThetaKeywords", "Unpack", "spelled_out", "split"]
+__all__ = [
+    "CeloKeywords",
+    "Keywords",
+    "NetworkKeywords",
+    "OrthogonalKeywords",
+    "ThetaKeywords",
+    "Unpack",
+    "spelled_out",
+    "split",
+]

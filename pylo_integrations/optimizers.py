@@ -8,7 +8,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from pylo_integrations.keywords import CeloKeywords, NetworkKeywords, ThetaKeywords, Unpack, spelled_out, split
+from pylo_integrations.keywords import (
+    CeloKeywords,
+    NetworkKeywords,
+    OrthogonalKeywords,
+    ThetaKeywords,
+    Unpack,
+    spelled_out,
+    split,
+)
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.profiles import PROFILES
 from pylo_integrations.rules.base import Rule
@@ -174,9 +182,16 @@ class CELO2(ThetaOptimizer, name="celo2"):
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
     20 times the learning rate; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
-    :class:`ThetaOptimizer`. The default weights, ``"builtin:celo2"``, were meta-trained by this package on small
-    networks; the authors published none. They want a learning rate that falls to zero, along a line or a cosine.
+    :class:`ThetaOptimizer`, and ``orthogonalise`` (:class:`~pylo_integrations.keywords.OrthogonalKeywords`). The
+    default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks; the authors published
+    none. They want a learning rate that falls to zero, along a line or a cosine.
     """
+
+    @spelled_out
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[OrthogonalKeywords]
+    ) -> None:
+        self._make(params, lr, keywords)
 
 
 class CELO2Base(ThetaOptimizer, name="celo2_base"):
@@ -190,5 +205,11 @@ class ELOCELO2(ThetaOptimizer, name="elo_celo2"):
     """ELO-CELO2: the rule of CELO2 for matrices, embeddings included, and AdamW for vectors and scalars.
 
     AdamW has bias correction, eps outside the root and the same learning rate. Groups may be marked ``rule="adamw"``.
-    Takes the arguments of :class:`ThetaOptimizer`.
+    Takes the arguments of :class:`ThetaOptimizer`, and ``orthogonalise`` as :class:`CELO2` does.
     """
+
+    @spelled_out
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[OrthogonalKeywords]
+    ) -> None:
+        self._make(params, lr, keywords)

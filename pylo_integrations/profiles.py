@@ -161,7 +161,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 architecture="celo2",
                 lr=1e-3,
                 wants_schedule=True,
-                constants={"orthogonalises": False},
+                constants={"orthogonalise": "never"},
             ),
             Profile(
                 name="elo_celo2",

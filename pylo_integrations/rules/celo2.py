@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, linear_form, mlp, read_mlp
-from pylo_integrations.rules.newton_schulz import Precision, check_precision, orthogonalise
+from pylo_integrations.rules.newton_schulz import orthogonalise
 from pylo_integrations.sharding.blocks import Block, Sums
 from pylo_integrations.sharding.layout import TensorLayout
+
+Orthogonalise = Literal["auto", "float32", "bfloat16", "never"]
+"""A :data:`~pylo_integrations.rules.newton_schulz.Precision` in which steps are orthogonalised, if they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +44,19 @@ class Celo2Rule(MomentRule):
         weights: MLP weights, layer by layer, each (outputs, inputs); an input for each channel of :attr:`reads`,
             3 outputs.
         biases: MLP biases, each (outputs,).
-        orthogonalises: Whether the steps of matrices are orthogonalised.
+        orthogonalise: Precision of the products that orthogonalise the steps of matrices; or "never".
         adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``; None if this rule steps everything.
         exp_mult: Scale of the magnitude output inside the exponential.
         step_mult: Root mean square of a step.
-        precision: Of the products that orthogonalise.
         reads: Features that have weight.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
-    orthogonalises: bool = True
+    orthogonalise: Orthogonalise = "float32"
     adamw: AdamWRule | None = None
     exp_mult: float = 0.0
     step_mult: float = 1.0
-    precision: Precision = "float32"
     reads: tuple[str, ...] = MATRIX_FEATURES
 
     kind: ClassVar[str] = "Celo2"
@@ -73,9 +74,8 @@ class Celo2Rule(MomentRule):
         *,
         exp_mult: float = 0.0,
         step_mult: float = 1.0,
-        orthogonalises: bool = True,
+        orthogonalise: Orthogonalise = "float32",
         adamw: AdamWRule | None = None,
-        precision: Precision = "float32",
     ) -> Celo2Rule:
         """Build the rule from theta.
 
@@ -87,14 +87,16 @@ class Celo2Rule(MomentRule):
             step_mult: Root mean square of a step.
             orthogonalises: Whether the steps of matrices are orthogonalised.
             adamw: Steps vectors, and the tensors of groups marked ``rule="adamw"``.
-            precision: Of the products that orthogonalise.
 
         Raises:
             ValueError: A name is missing or unknown, a shape does not fit, or a scale is not finite; the message says
                 which.
         """
         check_mults(exp_mult=exp_mult, step_mult=step_mult)
-        check_precision(precision)
+        if orthogonalise not in get_args(Orthogonalise):
+            raise ValueError(
+                f"orthogonalise={orthogonalise!r} is unknown; choose one of {list(get_args(Orthogonalise))}"
+            )
         rest = dict(arrays)
         first: list[Tensor] = []
         for index, channels in enumerate(channel_counts(cls.features)):
@@ -118,11 +120,10 @@ class Celo2Rule(MomentRule):
             ),
             weights=weights,
             biases=biases,
-            orthogonalises=orthogonalises,
+            orthogonalise=orthogonalise,
             adamw=adamw,
             exp_mult=exp_mult,
             step_mult=step_mult,
-            precision=precision,
         )
 
     def reduced(self) -> Celo2Rule:
@@ -204,8 +205,8 @@ class Celo2Rule(MomentRule):
             along the axes of means.
         """
         axes = [axis + 2 for axis in self.norm_axes(layout)]
-        if self.orthogonalises and len(axes) == 2:
-            steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes)
+        if self.orthogonalise != "never" and len(axes) == 2:
+            steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
         count = math.prod(steps.shape[axis] for axis in axes)
         wide = torch.promote_types(steps.dtype, torch.float32)
         mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True, dtype=wide).square() / count

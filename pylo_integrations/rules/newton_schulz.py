@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,12 +36,6 @@ _SMALL = 128
 
 _BATCHED = 2**17
 """Elements of a matrix from which on a CPU multiplies one by one faster than as a batch."""
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError unless ``precision`` is a :data:`Precision`."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"orthogonalise={precision!r} is unknown; choose one of {list(get_args(Precision))}")
 
 
 def orthogonalise(matrices: Tensor, precision: Precision = "float32") -> Tensor:
