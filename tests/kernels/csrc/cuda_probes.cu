@@ -1,6 +1,6 @@
 // Single instructions and collective operations in kernels of their own, called from Python: by the emulation to test
 // it, by a device to test that the emulation does what the device does. Every function returns 0, or what went wrong.
-#include "../../csrc/cuda/device.h"
+#include "../../../csrc/cuda/device.h"
 
 #include <cstdio>
 #include <cstring>
