@@ -16,15 +16,6 @@ pytestmark = pytest.mark.timeout(120)
 BATCHES = 8
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny, and threads that wait for each other on a busy machine are not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))

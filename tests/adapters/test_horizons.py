@@ -40,15 +40,6 @@ pytestmark = [
 ROWS = 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny, and threads that wait for each other on a busy machine are not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def wave(optimizer, num_steps):
     """A schedule with a beginning, a middle and an end, that forgets nothing of its number of steps."""
     return LambdaLR(optimizer, lambda step: 0.1 + step / num_steps)

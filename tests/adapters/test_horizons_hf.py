@@ -15,15 +15,6 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("error:.*hori
 ROWS = 22
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are tiny, and threads that wait for each other on a busy machine are not."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Net(nn.Module):
     """Runs out of memory in the given batch, if that is large."""
 
