@@ -404,7 +404,7 @@ def noted_rates() -> Iterator[list[float]]:
 
 def rates_case(rank: int, world: int, adapter: str, kinds: list[str], folder: str) -> dict[str, list[float]]:
     """Learning rates of a run of six optimizer steps, by scheduler of test_schedulers."""
-    from test_schedulers import MAKERS
+    from scheduler_cases import MAKERS
 
     rates = {}
     for kind in kinds:

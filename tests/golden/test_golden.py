@@ -23,18 +23,13 @@ from golden_files import (
     replay_float64,
     to_torch,
 )
+from golden_optimizers import small_fc
 from plans import native_parts
 from torch import Tensor
 
-from pylo_integrations import SmallFCLOpt, Theta
 from pylo_integrations.rules.small_fc import SmallFCRule
 
 SMALL_FC = ("small_fc_h4_default", "small_fc_h32_pylo", "small_fc_h32_outofrange_decays")
-
-
-def small_fc(golden: Golden, params, **options) -> SmallFCLOpt:
-    hyper = {key: golden.hyper[key] for key in ("exp_mult", "step_mult")}
-    return SmallFCLOpt(params, weights=Theta.from_arrays("small_fc_lopt", golden.theta, hyper), **options)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)

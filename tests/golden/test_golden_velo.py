@@ -28,35 +28,17 @@ from golden_files import (
     replay_float64,
     to_torch,
 )
+from golden_optimizers import CELO, build, read
 from torch import Tensor, nn
 
-from pylo_integrations import Celo, CeloAdam, LearnedOptimizer, Theta, VeLO, create_optimizer
+from pylo_integrations import Celo, create_optimizer
 from pylo_integrations.rules import celo, control, velo
 from pylo_integrations.rules.moments import MomentRule
 
 VELO = ("velo_small", "velo_small_bugged_flags", "velo_small_weight_decay")
-CELO = ("celo_real", "celo_real_phase1", "celo_adam_real")
 CASES = [*VELO, *(pytest.param(case, marks=needs_published) for case in CELO)]
 WHOLE_CASES = ["velo_small", *(pytest.param(case, marks=needs_published) for case in ("celo_real", "celo_adam_real"))]
 """Those with a float64 run, accumulators and features."""
-
-
-def read(case: str) -> Golden:
-    return Golden(case, PUBLISHED) if case in CELO else Golden(case)
-
-
-def build(golden: Golden, params: dict[str, Tensor] | list, trajectory: str, **options) -> LearnedOptimizer:
-    hyper, given = golden.hyper, {"num_steps": golden.num_steps(trajectory), **options}
-    params = list(params.values()) if isinstance(params, dict) else params
-    if "Adam" in hyper["cls"] or "celo_adam" in hyper["cls"]:
-        return CeloAdam(params, weights=Theta.from_arrays("celo_adam", golden.theta), **given)
-    constants = {"exp_mult": hyper["exp_mult"], "step_mult": hyper["step_mult"]}
-    if "celo" in hyper["cls"]:
-        theta = Theta.from_arrays("celo", golden.theta or read("celo_real").theta, constants)
-        return Celo(params, weights=theta, phase=hyper["train_phase"], **given)
-    constants |= {flag: hyper[flag] for flag in ("use_bugged_next_lstm_state", "use_bugged_loss_features")}
-    decay = {"weight_decay": hyper["weight_decay_wrapper"], "weight_decay_policy": "l2"}
-    return VeLO(params, weights=Theta.from_arrays("velo", golden.theta, constants), **decay, **given)
 
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)

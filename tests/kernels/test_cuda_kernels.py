@@ -10,15 +10,14 @@ from __future__ import annotations
 import ctypes
 import re
 
+import golden_optimizers
 import pytest
-import test_golden_velo
 import test_native_kernels
 import torch
 from cuda_shim import Shim, compile_kernels
 from golden_files import initial_params, needs_published, replay_float32
 from native_library import CSRC
 from plans import is_native
-from test_golden import small_fc
 from test_native_kernels import (
     SHAPES,
     assert_equal_bits,
@@ -145,12 +144,12 @@ def test_whole_runs_of_every_rule_follow_the_reference(name, precision):
     ["small_fc_h4_default", "small_fc_h32_pylo", "velo_small", pytest.param("celo_real", marks=needs_published)],
 )
 def test_the_trajectories_of_the_original_code_are_repeated(case):
-    golden = test_golden_velo.read(case)
+    golden = golden_optimizers.read(case)
     params = initial_params("wild", torch.float32)
     if case.startswith("small_fc"):
-        optimizer = small_fc(golden, list(params.values()), backend="native")
+        optimizer = golden_optimizers.small_fc(golden, list(params.values()), backend="native")
     else:
-        optimizer = test_golden_velo.build(golden, params, "wild", backend="native")
+        optimizer = golden_optimizers.build(golden, params, "wild", backend="native")
     replay_float32(golden, "wild", params, optimizer)
 
 
