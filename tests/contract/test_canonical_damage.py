@@ -12,11 +12,11 @@ import struct
 
 import pytest
 import torch
-from thetas import create, theta_for
+from thetas import create, distinct_rules, theta_for
 from tiny_metatrain import tiny
 from torch import nn
 
-from pylo_integrations import CheckpointError, Theta, list_optimizers, sealed
+from pylo_integrations import CheckpointError, Theta, sealed
 from pylo_integrations.cli import main
 from pylo_integrations.metatrain import MetaTrainer, ResumeError
 from pylo_integrations.progress import Progress
@@ -177,7 +177,7 @@ def fits(path, odd):
     )
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_odd_values_are_refused_by_one_kind_of_error_and_change_nothing(name, tmp_path):
     model, optimizer = trained(name)
     canonical = to_canonical(optimizer, model)
@@ -195,7 +195,7 @@ def test_odd_values_are_refused_by_one_kind_of_error_and_change_nothing(name, tm
     assert other.iteration == 2
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_tensors_that_a_rule_cannot_have_are_refused(name):
     model, optimizer = trained(name)
     canonical = to_canonical(optimizer, model)
@@ -231,7 +231,7 @@ def test_tensors_that_a_rule_cannot_have_are_refused(name):
     assert other.iteration == 1
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_the_same_in_a_state_dict(name):
     _, optimizer = trained(name)
     state_dict = copy.deepcopy(optimizer.state_dict())

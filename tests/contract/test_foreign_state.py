@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import StateError, list_optimizers
+from pylo_integrations import StateError
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 SHAPES = [(4, 3), (5,), ()]
 
 

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 from foreign_cases import marked_case
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import CheckpointError, create_optimizer, list_optimizers
+from pylo_integrations import CheckpointError, create_optimizer
 from pylo_integrations.state import from_canonical, to_canonical
 
 
@@ -44,7 +44,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_it_travels_untouched(name, dtype):
     model, optimizer = trained(name, dtype=dtype)
     weight = model.weight
@@ -67,7 +67,7 @@ def test_it_travels_untouched(name, dtype):
     assert other.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_timms_lookahead_resumes(name, small_thetas):
     timm = pytest.importorskip("timm.optim")
     from pylo_integrations import timm as ours
@@ -101,7 +101,7 @@ def test_timms_lookahead_resumes(name, small_thetas):
         ours.unregister()
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_state_that_was_only_looked_at_is_not_saved(name):
     model, optimizer = trained(name, 0)
     assert [len(optimizer.state[p]) for p in model.parameters()] == [0, 0]
@@ -113,7 +113,7 @@ def test_state_that_was_only_looked_at_is_not_saved(name):
     assert torch.equal(other.state[twin.weight]["old"], torch.ones(3)) and other.iteration == 0
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_a_missing_entry_of_its_own_is_an_error(name):
     _, optimizer = trained(name)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -130,7 +130,7 @@ def test_a_missing_entry_of_its_own_is_an_error(name):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_another_optimizers_checkpoint_is_called_that(name, kind, small_thetas):
     """Whatever the groups are: to group the parameters otherwise would not help."""
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))

@@ -10,18 +10,17 @@ import time
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pylo_integrations import list_optimizers
 from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.step.writing import Writer
 from pylo_integrations.steplock import StepLock
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 SHAPES = [(6, 5), (5,), (4, 3), (3, 3)]
 
 

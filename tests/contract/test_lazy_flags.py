@@ -6,10 +6,10 @@ import pytest
 import torch
 from share_cases import lazy_case
 from state_changes import Run, assert_equal_runs, named
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import StateError, list_optimizers
+from pylo_integrations import StateError
 from pylo_integrations.fitting import is_lazy
 
 BACKENDS = ["auto", "reference"]
@@ -56,7 +56,7 @@ def flag_states(run: Run, lazy) -> None:
 @pytest.mark.parametrize("lazy", LAZY, ids=lambda lazy: lazy.__name__)
 @pytest.mark.parametrize("flag", [flag_gradients, flag_parameters, flag_states], ids=lambda flag: flag.__name__)
 def test_lazily_negated_tensors_are_read_as_what_they_are(flag, lazy, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         fresh = run.fresh()
         fresh.optimizer.backend = backend
@@ -77,7 +77,7 @@ def test_lazily_negated_tensors_are_read_as_what_they_are(flag, lazy, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_get_the_flag_in_a_later_step_at_the_same_place(backend):
     """The cached step compares addresses and formats, which are equal."""
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         fresh = run.fresh()
         for step in range(4):
@@ -97,7 +97,7 @@ def test_gradients_that_get_the_flag_in_a_later_step_at_the_same_place(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_conjugates_in_ordinary_code(backend):
     """One-element parameters get the lazy view itself as their gradient."""
-    for name in list_optimizers():
+    for name in distinct_rules():
         found = []
         for resolve in (False, True):
             real, imag = (nn.Parameter(torch.tensor([value])) for value in (0.3, -0.7))
@@ -116,7 +116,7 @@ def test_gradients_of_conjugates_in_ordinary_code(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_without_memory_are_zeros(backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         for param in run.params:
             param.grad = torch.zeros_like(param)

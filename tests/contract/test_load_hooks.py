@@ -6,10 +6,8 @@ import threading
 
 import pytest
 import torch
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
-
-from pylo_integrations import list_optimizers
 
 
 def trained(name, dtype=torch.float32, steps=2):
@@ -23,7 +21,7 @@ def trained(name, dtype=torch.float32, steps=2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_after_loading_everything_is_there(name, dtype):
     writer, reader = trained(name, dtype), trained(name, dtype, steps=1)
     seen = []
@@ -44,7 +42,7 @@ def test_after_loading_everything_is_there(name, dtype):
         torch.testing.assert_close(got[2:], want[2:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_what_a_hook_changes_stays(name):
     writer, reader = trained(name, torch.bfloat16), trained(name, torch.bfloat16, steps=0)
 

@@ -8,16 +8,15 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import list_optimizers
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.control import LossMemory, loss_decays
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 HORIZONS = [1, 10**6, 4 * 10**7, 2**31, 2**40]
 ITERATIONS = [0, 1, 2**24 + 1, 2**31, 2**53]
 

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
-
-from pylo_integrations import list_optimizers
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 BACKENDS = ["reference", "auto"]
 
 

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
 from pylo_integrations import (
@@ -19,14 +19,13 @@ from pylo_integrations import (
     SmallFCLOpt,
     create_optimizer,
     get_optimizer_info,
-    list_optimizers,
     param_groups,
 )
 from pylo_integrations.ledger import state_dtype
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 SEPARABLE = [name for name in NAMES if not get_optimizer_info(name).needs_loss]
 """Those that step every tensor by itself; the others decide over all tensors together."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from survival_cases import first_version_case, flatten_case, in_place_case, zero_case
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import CheckpointError, list_optimizers
+from pylo_integrations import CheckpointError
 from pylo_integrations.state import from_canonical, load_canonical
 
-NAMES = [*list_optimizers(), "toy_loss"]
+NAMES = [*distinct_rules(), "toy_loss"]
 REMEMBERING = ["velo", "celo", "celo_adam"]
 OLD = Path(__file__).parent / "written_by_0_1_0"
 
@@ -56,7 +56,7 @@ def test_loading_in_place_on_ranks(workers, tmp_path, name, wrapper):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_zero_redundancy_optimizer(workers, name):
     check(workers.run(2 if name in REMEMBERING else 1, zero_case, name=name))
 
@@ -97,7 +97,7 @@ def without_tensors(state_dict):
 
 
 @pytest.mark.parametrize("form", [without_blob, without_tensors])
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_either_form_is_enough(name, form):
     optimizer, other = trained(name)[1], fresh(name)
     with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def test_either_form_is_enough(name, form):
     assert facts(other) == facts(optimizer)
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_states_without_either_are_loaded_loudly(name):
     optimizer, other = trained(name)[1], fresh(name)
     with pytest.warns(RuntimeWarning, match="without the iteration.*goes on from iteration 0"):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from native_library import library_or_skip
 from survival_cases import damaged_in_place_case
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import CheckpointError, list_optimizers
+from pylo_integrations import CheckpointError
 
 COUNTS = ("run_iteration", "run_num_steps", "run_nonfinite_steps")
 STEPS = 3
@@ -113,7 +113,7 @@ def hand(optimizer, state):
 
 
 @pytest.mark.parametrize("blob", [True, False], ids=["and the groups", "alone"])
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_odd_ones_are_not_loaded(name, blob):
     saved, other = trained(name).state_dict(), trained(name, 1)
     if not blob:
@@ -131,7 +131,7 @@ def test_odd_ones_are_not_loaded(name, blob):
     assert other.iteration == STEPS
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_odd_ones_that_a_wrapper_hands_over_are_not_taken(name):
     saved, before = trained(name).state_dict(), facts(trained(name, 1))
     good = copy.deepcopy(saved["state"])
@@ -172,7 +172,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("with_run", [True, False], ids=["with the run", "without"])
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", distinct_rules())
 def test_odd_states_are_refused_whichever_way_they_come(name, with_run):
     saved = trained(name).state_dict()
     own = [key for key in saved["state"][0] if not key.startswith("run_")]

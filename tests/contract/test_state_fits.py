@@ -7,10 +7,10 @@ import torch
 from plans import last_buckets, native_parts
 from share_cases import misfit_case
 from state_changes import Run, assert_equal_runs
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import StateError, list_optimizers
+from pylo_integrations import StateError
 from pylo_integrations.ops.loader import NativeError
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.records import enter_buffers, same_format
@@ -80,7 +80,7 @@ CASTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", CASTS)
 def test_what_loses_nothing_is_cast(change, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         CASTS[change](run.params, run.optimizer)
         fresh = run.fresh()
@@ -93,7 +93,7 @@ def test_what_loses_nothing_is_cast(change, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_model_may_be_cast_between_steps(dtype, backend):
     """There and back: ``module.double()``, a step, ``module.float()``, a step."""
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend, dtype)
         cast_parameters(torch.float32)(run.params, run.optimizer)
         fresh = run.fresh()
@@ -256,7 +256,7 @@ REFUSED = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
 def test_the_rest_is_refused_before_anything_is_written(change, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         change(run.params, run.optimizer)
         before, iteration = run.bits(), run.optimizer.iteration
@@ -297,7 +297,7 @@ def test_memory_that_shrank_where_it_was_is_refused(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_after_a_refusal_the_run_goes_on(backend):
     """Either with what fits again, or with a fresh state, as the message says."""
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         fresh = run.fresh()
         rms = run.optimizer.state[run.params[0]].pop("rms")
@@ -332,7 +332,7 @@ def test_parameters_without_names_are_named_by_their_place(backend):
 
 
 def test_a_gradient_may_be_of_another_floating_type():
-    for name in list_optimizers():
+    for name in distinct_rules():
         runs = [Run(name, backend) for backend in BACKENDS]
         for run in runs:
             for param in run.params:
@@ -349,7 +349,7 @@ def test_a_gradient_may_be_of_another_floating_type():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_may_be_the_parameter_itself(backend):
     """Of half its square: torch's optimizers step it, though they write what they read."""
-    for name in list_optimizers():
+    for name in distinct_rules():
         run, other = Run(name, backend), Run(name, backend)
         for param, twin in zip(run.params, other.params, strict=True):
             param.grad, twin.grad = param.data, twin.data.clone()
@@ -484,7 +484,7 @@ def half_with_overflow(params, optimizer):
 
 
 def test_a_cast_state_that_overflowed_is_refused():
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, "auto")
         half_with_overflow(run.params, run.optimizer)
         before = run.bits()
@@ -519,7 +519,7 @@ def misaligned_parameter(params, optimizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [interleaved, misaligned_gradient, misaligned_parameter])
 def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         change(run.params, run.optimizer)
         fresh = run.fresh()
@@ -533,7 +533,7 @@ def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["gradient", "rms"])
 def test_subclasses_without_memory_are_refused(what, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         param = run.params[0]
         if what == "gradient":
@@ -549,7 +549,7 @@ def test_subclasses_without_memory_are_refused(what, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_state_that_was_made_in_inference_mode_is_stepped_outside(backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         params = [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))]
         optimizer = create(params, name, backend=backend)
         for inside in (True, False, True, False):

@@ -13,11 +13,11 @@ import types
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pylo_integrations import LearnedOptimizer, SmallFCLOpt, create_optimizer, list_optimizers
+from pylo_integrations import LearnedOptimizer, SmallFCLOpt, create_optimizer
 from pylo_integrations import engine as engine_module
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.rules.base import Rule, read_gradient
@@ -244,7 +244,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", [*list_optimizers(), "toy_loss"])
+@pytest.mark.parametrize("name", [*distinct_rules(), "toy_loss"])
 def test_trajectory_and_state_are_the_same_bit_for_bit(toy_loss, name, dtype):
     results = [run(name, switch, dtype) for switch in SWITCHES.values()]
     tensors, state_dict = results[0]

@@ -12,15 +12,13 @@ import threading
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, distinct_rules
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pylo_integrations import list_optimizers
-
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
-NAMES = list_optimizers()
+NAMES = distinct_rules()
 SHAPES = [(24, 20), (20,), (16, 16)]
 
 

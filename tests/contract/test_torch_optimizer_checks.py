@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from thetas import is_absent, theta_for
+from thetas import distinct_rules, is_absent, theta_for
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -27,7 +27,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase, parametrize
 
-from pylo_integrations import get_optimizer_info, list_optimizers
+from pylo_integrations import get_optimizer_info
 
 
 def optimizer_inputs(device, dtype=None, *, default_lr):
@@ -71,7 +71,7 @@ OPTIMIZERS = [
         supported_impls=(),
         supports_complex=False,
     )
-    for name in list_optimizers()
+    for name in distinct_rules()
 ]
 
 

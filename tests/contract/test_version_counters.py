@@ -6,9 +6,8 @@ import pytest
 import torch
 from share_cases import version_case
 from state_changes import Run
+from thetas import distinct_rules
 from torch import nn
-
-from pylo_integrations import list_optimizers
 
 BACKENDS = ["auto", "reference"]
 
@@ -34,7 +33,7 @@ def test_torchs_own_optimizer_is_noticed():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_after_a_step_is_refused(dtype, backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend, dtype, stochastic_rounding=dtype == torch.bfloat16)
         for param in run.params:  # each by itself
             run.give_gradients()
@@ -43,7 +42,7 @@ def test_backward_after_a_step_is_refused(dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_versions_of_parameters_and_states_count_up(backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         for _ in range(2):
             tensors = [*run.params, *(value for state in run.optimizer.state.values() for value in state.values())]
@@ -56,7 +55,7 @@ def test_versions_of_parameters_and_states_count_up(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_changes_nothing_counts_nothing(backend):
-    for name in list_optimizers():
+    for name in distinct_rules():
         run = Run(name, backend)
         run.params[0].grad[0] = torch.nan
         before = [param._version for param in run.params]

@@ -6,11 +6,10 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,18 +45,23 @@ def absent_modules(script: str) -> set[str]:
     return {root for root in roots if importlib.util.find_spec(root) is None}
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    """Pages patch frameworks, seed generators and write files: each has a copy of this process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    slow = [name for name in ("torch", *ADAPTERS.values()) if importlib.util.find_spec(name) is not None]
+    forked = Forked(*slow, environment=environment, options=("-W", "error::DeprecationWarning:__main__"))
+    yield forked
+    forked.close()
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page).strip()], ids=lambda page: page.name)
-def test_snippets_run_in_order(page, tmp_path):
+def test_snippets_run_in_order(page, interpreter, tmp_path):
     script = python_of(page)
     if absent := absent_modules(script):
         pytest.skip(f"{page.name} needs {', '.join(sorted(absent))}")
-    copy = tmp_path / f"{page.stem}_page.py"  # lightning.py would be imported in place of the framework
-    copy.write_text(script)
-    # An interpreter of its own: pages patch frameworks, seed generators and write files.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(copy)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    run = interpreter.run(script, tmp_path)
     assert run.returncode == 0, f"{page.name} (line numbers are the page's)\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
 
 
