@@ -13,7 +13,7 @@ import pytest
 import torch
 from native_library import library_or_skip
 from survival_cases import damaged_in_place_case
-from thetas import create, distinct_rules
+from thetas import create, distinct_rules, slow_but
 from torch import nn
 
 from pylo_integrations import CheckpointError
@@ -131,7 +131,7 @@ def test_odd_ones_are_not_loaded(name, blob):
     assert other.iteration == STEPS
 
 
-@pytest.mark.parametrize("name", distinct_rules())
+@pytest.mark.parametrize("name", slow_but("celo"))
 def test_odd_ones_that_a_wrapper_hands_over_are_not_taken(name):
     saved, before = trained(name).state_dict(), facts(trained(name, 1))
     good = copy.deepcopy(saved["state"])
@@ -172,7 +172,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("with_run", [True, False], ids=["with the run", "without"])
-@pytest.mark.parametrize("name", distinct_rules())
+@pytest.mark.parametrize("name", slow_but("celo", "small_fc_lopt"))
 def test_odd_states_are_refused_whichever_way_they_come(name, with_run):
     saved = trained(name).state_dict()
     own = [key for key in saved["state"][0] if not key.startswith("run_")]

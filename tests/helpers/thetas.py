@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -57,6 +58,11 @@ SAME_RULE = {"mulo": "small_fc_lopt", "elo": "small_fc_lopt", "elo_celo2": "celo
 def distinct_rules() -> list[str]:
     """One catalogue entry for every rule."""
     return [name for name in list_optimizers() if name not in SAME_RULE]
+
+
+def slow_but(*quick: str) -> list[Any]:
+    """One catalogue entry for every rule, as parameters of a test that is slow for all but those named."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in distinct_rules()]
 
 
 def is_absent(cls: type[LearnedOptimizer]) -> bool:

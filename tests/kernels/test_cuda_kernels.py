@@ -75,6 +75,7 @@ def test_an_update_is_as_near_to_float64_as_promised(precision):
     assert_step_matches(*one_step(SHAPES), bound=bound_of(precision))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shim")
 def test_tensors_of_many_parts(precision):
     assert_step_matches(*one_step(LARGE), bound=bound_of(precision))
@@ -125,7 +126,7 @@ def assert_close_to_reference(params, twins, starts, bound: float) -> None:
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize("name", ["velo", "celo", "small_fc_lopt", "mulo", "elo"])
+@pytest.mark.parametrize("name", ["velo", "celo", "small_fc_lopt"])
 def test_whole_runs_of_every_rule_follow_the_reference(name, precision):
     params, twins = parameters(FEW), parameters(FEW)
     for backend, ps in (("native", params), ("reference", twins)):
@@ -226,6 +227,7 @@ def test_tensors_do_not_influence_each_other(shim):
     assert_equal_bits(together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["exact"], indirect=True)
 def test_indices_of_64_bits_find_the_same_elements(tmp_path, shim, precision):
     """Tensors beyond 2^31 elements take another way to row and column; here, tensors beyond 4 elements do."""

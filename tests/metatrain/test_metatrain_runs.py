@@ -113,6 +113,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path):
     import yaml

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_cases import promised
+from thetas import distinct_rules
 
-from pylo_integrations import cli, list_optimizers
+from pylo_integrations import cli
 from pylo_integrations.bench import BASELINES, SHAPES
 from pylo_integrations.bench import ranks as on_ranks
 from pylo_integrations.bench.counts import elements_on_rank_0, state_bytes_on_rank_0
@@ -77,7 +78,7 @@ CASES = [
 @pytest.mark.dist
 @pytest.mark.parametrize(("strategy", "ranks"), CASES)
 def test_real_ranks_count_as_promised_and_as_a_dry_run(workers, strategy, ranks):
-    optimizers = list_optimizers() if (strategy, ranks) == ("fsdp2", 2) else KINDS
+    optimizers = distinct_rules() if (strategy, ranks) == ("fsdp2", 2) else KINDS
     by_rank = measured(workers, strategy, ranks, optimizers)
     assert all(not found[name]["collectives"] for found in by_rank for name in BASELINES)
     for name in optimizers:
@@ -102,11 +103,11 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
     assert sum(found["celo_adam:reference"]["state_bytes"] for found in by_rank) == 2 * 4 * numel
 
 
-@pytest.mark.parametrize("ranks", [4, 24])
+@pytest.mark.parametrize("ranks", [4, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", SIMULABLE)
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()
-    for name, costs in dry_run(shapes, strategy, ranks, list_optimizers()).items():
+    for name, costs in dry_run(shapes, strategy, ranks, distinct_rules()).items():
         assert state_bytes_on_rank_0(name, shapes, strategy, ranks) == costs.state_bytes, name
         assert elements_on_rank_0(shapes, strategy, ranks) == costs.elements
 
@@ -203,6 +204,7 @@ def test_what_cannot_be_simulated_is_refused():
 # -- tables and command line -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_command_prints(capsys):
     assert cli.main(["bench", "--distributed", "tables"]) == 0
     page = Path(__file__).parents[2] / "docs" / "distributed_costs.md"

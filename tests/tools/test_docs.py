@@ -45,6 +45,13 @@ def absent_modules(script: str) -> set[str]:
     return {root for root in roots if importlib.util.find_spec(root) is None}
 
 
+SNIPPETS = [
+    pytest.param(page, marks=[] if page.name == "README.md" else pytest.mark.slow, id=page.name)
+    for page in PAGES
+    if python_of(page).strip()
+]
+
+
 @pytest.fixture(scope="module")
 def interpreter():
     """Pages patch frameworks, seed generators and write files: each has a copy of this process."""
@@ -56,7 +63,7 @@ def interpreter():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page).strip()], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SNIPPETS)
 def test_snippets_run_in_order(page, interpreter, tmp_path):
     script = python_of(page)
     if absent := absent_modules(script):

@@ -67,6 +67,7 @@ def wheel_metadata(wheel):
     return email.message_from_bytes(archive.read(name))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["wheel", "pure_wheel"])
 def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(kind, request):
@@ -84,6 +85,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(kind, request
     assert packed == expected
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_carries_the_kernels_where_they_compile(wheel):
     if shutil.which("c++") is None:
@@ -94,12 +96,14 @@ def test_the_wheel_carries_the_kernels_where_they_compile(wheel):
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_without_a_compiler_the_wheel_is_pure_python(pure_wheel):
     assert not {LIBRARY, CUDA_LIBRARY} & set(zipfile.ZipFile(pure_wheel).namelist())
     assert pure_wheel.name.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.slow
 def test_the_wheel_is_typed_and_has_weights_and_recipes_but_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "pylo_integrations/py.typed" in names
@@ -109,6 +113,7 @@ def test_the_wheel_is_typed_and_has_weights_and_recipes_but_no_tests(wheel):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
     script = (
         # An editable install finds the sources before anything on the path is looked at.
@@ -131,6 +136,7 @@ def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
     assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "vit")]
 
 
+@pytest.mark.slow
 def test_version_has_one_source(wheel_metadata):
     assert wheel_metadata["Version"] == pylo_integrations.__version__
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
@@ -138,6 +144,7 @@ def test_version_has_one_source(wheel_metadata):
     assert f"## [{pylo_integrations.__version__}]" in changelog
 
 
+@pytest.mark.slow
 def test_extras_and_dependencies(wheel_metadata):
     assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
     requirements = wheel_metadata.get_all("Requires-Dist")
@@ -146,6 +153,7 @@ def test_extras_and_dependencies(wheel_metadata):
     assert not [line for line in requirements if "<" in line.partition(";")[0] or "==" in line.partition(";")[0]]
 
 
+@pytest.mark.slow
 def test_the_command_is_called_pylo(wheel):
     archive = zipfile.ZipFile(wheel)
     name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
@@ -156,6 +164,7 @@ def readme_command(mark: str) -> str:
     return re.search(rf"^{re.escape(mark)}\n```bash\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[1]
 
 
+@pytest.mark.slow
 def test_readme_commands_start_from_nothing_and_name_real_extras(wheel_metadata):
     commands = {kind: readme_command(f"<!-- command: {kind} -->") for kind in ("train", "tests")}
     for command in commands.values():
@@ -172,8 +181,8 @@ CI_STEPS = [
     "ruff format --check .",
     "mypy",
     "mkdocs build --strict --config-file .mkdocs.yml",
-    "python -m pytest -m not slow and not dist",
-    "python -m pytest -m slow or dist",
+    "python -m pytest -n 2 --dist loadfile -m not slow and not dist",
+    "python -m pytest -n 2 --dist loadfile -m slow or dist",
 ]
 
 

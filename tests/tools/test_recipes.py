@@ -103,6 +103,7 @@ def checkpoint(folder, name="last"):
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, stripes):
     folder, said = vit_run
@@ -143,6 +144,7 @@ def test_vit_on_two_processes_learns_what_one_learns(vit_run, workers, stripes, 
     assert [float(x) for x in together] == pytest.approx([float(x) for x in alone], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
     folder, _ = vit_run
     first = {}
@@ -153,6 +155,7 @@ def test_vit_both_optimizers_start_from_the_same_weights_and_batches(vit_run):
     assert first["small_fc_lopt"] == first["adamw"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
     from pylo_integrations.plot import plot, read_runs
@@ -172,6 +175,7 @@ def test_vit_logs_telemetry_that_can_be_drawn(vit_run, stripes, tmp_path):
         assert run.losses() and not run.telemetry("update_ratio", of="group")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, stripes, tmp_path):
     folder, _ = vit_run
@@ -189,6 +193,7 @@ def test_vit_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(vit_run, str
     assert "adamw" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_vit_resuming_a_finished_comparison_trains_no_further(vit_run, stripes):
     folder, said = vit_run
@@ -319,6 +324,7 @@ def parameters(path):
     return load_file(path / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_gpt2_learns_and_prints_a_summary(gpt2_run):
     folder, said = gpt2_run
@@ -331,6 +337,7 @@ def test_gpt2_learns_and_prints_a_summary(gpt2_run):
     assert all(name in said for name in summary) and "text: 1 given files" in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_gpt2_resumed_in_the_middle_equals_uninterrupted(gpt2_run, small_gpt2, tmp_path):
     folder, _ = gpt2_run
@@ -342,6 +349,7 @@ def test_gpt2_resumed_in_the_middle_equals_uninterrupted(gpt2_run, small_gpt2, t
     assert all(left[key] == right[key] for key in left if key not in ("tokens/s", "ms/step"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_gpt2_with_accelerate_learns_and_resumes_exactly(small_gpt2, tmp_path):
     options = [*small_gpt2, "--save_steps=4", "--gradient_accumulation_steps=2", "--output_dir"]
