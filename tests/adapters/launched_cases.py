@@ -6,6 +6,9 @@ in the one place where that is decided; everything after it is as a user gets it
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,14 @@ from thetas import is_absent, theta_for
 from torch import Tensor, nn
 
 from pylo_integrations import get_optimizer_info, unwrap_optimizer
+
+
+@functools.cache
+def stays(framework: str) -> None:
+    """Imports a framework for good: after every run they collect garbage, and would look through what is imported."""
+    importlib.import_module(framework)
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
@@ -137,6 +148,7 @@ def hf_case(
     **options: Any,
 ) -> dict[str, Any]:
     """Train; with ``resume``, once more from the checkpoint in the middle."""
+    stays("test_adapter_hf")
     import transformers
     from test_adapter_hf import gpt2
 
@@ -285,6 +297,7 @@ def lightning_case(
     shard_step: bool = False,
 ) -> dict[str, Any]:
     """Two epochs; with ``resume``, the second once more from a checkpoint, since Lightning cannot skip batches."""
+    stays("lightning.pytorch")
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
