@@ -10,11 +10,12 @@ import copy
 import pytest
 import torch
 from native_library import library_or_skip
-from thetas import create
+from thetas import create, slow_unless
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 NAMES = ["small_fc_lopt", "velo", "celo", "celo2", "elo_celo2", "celo_adam"]
+QUICK = [("velo", "native"), ("small_fc_lopt", "reference"), ("celo2", "native")]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def assert_equal_runs(model, optimizer, other_model, other) -> None:
         assert torch.equal(optimizer._progress.memory[key], value), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [slow_unless(name == "velo", name) for name in NAMES])
 def test_the_operator_passes_torchs_own_checks(name):
     library_or_skip()
     model = network()
@@ -73,7 +74,11 @@ def test_the_operator_passes_torchs_own_checks(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "native") for name in NAMES), *((name, "reference") for name in NAMES[:2])]
+    ("name", "backend"),
+    [
+        slow_unless(case in QUICK, *case)
+        for case in [*((name, "native") for name in NAMES), *((name, "reference") for name in NAMES[:2])]
+    ],
 )
 def test_a_compiled_step_is_the_step(name, backend):
     """Without a break, with a schedule, and with steps that are not compiled before and after."""

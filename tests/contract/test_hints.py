@@ -14,7 +14,7 @@ from disagreement_cases import LAYOUTS
 from hint_cases import SPOILT, STRANGE, hint_case
 from native_library import library_or_skip
 from scheduler_cases import OFFERED
-from thetas import create, theta_for
+from thetas import create, slow_unless, theta_for
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
@@ -31,6 +31,7 @@ from pylo_integrations import (
 
 pytestmark = [pytest.mark.usefixtures("small_thetas"), pytest.mark.timeout(300)]
 
+ENTRIES = [slow_unless(name in ("celo", "celo2"), name) for name in list_optimizers()]
 WANT_SCHEDULES = {"celo2", "celo2_base", "elo", "elo_celo2"}
 
 
@@ -201,7 +202,7 @@ def test_what_is_too_large_is_told_at_the_next_step_however_it_was_set(name, way
 
 
 @pytest.mark.parametrize("way", LATER)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_what_is_set_too_small_is_told_when_it_has_stayed_for_a_tenth_of_the_run(name, way, told):
     natural = get_optimizer_info(name).lr
     for taken in (0, 3) if way in ("by hand", "as tensors") else (0,):
@@ -331,7 +332,7 @@ def test_every_scheduler_of_torch_is_here():
 
 
 @pytest.mark.parametrize("kind", USUAL)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_nothing_is_said_about_any_scheduler_of_torch(name, kind, told):
     natural = get_optimizer_info(name).lr
     lr = torch.tensor(natural / 5) if kind in ("LambdaLR", "LinearLR") else natural / 5
@@ -341,7 +342,7 @@ def test_nothing_is_said_about_any_scheduler_of_torch(name, kind, told):
 
 
 @pytest.mark.parametrize("kind", USUAL)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_nor_about_the_same_by_hand(name, kind, told):
     """Nothing in the groups says that there is a schedule, and one for the decay is as good as one for the rate."""
     natural = get_optimizer_info(name).lr
@@ -360,7 +361,7 @@ def test_nor_about_the_same_by_hand(name, kind, told):
     assert len(set(rates)) > 1
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_nothing_is_said_about_the_schedules_of_the_trainer(name, told):
     transformers = pytest.importorskip("transformers")
     special = {"warmup_stable_decay": {"num_decay_steps": 10}, "cosine_with_min_lr": {"min_lr_rate": 1e-3}}
@@ -374,7 +375,7 @@ def test_nothing_is_said_about_the_schedules_of_the_trainer(name, told):
         assert told() == []
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_nothing_is_said_about_epochs_of_a_warm_up_or_a_run_that_is_resumed_at_its_end(name, told):
     natural = get_optimizer_info(name).lr
     optimizer = create([parameter()], name, 0.0, 0.1, num_steps=200)
@@ -398,7 +399,7 @@ def hints_of(told) -> list[str]:
     return [text for text in told() if "has not changed" in text]
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_a_constant_learning_rate_is_told_where_a_schedule_is_wanted(name, backend, told):
     spec = get_optimizer_info(name)
     assert spec.wants_schedule == (name in WANT_SCHEDULES)
@@ -517,7 +518,7 @@ def test_steps_of_compiled_functions_are_looked_at(told):
 
 
 @pytest.mark.parametrize("what", STRANGE)
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", ENTRIES)
 def test_a_hint_that_is_raised_is_raised_when_the_step_is_over(name, what, backend):
     runs = []
     for action in ("ignore", "error"):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+from forked import Forked
 from native_library import library_or_skip
 from thetas import create, distinct_rules
 from torch import nn
@@ -171,13 +170,20 @@ def test_copies_do_not_wait_for_the_original(clone):
     assert copy.copy(optimizer._steplock) is not optimizer._steplock
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    forked = Forked("torch", "pylo_integrations", environment=os.environ, options=("-W", "ignore"))
+    yield forked
+    forked.close()
+
+
 SCRIPT = """
-import os, sys, threading
+import os, threading
 import torch
 from pylo_integrations import create_optimizer
-torch.set_num_threads(int(sys.argv[2]))
+torch.set_num_threads(2)
 model = torch.nn.Linear(40, 40)
-optimizer = create_optimizer(model, "celo", num_steps=9, backend=sys.argv[1])
+optimizer = create_optimizer(model, "celo", num_steps=9, backend=BACKEND)
 for p in model.parameters():
     p.grad = torch.ones_like(p)
 optimizer.step(loss=1.0)
@@ -203,9 +209,8 @@ print(optimizer.iteration)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_the_child_of_a_fork_does_not_wait_for_threads_of_its_parent(backend):
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, backend, "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_child_of_a_fork_does_not_wait_for_threads_of_its_parent(interpreter, backend):
+    done = interpreter.run(f"BACKEND = {backend!r}\n{SCRIPT}")
     assert done.returncode == 0 and done.stdout.strip() == "2", done.stderr[-2000:]
 
 
@@ -225,7 +230,6 @@ print(optimizer.iteration)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_training_with_forked_loaders():
-    command = [sys.executable, "-W", "ignore", "-c", LOADER]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_training_with_forked_loaders(interpreter):
+    done = interpreter.run(LOADER)
     assert done.returncode == 0 and done.stdout.strip() == "6", done.stderr[-2000:]

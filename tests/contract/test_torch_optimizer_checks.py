@@ -29,6 +29,8 @@ from torch.testing._internal.common_utils import TestCase, parametrize
 
 from pylo_integrations import get_optimizer_info
 
+pytestmark = pytest.mark.slow  # the smoke run asks the same, more sharply, in test_optimizer_contract.py
+
 
 def optimizer_inputs(device, dtype=None, *, default_lr):
     variants = [

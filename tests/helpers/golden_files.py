@@ -84,7 +84,7 @@ def in_chunks(chunk_bytes: int) -> pytest.MarkDecorator:
     """By either backend, and by the reference in chunks: the kernels know none."""
     return pytest.mark.parametrize(
         ("auto_backend", "chunk_bytes"),
-        [("native", 2**28), ("reference", 2**28), ("reference", chunk_bytes)],
+        [("native", 2**28), ("reference", 2**28), pytest.param("reference", chunk_bytes, marks=pytest.mark.slow)],
         ids=["native", "reference", "chunked"],
         indirect=["auto_backend"],
     )

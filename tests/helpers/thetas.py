@@ -60,9 +60,14 @@ def distinct_rules() -> list[str]:
     return [name for name in list_optimizers() if name not in SAME_RULE]
 
 
+def slow_unless(quick: bool, *values: Any) -> Any:
+    """The values of a case, which is left to the rest of the suite unless it is for the smoke run."""
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
 def slow_but(*quick: str) -> list[Any]:
-    """One catalogue entry for every rule, as parameters of a test that is slow for all but those named."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in distinct_rules()]
+    """One catalogue entry for every rule; all but those named are slow."""
+    return [slow_unless(name in quick, name) for name in distinct_rules()]
 
 
 def is_absent(cls: type[LearnedOptimizer]) -> bool:

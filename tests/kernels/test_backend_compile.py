@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 from plans import last_buckets
-from thetas import create
+from thetas import create, slow_unless
 from torch import Tensor, nn
 
 from pylo_integrations import LearnedOptimizer
@@ -56,7 +56,7 @@ def assert_equal(params: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(param, other, rtol=0, atol=1e-6 * float(other.detach().abs().max()))
 
 
-@pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "celo"])
+@pytest.mark.parametrize("name", [slow_unless(name == "velo", name) for name in ("small_fc_lopt", "velo", "celo")])
 def test_steps_are_the_references_and_shapes_compile_once(name, graphs):
     params, twins = parameters(SHAPES), parameters(SHAPES)
     fast, reference = create(params, name, backend="compile"), create(twins, name, backend="reference")
@@ -83,6 +83,7 @@ def test_celo2_compiles_its_matrices(graphs):
     assert len(graphs) == FUNCTIONS  # Adam steps the vector
 
 
+@pytest.mark.slow
 def test_more_shapes_than_the_compilers_own_limit_are_all_compiled(graphs):
     shapes = [(n,) for n in range(1, 6)]
     with torch._dynamo.config.patch(recompile_limit=4):  # frameworks raise it for the whole process

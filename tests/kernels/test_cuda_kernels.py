@@ -139,6 +139,7 @@ def test_whole_runs_of_every_rule_follow_the_reference(name, precision):
     assert_close_to_reference(params, twins, parameters(FEW), 2e-5 if precision == "exact" else 2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shim")
 @pytest.mark.parametrize(
     "case",
@@ -203,6 +204,7 @@ def bits_after_two_steps(library, shapes, order: int = 0):
     return snapshot(stages.optimizer, params)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(shim):
     """Nor on which block is the last and adds up: partial sums are added in a fixed order."""
     shapes = [*FEW, (17000,), (700, 17)]

@@ -292,7 +292,9 @@ def stages_of(params, *, isa=None, library=None):
 LARGE = [(70000,), (4000, 70), (3, 900), (20, 60, 18)]  # several parts in some stage
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
+)
 def test_results_have_the_same_bits_for_any_thread_count_and_vector_width(library, dtype):
     """Instruction sets with fused multiply-add agree with each other; the baseline of x86 has none."""
     outcomes = {}
@@ -671,6 +673,7 @@ print(len(maps), len(list(Path("/proc/self/task").iterdir())))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("library")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux /proc")
 def test_one_openmp_runtime_serves_torch_and_the_kernels():

@@ -98,6 +98,7 @@ def test_a_run_is_the_same_again(whole):
     assert json.loads(json.dumps(again)) in sorted_records(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_processes_run_what_one_does(whole):
     runs = [Run("friedman", Setting("adamw", "cosine", 3e-3), 5, seed) for seed in (0, 1)]

@@ -94,6 +94,7 @@ def largest_difference(pairs):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_200_steps_are_those_of_the_optimizer():
     family = FAMILIES["teacher"](width=8, activation="tanh", batch=8)
     pairs = train_twice(family, "small_fc_lopt", 200, torch.float32)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forked
+from thetas import slow_unless
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,11 +46,7 @@ def absent_modules(script: str) -> set[str]:
     return {root for root in roots if importlib.util.find_spec(root) is None}
 
 
-SNIPPETS = [
-    pytest.param(page, marks=[] if page.name == "README.md" else pytest.mark.slow, id=page.name)
-    for page in PAGES
-    if python_of(page).strip()
-]
+SNIPPETS = [slow_unless(page.name == "README.md", page) for page in PAGES if python_of(page).strip()]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def interpreter():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", SNIPPETS)
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
 def test_snippets_run_in_order(page, interpreter, tmp_path):
     script = python_of(page)
     if absent := absent_modules(script):
