@@ -396,6 +396,7 @@ def test_states_of_shares_are_cast_or_refused(workers):
         assert rank["unchanged"]
 
 
+@pytest.mark.slow
 def test_compiled_steps_cast_and_refuse_too():
     for backend in BACKENDS:
         torch._dynamo.reset()

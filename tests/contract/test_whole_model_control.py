@@ -362,6 +362,7 @@ def test_theta_of_another_architecture_is_refused():
         Celo(parameters(), weights=theta_for("velo"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["velo", "celo_adam"])
 def test_without_network_the_published_weights_are_a_documented_error(name, tmp_path):
     code = f"""

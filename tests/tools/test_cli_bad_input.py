@@ -586,6 +586,7 @@ def test_output_that_nobody_takes(argv, capsys, monkeypatch):
     assert exit_.value.code == 2 and "cannot write to stdout: it is closed" in err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_interpreter_adds_nothing_when_it_exits():
     """As a program, whose exit flushes again."""

@@ -235,6 +235,7 @@ def test_unknown_builtin_lists_what_there_is():
         SmallFCLOpt(params(), weights="builtin:velo")
 
 
+@pytest.mark.slow
 def test_hub_weights_come_from_the_cache_offline_or_say_what_to_do(theta, tmp_path):
     """A cache laid out as huggingface_hub does; HF_HUB_OFFLINE is read at import, hence the new process."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -196,6 +196,7 @@ def test_an_offline_miss_says_what_to_do(hub, offline, ours):
     assert len(hub.log) == seen
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_like_being_offline(hub, home, online, theta, ours):
     hub.add("ann/reached", ours)
     online.load("hub:ann/reached")
@@ -408,6 +409,7 @@ def test_push_and_load_again(large, hub, online, theta, ours, tmp_path):
         hub.large.add("theta.safetensors")
 
 
+@pytest.mark.slow
 def test_push_without_a_token_offline_or_to_no_repository_changes_nothing(hub, home, offline, online, ours, tmp_path):
     write(tmp_path, ours)
     code = f"Theta.load({str(tmp_path / 'theta.safetensors')!r}).push_to_hub({{!r}})"
@@ -429,6 +431,7 @@ def test_from_hub_offline_says_what_to_do(offline):
     assert "hf download carl/none theta.safetensors --revision v1" in failed["message"]
 
 
+@pytest.mark.slow
 def test_the_command_line_fetches_and_converts_in_one_go(hub, online, tmp_path):
     [metamlp] = layouts()["MetaMLP"]
     hub.add("DiamondXL/elo", metamlp)
