@@ -194,6 +194,7 @@ def test_peak_memory_of_known_allocations_on_a_gpu():
     assert state_bytes > 16 and peak > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_of_a_step_is_seen_and_bounded_by_chunk_bytes():
