@@ -9,7 +9,7 @@ _PACKAGE = "pylo_integrations"
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    """mkdocs hook: the mark that tests/test_docs.py reads would break the fence."""
+    """mkdocs hook: the mark that tests/tools/test_docs.py reads would break the fence."""
     return markdown.replace("```python no-run", "```python")
 
 

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import gc
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and several processes of tests share the cores
+
 import pytest
 from native_library import library_or_skip
 from thetas import is_absent, theta_for
@@ -8,6 +13,12 @@ from toy_loss_rule import toy_loss_optimizer
 from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
 from pylo_integrations.workers import Workers
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: frameworks collect garbage after every run, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["native", "reference"])

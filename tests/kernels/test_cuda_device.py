@@ -1,0 +1,200 @@
+"""On a CUDA device: are the kernels what their emulation is, do they wait for nothing, and can a graph hold them?
+
+Skipped without a device. The kernels have been run by the emulation only (test_cuda_kernels.py) until these tests
+have passed once; ``backend="auto"`` should then take them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from native_library import library_or_skip
+from plans import native_parts
+from test_native_kernels import LARGE, SHAPES, assert_equal_bits, give_gradients, parameters, snapshot, theta
+from thetas import create
+from torch import nn
+
+from pylo_integrations import SmallFCLOpt
+from pylo_integrations.ops import cuda, select
+from pylo_integrations.rules.base import StepContext
+
+on_gpu = pytest.mark.usefixtures("library")
+
+
+@pytest.fixture
+def library() -> cuda.CudaLibrary:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    found = cuda.load(torch.device("cuda", torch.cuda.current_device()))
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def on_device(params, device="cuda") -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().to(device, copy=True)) for p in params]
+
+
+def copy_gradients(params, twins) -> None:
+    for p, twin in zip(params, twins, strict=True):
+        p.grad = twin.grad.to(p.device)
+
+
+def take_steps(optimizer, params, count: int, first: int = 0, **options) -> None:
+    twins = [torch.empty_like(p, device="cpu") for p in params]
+    for step in range(first, first + count):
+        give_gradients(twins, step)
+        copy_gradients(params, twins)
+        optimizer.step(**options)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_on_the_device_are_those_of_the_reference(name, dtype):
+    """The reference's steps in float32 on the CPU; of half-precision parameters, before they are rounded."""
+    starts = parameters(SHAPES + LARGE, dtype)
+    params, twins = on_device(starts), [nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in starts]
+    fast = create(params, name, num_steps=10, backend="native")
+    slow = create(twins, name, num_steps=10, backend="reference")
+    for step in range(3):
+        give_gradients(starts, step)
+        copy_gradients(params, starts)
+        for twin, start in zip(twins, starts, strict=True):
+            twin.grad = start.grad.float()
+        loss = torch.tensor(3.0 - step)
+        fast.step(loss=loss.cuda())
+        slow.step(loss=loss)
+        if dtype != torch.float32:
+            break  # from then on the rounded parameters have gradients of their own
+    # A scalar may be back where it began; all tensors move alike.
+    moved = max((twin - start.float()).abs().max() for twin, start in zip(twins, starts, strict=True))
+    assert moved > 1e-4
+    for p, twin in zip(params, twins, strict=True):
+        rounding = torch.finfo(dtype).eps * twin.abs()
+        error = (p.detach().cpu().float() - twin).abs()
+        assert (error <= 2e-4 * moved + rounding).all(), tuple(p.shape)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_second_run_has_the_same_bits():
+    results = []
+    for _ in range(2):
+        params = on_device(parameters(SHAPES + LARGE))
+        optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
+        take_steps(optimizer, params, 3)
+        results.append(snapshot(optimizer, params))
+    assert_equal_bits(*results)
+
+
+def stages_and_step(params):
+    """Native stages after two ordinary steps, and a function that runs them once more on the same gradients."""
+    optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
+    take_steps(optimizer, params, 2)
+    (stages,) = native_parts(optimizer)
+    buckets = stages._buckets
+    for bucket in buckets:
+        bucket.grads = [p.grad for p in bucket.params]
+    context = StepContext(2, None, None, constants=optimizer.rule.constants(params[0].device, torch.float32))
+    controls = optimizer.rule.control(buckets, [{}] * len(buckets), context)
+
+    def step() -> None:
+        contexts = [context] * len(buckets)
+        stages.prepare_(stages.collect(contexts), contexts)
+        stages.describe_(contexts)
+        stages.step_(controls, contexts, [(1.0, 1.0)] * len(buckets), None, range(len(buckets)))
+
+    return optimizer, step
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_stages_wait_for_nothing_and_allocate_nothing_new():
+    _, step = stages_and_step(on_device(parameters(SHAPES)))
+    step()
+    torch.cuda.synchronize()
+    allocations = torch.cuda.memory_stats()["num_device_alloc"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["num_device_alloc"] == allocations
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_graph_repeats_the_stages():
+    results = []
+    for captured in (False, True):
+        params = on_device(parameters(SHAPES))
+        optimizer, step = stages_and_step(params)
+        step()
+        if captured:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            step = graph.replay
+        for _ in range(3):
+            step()
+        results.append(snapshot(optimizer, params))
+    assert_equal_bits(*results)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_stages_run_on_the_current_stream():
+    results = []
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            params = on_device(parameters(SHAPES))
+            optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
+            take_steps(optimizer, params, 3)
+            results.append(snapshot(optimizer, params))
+        stream.synchronize()
+    assert_equal_bits(*results)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is only one CUDA device")
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        params = on_device(parameters(SHAPES), device)
+        optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
+        take_steps(optimizer, params, 3)
+        results.append([t.cpu() for t in snapshot(optimizer, params)])
+    assert torch.cuda.current_device() == 0
+    assert_equal_bits(*results)
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_learning_rate_on_the_device_stays_there():
+    params = on_device(parameters(SHAPES))
+    optimizer = SmallFCLOpt(params, weights=theta(), lr=torch.tensor(0.5, device="cuda"), backend="native")
+    twins = on_device(parameters(SHAPES))
+    plain = SmallFCLOpt(twins, weights=theta(), lr=0.5, backend="native")
+    take_steps(optimizer, params, 2)
+    take_steps(plain, twins, 2)
+    for p, twin in zip(params, twins, strict=True):
+        assert torch.equal(p, twin)
+
+
+# -- what needs no device ---------------------------------------------------------------------------------------------
+
+
+def test_auto_leaves_cuda_tensors_to_the_reference_and_native_says_what_is_missing(monkeypatch):
+    library_or_skip()
+    monkeypatch.setattr(cuda, "find_library", lambda cpu: None)
+    device = torch.device("cuda", 7)  # whatever this machine has
+    assert "asked for" in select._reluctance("auto", device)
+    assert select._reluctance("native", device) is None
+    assert "nvcc" in select._why_no_library(device)
+    assert select._why_no_library(torch.device("cpu")) is None
+    assert "no CUDA kernels" in select.native_report()

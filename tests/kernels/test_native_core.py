@@ -1,0 +1,30 @@
+"""Does the C++ core stay inside its buffers and refuse nonsense? (tests/kernels/csrc/driver.cpp under sanitizers)"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from native_library import build, library_or_skip
+
+from pylo_integrations.ops.loader import ISAS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_driver_runs_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    # -O1: the checks are compiled into every access, and at -O3 that takes minutes.
+    build(
+        tmp_path,
+        "-DCMAKE_BUILD_TYPE=Sanitized",
+        "-DCMAKE_CXX_FLAGS=-O1",
+        "-DPYLO_TESTS=ON",
+        "-DPYLO_SANITIZE=address,undefined",
+    )
+    # libgomp keeps the memory of its worker threads until the process ends.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run = subprocess.run([tmp_path / "pylo_driver"], capture_output=True, text=True, timeout=600, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    # Every instruction set that this machine has was run, by its number, and not just the best one.
+    assert run.stdout == " ".join([*(str(ISAS[isa]) for isa in library_or_skip().isas()), "ok\n"])
