@@ -55,16 +55,24 @@ class Keywords(TypedDict, total=False):
     stochastic_rounding: Annotated[bool, False]
 
 
-class ThetaKeywords(Keywords, total=False):
-    """Of optimizers whose rule is built from theta; those that are not ``weights`` are constants of the rule.
+class WeightsKeywords(Keywords, total=False):
+    """Of optimizers whose rule is built from theta.
 
     Attributes:
         weights: Theta: an object, a path, ``"builtin:<name>"``, ``"hub:<owner>/<repo>[@revision]"`` or arrays. By
             default those of the class.
-        step_mult: Scale of the step; by default theta's.
     """
 
     weights: Weights | None
+
+
+class ThetaKeywords(WeightsKeywords, total=False):
+    """Of those with constants of the rule that stand beside theta.
+
+    Attributes:
+        step_mult: Scale of the step; by default theta's.
+    """
+
     step_mult: float | None
 
 
@@ -84,6 +92,16 @@ class OrthogonalKeywords(NetworkKeywords, total=False):
     Attributes:
         orthogonalise: Precision of the products of matrices that orthogonalise steps, see
             :data:`~pylo_integrations.rules.newton_schulz.Precision`.
+    """
+
+    orthogonalise: Annotated[Precision, "float32"]
+
+
+class PaceKeywords(WeightsKeywords, total=False):
+    """Of Pace.
+
+    Attributes:
+        orthogonalise: As for :class:`OrthogonalKeywords`.
     """
 
     orthogonalise: Annotated[Precision, "float32"]
@@ -141,8 +159,10 @@ __all__ = [
     "Keywords",
     "NetworkKeywords",
     "OrthogonalKeywords",
+    "PaceKeywords",
     "ThetaKeywords",
     "Unpack",
+    "WeightsKeywords",
     "spelled_out",
     "split",
 ]

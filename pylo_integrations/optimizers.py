@@ -12,8 +12,10 @@ from pylo_integrations.keywords import (
     CeloKeywords,
     NetworkKeywords,
     OrthogonalKeywords,
+    PaceKeywords,
     ThetaKeywords,
     Unpack,
+    WeightsKeywords,
     spelled_out,
     split,
 )
@@ -23,7 +25,7 @@ from pylo_integrations.rules.base import Rule
 from pylo_integrations.weights.sources import Weights, load_theta
 from pylo_integrations.weights.theta import Theta
 
-__all__ = ["CELO2", "ELO", "ELOCELO2", "CELO2Base", "Celo", "CeloAdam", "MuLO", "SmallFCLOpt", "VeLO"]
+__all__ = ["CELO2", "ELO", "ELOCELO2", "CELO2Base", "Celo", "CeloAdam", "MuLO", "Pace", "SmallFCLOpt", "VeLO"]
 """Those of the catalogue, which the package has at its top."""
 
 
@@ -70,7 +72,7 @@ class ThetaOptimizer(LearnedOptimizer):
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[NetworkKeywords]) -> None:
         self._make(params, lr, keywords)
 
-    def _make(self, params: ParamsT, lr: float | Tensor | None, keywords: ThetaKeywords) -> None:
+    def _make(self, params: ParamsT, lr: float | Tensor | None, keywords: WeightsKeywords) -> None:
         """Make theta of ``weights``, the rule of theta, and the optimizer of the rule."""
         common, constants = split(keywords)
         weights = constants.pop("weights")
@@ -82,7 +84,7 @@ class ThetaOptimizer(LearnedOptimizer):
             rule,
             lr=lr,
             theta=theta,
-            usual_lrs=self._usual_lrs(theta, rule, weights is None and constants["step_mult"] is None),
+            usual_lrs=self._usual_lrs(theta, rule, weights is None and constants.get("step_mult") is None),
             wants_schedule=self.wants_schedule_with(constants),
             **common,
         )
@@ -191,6 +193,22 @@ class CELO2(ThetaOptimizer, name="celo2"):
     def __init__(
         self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[OrthogonalKeywords]
     ) -> None:
+        self._make(params, lr, keywords)
+
+
+class Pace(ThetaOptimizer, name="pace"):
+    """Pace: orthogonalised momentum that finds its own step size (:mod:`pylo_integrations.rules.pace`).
+
+    Matrices go where their momentum points, orthogonalised; vectors, scalars, embeddings and the tensors of groups
+    marked ``rule="adamw"`` take Adam's step. How far both go is learned: by width and horizon, over the run, and by
+    whether gradients still agree with the momentum. Takes the arguments of :class:`ThetaOptimizer` but ``step_mult``
+    and ``exp_mult``, and ``orthogonalise`` as :class:`CELO2` does. It wants ``num_steps``, over which steps shrink to
+    zero by themselves, so no schedule is needed; without it they never shrink. The default weights, ``"builtin:pace"``,
+    were meta-trained by this package on small networks. The loss is unused.
+    """
+
+    @spelled_out
+    def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[PaceKeywords]) -> None:
         self._make(params, lr, keywords)
 
 

@@ -19,11 +19,19 @@ from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.rules.celo_adam import CeloAdamRule
 from pylo_integrations.rules.control import SCHEDULE_FEATURES, lstm_shapes
 from pylo_integrations.rules.networks import stack_shapes
+from pylo_integrations.rules.pace import NUMBERS, PaceRule
 from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.rules.velo import VeLORule
 
 ARCHITECTURES: Mapping[str, type[Rule]] = MappingProxyType(
-    {"small_fc": SmallFCRule, "velo": VeLORule, "celo": CeloRule, "celo_adam": CeloAdamRule, "celo2": Celo2Rule}
+    {
+        "small_fc": SmallFCRule,
+        "velo": VeLORule,
+        "celo": CeloRule,
+        "celo_adam": CeloAdamRule,
+        "celo2": Celo2Rule,
+        "pace": PaceRule,
+    }
 )
 """Rules that theta can be for."""
 
@@ -35,6 +43,7 @@ SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "celo": lstm_shapes(CeloRule.controller_inputs, 64, 1) | stack_shapes(4, 1),
     "celo_adam": lstm_shapes(SCHEDULE_FEATURES, 64),
     "celo2": stack_shapes(8),
+    "pace": {"numbers": (len(NUMBERS),)},
 }
 """Of an architecture's arrays, as large as its authors have them."""
 
@@ -154,6 +163,13 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 },
                 converts_as="celo2",
                 modules=("CELO2MLP",),
+            ),
+            Profile(
+                name="pace",
+                description="orthogonalised momentum at a learned and self-correcting step size, Adam for vectors",
+                architecture="pace",
+                weights="builtin:pace",
+                adamw_embeddings=True,
             ),
             Profile(
                 name="celo2_base",

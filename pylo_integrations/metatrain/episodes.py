@@ -31,7 +31,7 @@ SplitName = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What meta-training lowers: the mean over steps of ``log(floor + loss / first loss)``.
+    """What meta-training lowers: the mean over the last steps of an episode of ``log(floor + loss / first loss)``.
 
     The ratio is cut at ``ceiling``, which also stands for a loss that is not finite.
 
@@ -39,11 +39,13 @@ class Objective:
         split: Whether the loss is that of the training batch, before the step, or of a validation batch.
         floor: Losses below this fraction of the first do not count for much.
         ceiling: Losses above this multiple of the first count as this.
+        tail: Steps before this part of the horizon do not count; 0 for all, near 1 for where the run ends.
     """
 
     split: SplitName = "train"
     floor: float = 0.01
     ceiling: float = 3.0
+    tail: float = 0.0
 
     def __call__(self, losses: Tensor, first: Tensor) -> Tensor:
         """Of every member, ``(members,)``."""
@@ -240,7 +242,7 @@ class Episode:
         """
         arrays = {name: array.to(self.device, self.dtype) for name, array in arrays.items()}
         constants = self.learner.constants(arrays, self.device, self.dtype)
-        tiled = self._tiled(constants)
+        tiled = [self._tiled(arrays, slot) for slot in self._slots]
         if not self._now.states:
             self._now.states = self._initial_states(arrays)
         return torch.stack([self._step(constants, tiled) for _ in range(steps)])
@@ -292,7 +294,7 @@ class Episode:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _step(self, constants: Mapping[str, Tensor], tiled: Mapping[int, Mapping[str, Tensor]]) -> Tensor:
+    def _step(self, constants: Mapping[str, Tensor], tiled: Sequence[Mapping[str, Tensor]]) -> Tensor:
         now = self._now
         grads, losses = self._gradients(now.params, self._scales, self._batch("train", self.iteration, False))
         measured = losses
@@ -302,15 +304,16 @@ class Episode:
         if now.first is None:
             now.first = measured.detach()
         self._update(grads, losses, constants, tiled)
+        counts = self.iteration >= self.objective.tail * self.horizon
         self.iteration += 1
-        return self.objective(measured, now.first)
+        return self.objective(measured, now.first) * counts
 
     def _update(
         self,
         grads: Mapping[str, Tensor],
         losses: Tensor,
         constants: Mapping[str, Tensor],
-        tiled: Mapping[int, Mapping[str, Tensor]],
+        tiled: Sequence[Mapping[str, Tensor]],
     ) -> None:
         """A step of every member, through the same stages as an optimizer's."""
         now, rules = self._now, [slot.rule for slot in self._slots]
@@ -329,11 +332,18 @@ class Episode:
                 self.iteration,
                 self.horizon,
                 None,
-                constants=tiled[len(slot.names)] if slot.rule is self.learner.rule else self._plain_constants(slot),
+                constants=mine,
                 local=self.learner.local,
             )
-            for slot in self._slots
+            for mine in tiled
         ]
+
+        def decide(sums: Sequence[Sums]) -> list[Control]:
+            controls = self._control(stacks, sums, losses, constants)
+            for slot, ctx in zip(self._slots, contexts, strict=True):  # what later stages read of it
+                ctx.memory.update({name: _repeated(value, slot) for name, value in now.memory.items()})
+            return controls
+
         stages = ReferenceStages(rules, stacks)
         factor = SHAPES[self.schedule](self.iteration / self.horizon)
         factors = [keep_and_scale(slot.group, slot.rule.lr_mult * factor) for slot in self._slots]
@@ -342,7 +352,7 @@ class Episode:
             stages.collect(contexts),
             contexts,
             factors,
-            lambda sums: self._control(stacks, sums, losses, constants),
+            decide,
         )
         params: dict[str, Tensor] = {}
         for slot, stack, steps, (keep, scale), ctx in zip(
@@ -411,18 +421,14 @@ class Episode:
     def _by_tensor(self, value: Tensor, count: int) -> Tensor:
         return value.expand(-1, count, *value.shape[2:]).transpose(0, 1).flatten(0, 1)
 
-    def _tiled(self, constants: Mapping[str, Tensor]) -> dict[int, Mapping[str, Tensor]]:
-        """The constants of a stack's every tensor, by how many parameters it holds."""
-        counts = {len(slot.names) for slot in self._slots}
+    def _tiled(self, arrays: Arrays, slot: _Slot) -> Mapping[str, Tensor]:
+        """The constants of every tensor of a stack."""
+        constants = self.learner.constants(
+            arrays, self.device, self.dtype, lambda rule: rule.rule_for(slot.layout, slot.group)
+        )
         if self.learner.make_rule is None:
-            return dict.fromkeys(counts, constants)
-        return {
-            count: {name: value.repeat(count, *(1,) * (value.dim() - 1)) for name, value in constants.items()}
-            for count in counts
-        }
-
-    def _plain_constants(self, slot: _Slot) -> Mapping[str, Tensor]:
-        return slot.rule.constants(self.device, self.dtype)
+            return constants
+        return {name: _repeated(value, slot) for name, value in constants.items()}
 
     def _initial_states(self, arrays: Arrays) -> list[dict[str, Tensor]]:
         initial = self.learner.initial_state(arrays)
@@ -478,6 +484,11 @@ class Episode:
     @staticmethod
     def _along(scale: Tensor, like: Tensor) -> Tensor:
         return scale.view(-1, *(1,) * (like.dim() - 1))
+
+
+def _repeated(value: Tensor, slot: _Slot) -> Tensor:
+    """What every member has, ``(members, ...)``, for every tensor of a stack."""
+    return value.repeat(len(slot.names), *(1,) * (value.dim() - 1))
 
 
 def _without_nonfinite(grad: Tensor) -> Tensor:

@@ -79,12 +79,25 @@ class Learner:
         defaults = {"lr": self.lr, "weight_decay": 0.0, "weight_decay_policy": "before", "maximize": False}
         return [{**defaults, **group} for group in groups]
 
-    def constants(self, arrays: Arrays, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """:meth:`Rule.constants` of every member's theta, with a leading axis over members."""
+    def constants(
+        self,
+        arrays: Arrays,
+        device: torch.device,
+        dtype: torch.dtype,
+        of: Callable[[Rule], Rule] = lambda rule: rule,
+    ) -> dict[str, Tensor]:
+        """:meth:`Rule.constants` of every member's theta, with a leading axis over members.
+
+        Args:
+            arrays: Theta of every member.
+            device: Where.
+            dtype: Of floating-point constants.
+            of: Which of the rules that a rule leaves tensors to; by default itself.
+        """
         make_rule = self.make_rule
         if make_rule is None:
-            return self.rule.constants(device, dtype)
-        constants: dict[str, Tensor] = torch.func.vmap(lambda mine: make_rule(mine).constants(device, dtype))(
+            return of(self.rule).constants(device, dtype)
+        constants: dict[str, Tensor] = torch.func.vmap(lambda mine: of(make_rule(mine)).constants(device, dtype))(
             dict(arrays)
         )
         return constants

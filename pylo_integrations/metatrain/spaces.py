@@ -14,6 +14,7 @@ from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.rules.control import HORIZON_MARKS, LR_MULT, SCHEDULE_FEATURES, lstm_shapes
 from pylo_integrations.rules.features import MATRIX_FEATURES, TIME_SCALES, channel_counts
 from pylo_integrations.rules.networks import STACK, stack_shapes
+from pylo_integrations.rules.pace import NUMBERS
 from pylo_integrations.rules.small_fc import SmallFCRule
 
 DECAY_SCALE = 0.1
@@ -349,9 +350,51 @@ class Celo2Linear(LinearSpace):
         return self._mlp | _pointed(self._mlp, self._channels, vector)
 
 
+class PaceNumbers(LinearSpace):
+    """For Pace: all of its numbers, from steps that are Muon's on small networks and a feedback that is slow.
+
+    Args:
+        step: Root mean square of a step of a matrix.
+        seed: Of nothing; every space has it.
+    """
+
+    _START: Mapping[str, float] = {
+        "log_vector_step": math.log(6e-3),
+        "momentum": math.log(0.95 / 0.05),
+        "target": 0.1,
+        "log_gain": math.log(0.1),
+        "log_memory": math.log(10),
+        "fade": math.log(0.5),
+    }
+    _UNITS: Mapping[str, float] = {
+        "log_step": 0.5,
+        "log_vector_step": 0.5,
+        "width_exponent": 0.2,
+        "horizon_exponent": 0.2,
+        "momentum": 0.5,
+        "target": 0.05,
+        "log_gain": 0.5,
+        "log_memory": 0.3,
+        "fade": 0.3,
+        "power": 0.3,
+    }
+
+    def __init__(self, *, step: float = 2e-3, seed: int = 0) -> None:
+        super().__init__(step)
+        start = {**self._START, "log_step": math.log(step)}
+        self._template = torch.tensor([start.get(name, 0.0) for name in NUMBERS])
+        self._units = torch.tensor([self._UNITS[name] for name in NUMBERS])
+        self.start = torch.zeros(len(NUMBERS))
+
+    def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The numbers."""
+        return {"numbers": self._template.to(vectors) + self._units.to(vectors) * vectors}
+
+
 LINEAR_SPACES: Mapping[str, Callable[..., LinearSpace]] = {
     "small_fc": SmallFCLinear,
     "celo": CeloLinear,
     "celo2": Celo2Linear,
+    "pace": PaceNumbers,
 }
 """By architecture: those whose theta can be constructed."""

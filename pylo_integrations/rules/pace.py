@@ -1,0 +1,217 @@
+r"""Pace: orthogonalised momentum whose step size follows a law and is then corrected by what the run shows.
+
+The direction of a matrix is Nesterov's momentum, orthogonalised, with root mean square 1. What is learned is how far to
+go: numbers of a law (shape, horizon), of a schedule over the run, and of a feedback. Momentum points to where recent
+gradients agreed. If a new gradient agrees with it still, steps are too short, and if it turns against it, they overshoot:
+
+.. math:: a_t = \operatorname{mean} \langle g_t, m_{t-1} \rangle / \langle m_{t-1}, m_{t-1} \rangle
+    \qquad \log \mathrm{pace} \mathrel{+}= \mathrm{gain} \cdot (\bar a_t - \mathrm{target})
+
+The mean is over matrices, and :math:`\bar a` an average over some steps. Feedback is active in the first part of the
+run, and fades. Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pylo_integrations.rules.accumulators import ema_
+from pylo_integrations.rules.adamw import AdamWRule
+from pylo_integrations.rules.arrays import check_arrays
+from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
+from pylo_integrations.rules.newton_schulz import Precision, orthogonalise
+from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
+from pylo_integrations.sharding.layout import TensorLayout
+
+NUMBERS = (
+    "log_step",
+    "log_vector_step",
+    "width_exponent",
+    "horizon_exponent",
+    "momentum",
+    "target",
+    "log_gain",
+    "log_memory",
+    "fade",
+    "power",
+)
+"""What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
+
+WIDTH, HORIZON = 256.0, 1000.0
+"""Long side of a matrix, and steps of a run, at which the law is 1."""
+
+LARGEST_LOG_PACE = math.log(32)
+
+_MOMENTUM = ("momentum_0",)
+
+
+@dataclass(frozen=True, eq=False)
+class PaceRule(Rule):
+    """The rule of Pace.
+
+    Attributes:
+        numbers: ``(10,)``, those of :data:`NUMBERS`.
+        precision: Of the products that orthogonalise.
+    """
+
+    numbers: Tensor
+    precision: Precision = "float32"
+
+    kind: ClassVar[str] = "Pace"
+    finishes: ClassVar[bool] = True
+    norm_eps: ClassVar[float] = 1e-9
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor], *, orthogonalise: Precision = "float32") -> PaceRule:
+        """Build the rule from theta.
+
+        Args:
+            arrays: ``numbers``, ``(10,)``: logarithms of the root mean square of a step of a matrix, and of Adam's
+                rate; exponents of the law in width and horizon; logit of the momentum's decay; what agreement is
+                brought to; logarithms of the feedback's gain per step and of the steps that it averages over;
+                logarithm of the part of the run in which it is active; logarithm of the schedule's exponent.
+            orthogonalise: Precision of the products.
+
+        Raises:
+            ValueError: A name is missing or unknown, or the shape does not fit.
+        """
+        check_arrays("pace", arrays, {"numbers": (len(NUMBERS),)})
+        return cls(arrays["numbers"], orthogonalise)
+
+    @property
+    def choices(self) -> tuple[RuleChoice, ...]:
+        """``"adamw"`` as well."""
+        return "learned", "adamw"
+
+    def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
+        """This rule for matrices; Adam at its pace for others."""
+        return _adam(self) if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+
+    @property
+    def workspace(self) -> int:
+        """Gradient, momentum and products of them."""
+        return 8
+
+    def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
+        """One momentum."""
+        return dict.fromkeys(_MOMENTUM)
+
+    def initial_memory(self) -> dict[str, Tensor]:
+        """No feedback yet."""
+        return {"log_pace": torch.zeros(()), "agreement": torch.zeros(())}
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The numbers, each 0-d by its name."""
+        return dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
+
+    def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
+        """Products of gradient and momentum, and of the momentum with itself."""
+        grad, momentum = read_clipped_gradient(block, ctx), block.load(_MOMENTUM)
+        products = torch.cat([grad * momentum, momentum.square()], dim=1)
+        return {"products": PartialSum.of(products, range(len(block.box.shape)), block.box.shape)}
+
+    def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
+        """Agreement of all matrices, and the pace that follows from it."""
+        c = ctx.constants
+        ratios = torch.cat([total["products"].flatten(2).sum(2) for total in sums])
+        known = ratios[:, 1] > 0
+        agreement = torch.where(known, ratios[:, 0] / ratios[:, 1].clamp_min(1e-38), 0).clamp(-2, 2)
+        seen = known.sum()
+        mean = agreement.sum() / seen.clamp_min(1)
+        before = {name: ctx.memory.get(name, value) for name, value in self.initial_memory().items()}
+        average = before["agreement"].to(mean)
+        # An average of as many steps as there were, until there were enough.
+        weight = 1 / torch.minimum(c["log_memory"].exp(), torch.full_like(mean, max(1.0, float(ctx.iteration))))
+        average = torch.where(seen > 0, average + weight * (mean - average), average)
+        change = c["log_gain"].exp() * (average - c["target"]) * _activity(ctx)
+        pace = before["log_pace"].to(mean) + torch.where(seen > 0, change, 0)
+        ctx.memory.update(log_pace=pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE), agreement=average)
+        return [{}] * len(buckets)
+
+    def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
+        """Update the momentum."""
+        weight = torch.sigmoid(-ctx.constants["momentum"]).unsqueeze(-1)
+        block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
+        return {}
+
+    def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
+        """Nesterov's momentum."""
+        momentum = block.load(_MOMENTUM)
+        weight = torch.sigmoid(-ctx.constants["momentum"]).view(-1, *(1,) * (momentum.dim() - 1))
+        return torch.lerp(momentum, read_clipped_gradient(block, ctx), weight)
+
+    def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
+        """Orthogonalise, and go as far as law, schedule and feedback say."""
+        axes = [axis + 2 for axis in layout.order[-2:]]
+        steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes).to(steps.dtype)
+        count = math.prod(steps.shape[axis] for axis in axes)
+        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
+        long = max(steps.shape[axis] for axis in axes)
+        width = torch.exp(ctx.constants["width_exponent"] * math.log(long / WIDTH))
+        size = torch.exp(ctx.constants["log_step"]) * width * pace_of(ctx)
+        finished: Tensor = steps * (mean_square + self.norm_eps).rsqrt() * size.reshape(-1, *(1,) * (steps.dim() - 1))
+        return finished
+
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The feedback's factor on steps, and the agreement that it follows."""
+        told = {name: memory[name] for name in ("log_pace", "agreement") if name in memory}
+        return {"pace": told["log_pace"].exp(), "agreement": told["agreement"]} if told else {}
+
+
+@dataclass(frozen=True, eq=False)
+class PacedAdamRule(AdamWRule):
+    """Adam's step at the pace of a :class:`PaceRule`.
+
+    Attributes:
+        numbers: As there.
+    """
+
+    kind: ClassVar[str] = "PacedAdam"
+    numbers: Tensor = torch.empty(0)
+
+    @property
+    def kernel_spec(self) -> None:  # type: ignore[override]
+        """Kernels do not know the pace."""
+        return None
+
+    def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Those of both."""
+        numbers = dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
+        return super().constants(device, dtype) | numbers
+
+    def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
+        """The momentum over the root of the second moment, as far as schedule and feedback say."""
+        step = super().propose(block, prepared, sums, control, ctx)
+        size = torch.exp(ctx.constants["log_vector_step"]) * pace_of(ctx)
+        return step * size.reshape(-1, *(1,) * (step.dim() - 1))
+
+
+def _adam(rule: PaceRule) -> PacedAdamRule:
+    cache = rule.__dict__.setdefault("_adam", None) or PacedAdamRule((0.9, 0.95), clips=True, numbers=rule.numbers)
+    rule.__dict__["_adam"] = cache
+    return cache
+
+
+def _activity(ctx: StepContext) -> float | Tensor:
+    """How much of the feedback's gain there is: less and less until a part of the run, and then nothing."""
+    if ctx.num_steps is None:
+        return 1 / (1 + ctx.iteration / HORIZON)
+    part = ctx.constants["fade"].exp()
+    return (1 - ctx.iteration / ctx.num_steps / part).clamp_min(0)
+
+
+def pace_of(ctx: StepContext) -> Tensor:
+    """Factor on the steps of all tensors: of the horizon, the schedule and the feedback."""
+    c = ctx.constants
+    pace = torch.exp(ctx.memory["log_pace"].to(c["power"])) if "log_pace" in ctx.memory else torch.ones_like(c["power"])
+    if ctx.num_steps is None:
+        return pace
+    left = max(0.0, 1 - ctx.iteration / ctx.num_steps)
+    schedule = torch.exp(c["power"].exp() * math.log(left)) if left else torch.zeros_like(c["power"])
+    return pace * schedule * torch.exp(c["horizon_exponent"] * math.log(ctx.num_steps / HORIZON))
