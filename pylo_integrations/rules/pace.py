@@ -2,7 +2,7 @@ r"""Pace: orthogonalised momentum whose step size follows a law and is then corr
 
 The direction of a matrix is Nesterov's momentum, orthogonalised, with root mean square 1. What is learned is how far to
 go: numbers of a law (shape, horizon), of a schedule over the run, and of a feedback. Momentum points to where recent
-gradients agreed. If a new gradient agrees with it still, steps are too short, and if it turns against it, they overshoot:
+gradients agreed. If a new gradient still agrees with it, steps are too short; if it turns against it, they overshoot:
 
 .. math:: a_t = \operatorname{mean} \langle g_t, m_{t-1} \rangle / \langle m_{t-1}, m_{t-1} \rangle
     \qquad \log \mathrm{pace} \mathrel{+}= \mathrm{gain} \cdot (\bar a_t - \mathrm{target})
@@ -121,7 +121,8 @@ class PaceRule(Rule):
         c = ctx.constants
         ratios = torch.cat([total["products"].flatten(2).sum(2) for total in sums])
         known = ratios[:, 1] > 0
-        agreement = torch.where(known, ratios[:, 0] / ratios[:, 1].clamp_min(1e-38), 0).clamp(-2, 2)
+        filled = 1 - torch.sigmoid(c["momentum"]) ** ctx.iteration  # what of the momentum's weights has met a gradient
+        agreement = torch.where(known, filled * ratios[:, 0] / ratios[:, 1].clamp_min(1e-38), 0).clamp(-2, 2)
         seen = known.sum()
         mean = agreement.sum() / seen.clamp_min(1)
         before = {name: ctx.memory.get(name, value) for name, value in self.initial_memory().items()}
