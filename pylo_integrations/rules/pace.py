@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -91,7 +92,16 @@ class PaceRule(Rule):
 
     def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """This rule for matrices; Adam at its pace for others."""
-        return _adam(self) if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+        return self.adam if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+
+    @cached_property
+    def adam(self) -> PacedAdamRule:
+        """Who steps what is no matrix."""
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers)
+
+    def schedule(self, iteration: int, num_steps: int | None) -> float:
+        """What is left of the run, to a learned power."""
+        return schedule_of(self.numbers, iteration, num_steps)
 
     @property
     def workspace(self) -> int:
@@ -181,6 +191,10 @@ class PacedAdamRule(AdamWRule):
         """Kernels do not know the pace."""
         return None
 
+    def schedule(self, iteration: int, num_steps: int | None) -> float:
+        """As that of the rule for matrices."""
+        return schedule_of(self.numbers, iteration, num_steps)
+
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of both."""
         numbers = dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
@@ -193,12 +207,6 @@ class PacedAdamRule(AdamWRule):
         return step * size.reshape(-1, *(1,) * (step.dim() - 1))
 
 
-def _adam(rule: PaceRule) -> PacedAdamRule:
-    cache = rule.__dict__.setdefault("_adam", None) or PacedAdamRule((0.9, 0.95), clips=True, numbers=rule.numbers)
-    rule.__dict__["_adam"] = cache
-    return cache
-
-
 def _activity(ctx: StepContext) -> float | Tensor:
     """How much of the feedback's gain there is: less and less until a part of the run, and then nothing."""
     if ctx.num_steps is None:
@@ -208,11 +216,18 @@ def _activity(ctx: StepContext) -> float | Tensor:
 
 
 def pace_of(ctx: StepContext) -> Tensor:
-    """Factor on the steps of all tensors: of the horizon, the schedule and the feedback."""
+    """Factor on the steps of all tensors: of the feedback, the horizon and the schedule."""
     c = ctx.constants
     pace = torch.exp(ctx.memory["log_pace"].to(c["power"])) if "log_pace" in ctx.memory else torch.ones_like(c["power"])
     if ctx.num_steps is None:
         return pace
-    left = max(0.0, 1 - ctx.iteration / ctx.num_steps)
-    schedule = torch.exp(c["power"].exp() * math.log(left)) if left else torch.zeros_like(c["power"])
-    return pace * schedule * torch.exp(c["horizon_exponent"] * math.log(ctx.num_steps / HORIZON))
+    horizon = torch.exp(c["horizon_exponent"] * math.log(ctx.num_steps / HORIZON))
+    left = 1 - ctx.iteration / ctx.num_steps
+    return pace * horizon * (torch.exp(c["power"].exp() * math.log(left)) if left > 0 else 0)
+
+
+def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float:
+    """The schedule alone, as :func:`pace_of` has it: a power of what is left of the run."""
+    if num_steps is None:
+        return 1.0
+    return float(max(0.0, 1 - iteration / num_steps) ** math.exp(numbers[NUMBERS.index("power")]))
