@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -294,7 +294,7 @@ class NativeStages:
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
         # Of every state, the rule's entries: others are not ours.
-        self._entries = [(operator.itemgetter(*rule.state_shapes(b.layout)), b.states) for b in buckets]
+        self._entries = [(_getter(tuple(rule.state_shapes(b.layout))), b.states) for b in buckets]
         self._written = self._tensors_now()
         self._sharded = any(local_part(tensor) is not tensor for tensor in self._written)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
@@ -698,6 +698,13 @@ class NativeStages:
             for share, total, members in zip(nth.described, first.described, nth.members, strict=True):
                 share.copy_(total[members])
         return list(networks.values())
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
+    """What reads the entries of these names of a state, in a loop that is not Python's where there are several."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda state: tuple(state[name] for name in names)
 
 
 def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:

@@ -48,6 +48,9 @@ NUMBERS = (
 WIDTH, HORIZON = 256.0, 1000.0
 """Long side of a matrix, and steps of a run, at which the law is 1."""
 
+LONGEST = 100_000
+"""Steps up to which the law of the horizon is followed."""
+
 LARGEST_LOG_PACE = math.log(32)
 
 _MOMENTUM = ("momentum_0",)
@@ -149,7 +152,8 @@ class PaceRule(Rule):
         average = torch.where(seen > 0, average + weight * (mean - average), average)
         change = c["log_gain"].exp() * (average - c["target"]) * _activity(ctx)
         pace = before["log_pace"].to(mean) + torch.where(seen > 0, change, 0)
-        ctx.memory.update(log_pace=pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE), agreement=average)
+        pace = pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE)
+        ctx.memory.update(log_pace=pace.float(), agreement=average.float())
         return [{}] * len(buckets)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
@@ -232,7 +236,7 @@ def pace_of(ctx: StepContext) -> Tensor:
     pace = torch.exp(ctx.memory["log_pace"].to(c["power"])) if "log_pace" in ctx.memory else torch.ones_like(c["power"])
     if ctx.num_steps is None:
         return pace
-    horizon = torch.exp(c["horizon_exponent"] * math.log(ctx.num_steps / HORIZON))
+    horizon = torch.exp(c["horizon_exponent"] * math.log(min(ctx.num_steps, LONGEST) / HORIZON))
     left = 1 - ctx.iteration / ctx.num_steps
     return pace * horizon * (torch.exp(c["power"].exp() * math.log(left)) if left > 0 else 0)
 
