@@ -20,7 +20,9 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(__CUDACC_RTC__)
+#define PYLO_API
+#elif defined(_WIN32)
 #define PYLO_API __declspec(dllexport)
 #else
 #define PYLO_API __attribute__((visibility("default")))
