@@ -29,7 +29,7 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"plot", "workers"},
+    {"plot", "workers", "kernel_check"},
     {"bench", "metatrain"},
     {"evaluation"},
     {"cli"},

@@ -1,8 +1,9 @@
 """What is made once on a machine and kept in files: by whichever process comes first, for all that come later.
 
 Files are in the first of these folders that can be written to: the one that the environment variable ``PYLO_CACHE``
-names, ``pylo_integrations`` in the user's cache folder, one in the folder for temporary files. Where there is none, every
-process makes things for itself. Files hold a digest of what is in them, and appear whole; damaged ones are made again.
+names, ``pylo_integrations`` in the user's cache folder, one in the folder for temporary files. Where there is none,
+every process makes things for itself. Files hold a digest of what is in them, and appear whole; damaged ones are made
+again.
 """
 
 from __future__ import annotations

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import threading
 from functools import cache
 from pathlib import Path
 
 from pylo_integrations.ops import cache as kept
-from pylo_integrations.ops.nvrtc import Nvrtc, NvrtcError
+from pylo_integrations.ops.nvrtc import Compiled, Nvrtc, NvrtcError
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +105,17 @@ def _dotted(architecture: int) -> str:
     return f"{architecture // 10}.{architecture % 10}"
 
 
+def compile_kernel(compiler: Nvrtc, kernel: str, architecture: int, *options: str) -> Compiled:
+    """Compile one kernel for an architecture.
+
+    Raises:
+        NvrtcError: It does not compile; the message says why.
+    """
+    program = f'#include "cuda/kernels.cuh"\n{kernel_lines()[kernel]}\n'
+    every = [f"--gpu-architecture=sm_{architecture}", *OPTIONS, f"--include-path={sources()}", *options]
+    return compiler.compile(program, every, _HEADERS)
+
+
 class Cubins:
     """The kernels for one architecture.
 
@@ -113,21 +123,27 @@ class Cubins:
         compiler: NVRTC.
         capability: Of the device.
 
+    Attributes:
+        compiler: As given.
+        architecture: What is compiled for.
+
     Raises:
         NvrtcError: They cannot be compiled for it; the message says why.
     """
 
-    _announced = False
-    _announcing = threading.Lock()
-
     def __init__(self, compiler: Nvrtc, capability: int) -> None:
-        self._compiler = compiler
+        self.compiler = compiler
         self.architecture = architecture_for(capability, compiler.architectures())
+        self._announced = False
 
     def file_name(self, kernel: str) -> str:
         """Under which a kernel is kept."""
-        facts = digest(), kernel_lines()[kernel], self.architecture, self._compiler.version, OPTIONS
+        facts = digest(), kernel_lines()[kernel], self.architecture, self.compiler.version, OPTIONS
         return f"{kernel}-sm_{self.architecture}-{kept.key_of(*facts)}.cubin"
+
+    def kept(self) -> list[str]:
+        """Names of the kernels that are compiled already."""
+        return [kernel for kernel in kernel_lines() if kept.read(self.file_name(kernel)) is not None]
 
     def image(self, kernel: str) -> bytes:
         """The cubin of a kernel, which takes seconds where it has to be compiled; the first time, a log line says so.
@@ -140,14 +156,11 @@ class Cubins:
         return made
 
     def _compile(self, kernel: str) -> bytes:
-        with self._announcing:
-            if not Cubins._announced:
-                Cubins._announced = True
-                logger.warning(
-                    "compiling CUDA kernels for sm_%d with NVRTC %s; they are kept for later runs",
-                    self.architecture,
-                    self._compiler,
-                )
-        program = f'#include "cuda/kernels.cuh"\n{kernel_lines()[kernel]}\n'
-        options = [f"--gpu-architecture=sm_{self.architecture}", *OPTIONS, f"--include-path={sources()}"]
-        return self._compiler.compile(program, options, _HEADERS)
+        if not self._announced:
+            self._announced = True
+            logger.warning(
+                "compiling CUDA kernels for sm_%d with NVRTC %s; they are kept for later runs",
+                self.architecture,
+                self.compiler,
+            )
+        return compile_kernel(self.compiler, kernel, self.architecture).cubin

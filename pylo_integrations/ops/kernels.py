@@ -84,9 +84,24 @@ def load(index: int) -> Kernels | str:
     if isinstance(found := driver.load(), str):
         return found
     try:
-        return Kernels(found, index, _prebuilt_image(found, index) or _compiler(index))
+        return Kernels(found, index, _prebuilt_image(found, index) or _cubins(index).image)
     except (DriverError, NvrtcError) as error:
         return str(error)
+
+
+def origin(index: int) -> str:
+    """Where the code of the kernels on a device comes from, in words.
+
+    Raises:
+        NvrtcError: They cannot be compiled for it.
+        DriverError: There is no such device.
+    """
+    found = driver.load()
+    if not isinstance(found, str) and _prebuilt_image(found, index):
+        return "compiled with the package"
+    code = _cubins(index)
+    ready = f"{len(code.kept())} of {len(cubins.kernel_lines())} compiled for sm_{code.architecture}"
+    return f"{ready} by NVRTC {code.compiler}, the others when they are needed"
 
 
 def _prebuilt_image(driver: Driver, index: int) -> Callable[[str], bytes] | None:
@@ -101,8 +116,8 @@ def _prebuilt_image(driver: Driver, index: int) -> Callable[[str], bytes] | None
     return lambda name: image
 
 
-def _compiler(index: int) -> Callable[[str], bytes]:
+def _cubins(index: int) -> Cubins:
     if isinstance(compiler := nvrtc.load(), str):
         raise NvrtcError(compiler)
     major, minor = torch.cuda.get_device_capability(index)
-    return Cubins(compiler, 10 * major + minor).image
+    return Cubins(compiler, 10 * major + minor)

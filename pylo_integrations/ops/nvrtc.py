@@ -10,20 +10,33 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 OLDEST = (12, 0)
-"""Version that the kernels were last compiled with; older ones are not asked."""
+"""Version from which on the kernels are known to compile; older ones are not asked."""
 
 _NAMES = {"win32": "nvrtc64_*.dll"}.get(sys.platform, "libnvrtc.so.*")
 
 
 class NvrtcError(RuntimeError):
     """NVRTC cannot be used, or refused to compile something; the message says why."""
+
+
+class Compiled(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        cubin: Machine code.
+        log: What the compiler has to say about it.
+    """
+
+    cubin: bytes
+    log: str
 
 
 class Nvrtc:
@@ -63,16 +76,13 @@ class Nvrtc:
         self._call("GetSupportedArchs", numbers)
         return list(numbers)
 
-    def compile(self, source: str, options: Sequence[str], headers: Mapping[str, str]) -> bytes:
+    def compile(self, source: str, options: Sequence[str], headers: Mapping[str, str]) -> Compiled:
         """Compile a program.
 
         Args:
             source: C++.
             options: Of the command line; one of them is ``--gpu-architecture=sm_...``.
             headers: Contents of files by the names under which they are included.
-
-        Returns:
-            A cubin.
 
         Raises:
             NvrtcError: With the compiler's messages.
@@ -81,11 +91,12 @@ class Nvrtc:
         contents, names = (_strings(part) for part in (headers.values(), headers.keys()))
         self._call("CreateProgram", ctypes.byref(program), source.encode(), b"pylo.cu", len(headers), contents, names)
         try:
-            if self._dll.nvrtcCompileProgram(program, len(options), _strings(options)):
-                log = self._read(program, "ProgramLog").decode(errors="replace")
+            status = self._dll.nvrtcCompileProgram(program, len(options), _strings(options))
+            log = self._read(program, "ProgramLog").decode(errors="replace").rstrip("\0")
+            if status:
                 errors = [line for line in log.splitlines() if "error" in line] or log.splitlines()
                 raise NvrtcError(f"NVRTC {self} does not compile the kernels: {'; '.join(errors[:3]) or 'no message'}")
-            return self._read(program, "CUBIN")
+            return Compiled(self._read(program, "CUBIN"), log)
         finally:
             self._dll.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -101,8 +112,8 @@ class Nvrtc:
             raise NvrtcError(f"nvrtc{function}: {self._dll.nvrtcGetErrorString(status).decode()}")
 
 
-def _strings(texts: object) -> ctypes.Array[ctypes.c_char_p]:
-    encoded = [text.encode() for text in texts]  # type: ignore[attr-defined]
+def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [text.encode() for text in texts]
     return (ctypes.c_char_p * len(encoded))(*encoded)
 
 

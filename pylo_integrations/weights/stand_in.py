@@ -11,11 +11,12 @@ from pylo_integrations.weights.bootstrap import bootstrap
 from pylo_integrations.weights.theta import Theta
 
 
-def stand_in(architecture: str) -> Theta:
+def stand_in(architecture: str, width: int | None = None) -> Theta:
     """Random weights in the published geometry of an architecture: for benchmarks, not for training.
 
     Args:
         architecture: One of :data:`~pylo_integrations.weights.theta.ARCHITECTURES`.
+        width: Of the hidden layers of those with a bank of MLPs, where it is not the published one.
 
     Raises:
         ValueError: Unknown architecture.
@@ -29,7 +30,7 @@ def stand_in(architecture: str) -> Theta:
         )
         shapes |= _lstm(architecture, inputs, hidden)
         shapes |= {"rnn_params/rnn_to_controls/w": (hidden, controls), "rnn_params/rnn_to_controls/b": (controls,)}
-        shapes |= {name: (controls, *shape) for name, shape in stack_shapes(4).items()}
+        shapes |= {name: (controls, *shape) for name, shape in stack_shapes(width or 4).items()}
     elif architecture == "celo_adam":
         shapes |= _lstm(architecture, SCHEDULE_FEATURES, 64)
     elif architecture == "celo2":
