@@ -94,4 +94,8 @@ struct Arguments {
     const FlatPart *describes, *applies;
 };
 
+// The host's compiler lays them out, the device's reads them: both must come to the same sizes.
+static_assert(sizeof(Record) == 736 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
+static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 208, "");
+
 }  // namespace pylo
