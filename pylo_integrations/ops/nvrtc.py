@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-OLDEST = (12, 0)
+OLDEST = (12, 4)
 """Version from which on the kernels are known to compile; older ones are not asked."""
 
 _NAMES = {"win32": "nvrtc64_*.dll"}.get(sys.platform, "libnvrtc.so.*")

@@ -9,6 +9,7 @@ one asks again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -38,6 +39,9 @@ PATIENCE = 180.0
 """Seconds that a check may take, compiling included, and that ranks wait for each other's."""
 
 DETAILS = "`pylo doctor --device cuda` shows details"
+
+_COARSE = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Environment variables that make the reference as coarse as no setting of torch could forbid."""
 
 _CRASHES = {getattr(signal, name, None) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")}
 
@@ -196,24 +200,32 @@ def _read(text: bytes) -> Verdict | None:
 
 def ask_child(command: Sequence[str], patience: float, tell: Callable[[str], object] = lambda line: None) -> Verdict:
     """Run a check, and hear its verdict, or what its end tells; ``tell`` gets the lines that it prints before."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {name: value for name, value in os.environ.items() if name not in _COARSE}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=patience, env=environment, stdin=subprocess.DEVNULL, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return Verdict(False, f"the check took more than {patience:.0f} s", final=False)
+        child = subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment)
     except OSError as error:
         return Verdict(False, f"the check could not be started: {error}", final=False)
-    said = done.stdout.decode(errors="replace").splitlines()
-    told = _read(said[-1].encode()) if said else None
-    for line in said[:-1] if told else said:
-        tell(line)
-    errors = done.stderr.decode(errors="replace").strip().splitlines()
+    try:
+        out, err = child.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a device may not even end then
+            child.communicate(timeout=5)
+        return Verdict(False, f"the check took more than {patience:.0f} s", final=False)
+    finally:
+        child.kill()
+    said = out.decode(errors="replace").splitlines()
+    told = next((found for line in reversed(said) if (found := _read(line.encode()))), None)
+    for line in said:
+        if _read(line.encode()) is None:
+            tell(line)
+    errors = err.decode(errors="replace").strip().splitlines()
     last = f": {errors[-1][:300]}" if errors else ""
-    if done.returncode < 0:
-        by = -done.returncode
+    if child.returncode < 0:
+        by = -child.returncode
         return Verdict(False, f"the check was killed by signal {by}{last}", final=by in _CRASHES)
-    if done.returncode:
-        return Verdict(False, f"the check ended with status {done.returncode}{last}")
+    if child.returncode:
+        return Verdict(False, f"the check ended with status {child.returncode}{last}")
     return told or Verdict(False, f"the check gave no verdict{last}")
