@@ -157,6 +157,13 @@ def test_without_a_place_every_process_compiles_for_itself(compiler, folders, mo
     assert Cubins(compiler, 90).image("merge") == first and compiler.count == 2
 
 
+def test_no_folder_is_made_in_the_working_directory_for_want_of_a_home(monkeypatch):
+    monkeypatch.delenv("PYLO_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert all(folder.is_absolute() for folder in cache.folders())
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files")
 def test_what_somebody_else_left_in_a_shared_folder_is_not_run(compiler, folders, monkeypatch):
     Cubins(compiler, 90).image("merge")

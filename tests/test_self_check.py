@@ -130,6 +130,13 @@ def test_processes_at_once_ask_once():
     assert times_asked() == 1
 
 
+def test_it_is_said_that_the_first_process_takes_its_time(caplog):
+    for _ in range(2):
+        judge(FACTS, saying(RIGHT))
+    (line,) = caplog.messages
+    assert "checking once whether the CUDA kernels are right" in line
+
+
 def test_who_wants_to_know_anew_is_told_all_and_replaces_what_is_kept():
     judge(FACTS, saying(Verdict(False, "it crashed")))
     lines: list[str] = []

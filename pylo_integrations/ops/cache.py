@@ -31,8 +31,9 @@ def folders() -> Iterator[Path]:
     """Where files may be, the first choice first; they need not exist."""
     if named := os.environ.get("PYLO_CACHE"):
         yield Path(named)
-    if home := os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"):
-        yield Path(home) / "pylo_integrations"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if home.is_absolute():  # it is not where nobody knows a home
+        yield home / "pylo_integrations"
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
     yield Path(tempfile.gettempdir()) / f"pylo_integrations-{user}"
 

@@ -166,6 +166,9 @@ def judge(facts: Mapping[str, str], command: Sequence[str], patience: float = PA
     found: list[Verdict] = []
 
     def ask() -> bytes | None:
+        logger.warning(
+            "checking once whether the CUDA kernels are right on such a device; later runs go by the verdict"
+        )
         found.append(ask_child(command, patience))
         return spoken(found[0]).encode() if found[0].final else None
 
