@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import library_for
 from pylo_integrations.ops.self_check import Subject, Verdict, spoken
-from pylo_integrations.optimizer import LearnedOptimizer
-from pylo_integrations.optimizers import Celo, SmallFCLOpt, VeLO
+from pylo_integrations.optimizers import CELO2, Celo, CeloAdam, SmallFCLOpt, ThetaOptimizer, VeLO
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Control, Rule, StepContext
 from pylo_integrations.rules.features import TIME_SCALES, channel_count
 from pylo_integrations.rules.networks import STACK
@@ -34,13 +34,13 @@ from pylo_integrations.weights.theta import Theta
 BOUND = 2e-4
 """Of the largest change of a tensor: on tensor cores numbers have 16 bits, and three steps add up."""
 
-OPTIMIZERS = {cls.rule_type.kind: cls for cls in (SmallFCLOpt, VeLO, Celo)}
-"""Those with kernels for CUDA, by the kind of their rule."""
+OPTIMIZERS: dict[str, type[ThetaOptimizer]] = {cls.rule_type.kind: cls for cls in (SmallFCLOpt, VeLO, Celo, CeloAdam)}
+"""Those with kernels for CUDA, by the kind of their rule. AdamW is that of some groups of ``celo2``."""
 
-# Scalars, vectors, matrices, ties, convolutions; of one part and of several in every kernel.
-_STEP_MULTS = {"small_fc": 1e-2, "velo": 1e3, "celo": 1e-1}
+_STEP_MULTS = {"small_fc": 1e-2, "velo": 1e3, "celo": 1e-1, "celo_adam": 1e-1}
 """By architecture, so that a step of :func:`_theta_of` changes tensors by a few percent."""
 
+# Scalars, vectors, matrices, ties, convolutions; of one part and of several in every kernel.
 _MATRICES = [(33, 7), (64, 64), (700, 70), (3, 3000), (2500, 3), (8, 16, 3, 3), (5, 5, 5), (6, 5, 4)]
 SHAPES: list[tuple[int, ...]] = [(), (7,), (130,), (17000,), *_MATRICES]
 FEW: list[tuple[int, ...]] = [(130,), (33, 7), (8, 16, 3, 3)]
@@ -72,7 +72,8 @@ def main() -> None:
     """Check the kernels on the device, and for the rule, that the command line names; the last line is the verdict."""
     torch.set_float32_matmul_precision("highest")  # the reference has to be better than the kernels
     device, kind, widths = sys.argv[1:]
-    print(spoken(check(torch.device(device), Subject(kind, tuple(map(int, widths.split(",")))), print)))
+    subject = Subject(kind, tuple(map(int, filter(None, widths.split(",")))))
+    print(spoken(check(torch.device(device), subject, print)))
 
 
 def check(device: torch.device, subject: Subject, tell: Callable[[object], object]) -> Verdict:
@@ -92,12 +93,12 @@ def check(device: torch.device, subject: Subject, tell: Callable[[object], objec
 
 def standard_subjects() -> list[Subject]:
     """The rules with kernels for CUDA, in their published geometry."""
-    return [Subject.of(stand_in(cls.architecture).rule()) for cls in OPTIMIZERS.values()]
+    return [*(Subject.of(stand_in(cls.architecture).rule()) for cls in OPTIMIZERS.values()), Subject.of(AdamWRule())]
 
 
 def findings(device: torch.device, subject: Subject) -> Iterator[Finding]:
     """All comparisons, one after the other."""
-    runs = _Runs(_theta_of(subject), OPTIMIZERS[subject.kind])
+    runs = _Runs(subject)
     yield runs.compare("tensors of all shapes", _tensors(SHAPES, device), steps=3)
     yield runs.repeat("the same again, bit by bit", _tensors(SHAPES, device))
     images = [tensor.contiguous(memory_format=torch.channels_last) for tensor in _tensors([(8, 16, 3, 3)], device)]
@@ -116,9 +117,16 @@ def findings(device: torch.device, subject: Subject) -> Iterator[Finding]:
 class _Runs:
     """Short trainings from the same tensors, with the same gradients."""
 
-    def __init__(self, theta: Theta, optimizer: Callable[..., LearnedOptimizer]) -> None:
-        self.rule = theta.rule()
-        self._optimizer = functools.partial(optimizer, weights=theta, num_steps=10)
+    def __init__(self, subject: Subject) -> None:
+        if subject.kind == AdamWRule.kind:
+            self.rule: Rule = AdamWRule()
+            self._group: dict[str, Any] = {"rule": "adamw", "lr": 1e-2}
+            self._optimizer: Callable[..., ThetaOptimizer] = CELO2
+        else:
+            theta = _theta_of(subject)
+            self.rule = theta.rule()
+            self._group = {}
+            self._optimizer = functools.partial(OPTIMIZERS[subject.kind], weights=theta, num_steps=10)
 
     def compare(
         self,
@@ -160,7 +168,7 @@ class _Runs:
         **options: Any,
     ) -> list[Tensor]:
         params = [nn.Parameter(start.to(dtype, copy=True)) for start in starts]
-        optimizer = self._optimizer(params, backend=backend, **options)
+        optimizer = self._optimizer([{"params": params, **self._group}], backend=backend, **options)
         for step in range(steps):
             for number, (param, start) in enumerate(zip(params, starts, strict=True)):
                 grad = _uneven_gradient(start, 100 * step + number)
@@ -188,8 +196,7 @@ def _uneven_gradient(like: Tensor, seed: int) -> Tensor:
 def _theta_of(subject: Subject) -> Theta:
     """Random weights in a geometry, large enough for every input to matter."""
     generator = torch.Generator().manual_seed(1)
-    architecture = OPTIMIZERS[subject.kind].architecture
-    *hidden, _ = subject.widths
+    architecture, hidden = OPTIMIZERS[subject.kind].architecture, subject.widths[:-1]
     shapes: dict[str, tuple[int, ...]]
     kept: dict[str, Tensor] = {}
     if architecture == "small_fc":
@@ -197,7 +204,7 @@ def _theta_of(subject: Subject) -> Theta:
         shapes = {f"nn/~/w{layer}": pair for layer, pair in enumerate(itertools.pairwise([*inputs, 2]))}
         shapes.update((f"nn/~/b{layer}", (width,)) for layer, width in enumerate([*hidden, 2]))
     else:
-        given = stand_in(architecture, max(hidden)).arrays
+        given = stand_in(architecture, max(hidden, default=None)).arrays
         shapes = {name: tuple(array.shape) for name, array in given.items() if name.startswith(STACK)}
         kept = {name: array for name, array in given.items() if name not in shapes}
     arrays = {}
@@ -205,7 +212,8 @@ def _theta_of(subject: Subject) -> Theta:
         is_weight = name.rpartition("/")[2].startswith("w")
         scale = 1 / math.sqrt(max(shape[-2], 8)) if is_weight else 0.1
         arrays[name] = scale * torch.randn(shape, generator=generator)
-    return Theta(architecture, arrays | kept, {"step_mult": _STEP_MULTS[architecture], "exp_mult": 1e-1})
+    hyper = {"step_mult": _STEP_MULTS[architecture], **({"exp_mult": 1e-1} if hidden else {})}
+    return Theta(architecture, arrays | kept, hyper)
 
 
 def _error_of_pieces(rule: Rule, device: torch.device, axis: int, at: int) -> float:
@@ -244,29 +252,22 @@ def _step_boxes(rule: Rule, start: Tensor, boxes: Sequence[Box]) -> list[Tensor]
     ctx = StepContext(0, 10, loss, memory=memory, constants=rule.constants(start.device, torch.float32))
     contexts, factors = [ctx] * len(parts), [(1.0, 1.0)] * len(parts)
     collected = [dict(part.stages.collect([ctx])[0]) for part in parts]
-    for name in collected[0]:
-        _add_up([sums[name] for sums in collected])
+    _add_up(collected)
 
     def decide(sums: Sequence[Sums]) -> Sequence[Control]:
         return list(rule.control(buckets[:1], sums[:1], ctx)) * len(parts)
 
     with torch.no_grad():
-        run_stages(
-            parts,
-            collected,
-            contexts,
-            factors,
-            decide,
-            lambda described: _add_up([sums["features"] for sums in described]),
-        )
+        run_stages(parts, collected, contexts, factors, decide, _add_up)
     return [bucket.params[0].detach() for bucket in buckets]
 
 
-def _add_up(shares: Sequence[Tensor]) -> None:
-    """Let every share be the sum of all."""
-    total = torch.stack(list(shares)).sum(0)
-    for share in shares:
-        share.copy_(total)
+def _add_up(sums: Sequence[Sums]) -> None:
+    """Let every share of a sum be all of it."""
+    for name in sums[0]:
+        total = torch.stack([shares[name] for shares in sums]).sum(0)
+        for shares in sums:
+            shares[name].copy_(total)
 
 
 def _large_numel(device: torch.device) -> int:

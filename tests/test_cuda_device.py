@@ -48,7 +48,7 @@ def take_steps(optimizer, params, count: int, first: int = 0, **options) -> None
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo"])
+@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo", "celo_adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_steps_on_the_device_are_those_of_the_reference(name, dtype):
     """The reference's steps in float32 on the CPU; of half-precision parameters, before they are rounded."""

@@ -23,6 +23,7 @@ from test_native_kernels import (
     SHAPES,
     assert_equal_bits,
     assert_step_matches,
+    bucket_of,
     give_gradients,
     one_step,
     parameters,
@@ -36,8 +37,12 @@ from torch import nn
 
 from pylo_integrations import SmallFCLOpt
 from pylo_integrations.ops import cuda, kernels, loader
+from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.loader import Library, NativeError
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import StepContext
+from pylo_integrations.sharding.layout import TensorLayout
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -126,7 +131,7 @@ def assert_close_to_reference(params, twins, starts, bound: float) -> None:
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize("name", ["velo", "celo", "small_fc_lopt", "mulo", "elo"])
+@pytest.mark.parametrize("name", ["velo", "celo", "small_fc_lopt", "mulo", "elo", "celo_adam"])
 def test_whole_runs_of_every_rule_follow_the_reference(name, precision):
     params, twins = parameters(FEW), parameters(FEW)
     for backend, ps in (("native", params), ("reference", twins)):
@@ -310,6 +315,36 @@ def test_bad_tables_and_steps_are_refused(shim):
         with pytest.raises(NativeError, match=message):
             shim.run("collect", table_of(stages).call)
     assert_equal_bits(before, snapshot(stages.optimizer, params))
+
+
+@pytest.mark.parametrize("precision", ["exact"], indirect=True)
+def test_adam_has_three_launches_and_no_other_stage(shim, monkeypatch):
+    (param,) = params = parameters([(700, 70)])
+    rule = AdamWRule()
+    state = {name: torch.zeros_like(param.detach()) for name in rule.state_shapes(TensorLayout.whole(param.shape))}
+    group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
+    bucket = bucket_of(param, state, group)
+    stages = NativeStages(shim, rule, [bucket])
+    give_gradients(params, 0)
+    bucket.grads = [param.grad]
+    launched = []
+    original = Driver.launch
+    monkeypatch.setattr(Driver, "launch", lambda self, *args: launched.append(args[1]) or original(self, *args))
+    contexts = [StepContext(0, None, None, constants=rule.constants(torch.device("cpu"), torch.float32))]
+    before = param.detach().clone()
+    stages.prepare_(stages.collect(contexts), contexts)
+    stages.describe_(contexts)
+    stages.step_([{}], contexts, [(1.0, 1e-2)], None, [0])
+    assert len(launched) == 3
+    # The first step of Adam has the size of the learning rate.
+    torch.testing.assert_close(before - param.detach(), 1e-2 * param.grad.sign(), rtol=1e-3, atol=1e-6)
+    table = table_of(stages)
+    for stage in ("prepare", "describe"):
+        with pytest.raises(NativeError, match="Adam has no such stage"):
+            shim.run(stage, table.call)
+    table.steps["rms_correction"] = 0
+    with pytest.raises(NativeError, match="tensor 0: momentum_correction and rms_correction must be positive"):
+        shim.run("apply", table.call)
 
 
 def test_steps_are_copied_to_the_device_only_when_they_change(shim, monkeypatch):

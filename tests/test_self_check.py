@@ -24,6 +24,7 @@ from pylo_integrations import kernel_check
 from pylo_integrations.ops import cache, cuda, loader, select, self_check
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.self_check import Subject, Verdict, judge, judge_anew
+from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.weights.bootstrap import bootstrap
@@ -269,6 +270,8 @@ CPU = torch.device("cpu")
         pytest.param(Subject("CeloRule", (8, 8, 2)), marks=pytest.mark.slow),
         Subject("VeLORule", (4, 4, 2)),
         Subject("CeloRule", (4, 4, 2)),
+        Subject("CeloAdamRule", ()),
+        Subject("AdamW", ()),
     ],
     ids=str,
 )
@@ -284,21 +287,32 @@ def test_every_rule_with_kernels_for_cuda_can_be_checked():
         Subject("SmallFC", (32, 32, 2)),
         Subject("VeLORule", (4, 4, 2)),
         Subject("CeloRule", (4, 4, 2)),
+        Subject("CeloAdamRule", ()),
+        Subject("AdamW", ()),
     ]
     specs = {rule.kind: stand_in(name).rule().kernel_spec for name, rule in ARCHITECTURES.items()}
     with_kernels = {kind for kind, spec in specs.items() if spec is not None and spec.has_cuda}
     assert with_kernels == set(kernel_check.OPTIMIZERS)
+    assert AdamWRule().kernel_spec.has_cuda
 
 
 SMALL = Subject("CeloRule", (4, 4, 2))
 
 
+ADAM = Subject("AdamW", ())
+
+
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(
-    "kernel", ["collect", "merge", "prepare", "describe", "describe_plain", "apply_4", "apply_4_plain"]
+    ("kernel", "subject"),
+    [
+        *((kernel, SMALL) for kernel in ("collect", "merge", "prepare", "describe", "describe_plain")),
+        *((kernel, SMALL) for kernel in ("apply_4", "apply_4_plain")),
+        *((kernel, ADAM) for kernel in ("apply_adam", "apply_adam_plain")),
+    ],
 )
-def test_a_kernel_that_does_nothing_is_found(monkeypatch, emulation, kernel):
-    """So every kernel is looked at. Each must be missed by some comparison."""
+def test_a_kernel_that_does_nothing_is_found(monkeypatch, emulation, kernel, subject):
+    """So every kernel is looked at."""
     original = Driver.launch
 
     def launch(self, function, *rest):
@@ -306,7 +320,7 @@ def test_a_kernel_that_does_nothing_is_found(monkeypatch, emulation, kernel):
             original(self, function, *rest)
 
     monkeypatch.setattr(Driver, "launch", launch)
-    verdict = kernel_check.check(CPU, SMALL, lambda finding: None)
+    verdict = kernel_check.check(CPU, subject, lambda finding: None)
     assert not verdict.right and "WRONG" in verdict.why and verdict.final
 
 

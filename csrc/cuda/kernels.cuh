@@ -1,6 +1,7 @@
 // A line of kernels.inc as a kernel, under a name that drivers can look up.
 #pragma once
 
+#include "adam.cuh"
 #include "exact.cuh"
 #include "sums.cuh"
 #include "tensor_cores.cuh"

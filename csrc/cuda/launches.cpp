@@ -36,9 +36,8 @@ int with_plan(const pylo_call *call, Use use) {
     uint64_t token;
     int64_t bytes;
     if (int status = pylo_check(call, &token, &bytes)) return status;
-    if (call->rule->layers == 0) return fail(PYLO_BAD_ARGUMENT, "rule: there are no CUDA kernels for Adam");
     for (int64_t i = 0; i < call->count; ++i)
-        if (call->tensors[i].norm_slices != 1)
+        if (call->rule->layers && call->tensors[i].norm_slices != 1)
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels normalise features over whole tensors", (long long)i);
     try {
         const Plan plan(*call);
@@ -63,6 +62,8 @@ int check_call(const pylo_cuda_call *call) {
     const Header &plan = *(const Header *)call->plan;
     if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_APPLY)
         return fail(PYLO_BAD_ARGUMENT, "stage %d is unknown", call->stage);
+    if (plan.rule.layers == 0 && (call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE))
+        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
     if (plan.record_count == 0) return PYLO_OK;
     if (!call->device_plan || !aligned(call->device_plan, 16))
         return fail(PYLO_BAD_ARGUMENT, "device_plan is null or not aligned to 16 bytes");
@@ -81,7 +82,7 @@ int check_call(const pylo_cuda_call *call) {
         const pylo_step &step = call->steps[i];
         if (int status = check_gradient(i, step, records[i].numel)) return status;
         if (call->stage == PYLO_CUDA_APPLY)
-            if (int status = check_network(i, step, plan.rule)) return status;
+            if (int status = plan.rule.layers ? check_network(i, step, plan.rule) : check_corrections(i, step)) return status;
         if (plan.rule.measures && !records[i].tensor.tensor_sums)
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
     }
@@ -95,6 +96,7 @@ bool is_plain(const pylo_cuda_call &call, const Header &plan) {
 }
 
 Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain) {
+    if (rule.layers == 0) return plain ? kernels::apply_adam_plain : kernels::apply_adam;
     const int width = *std::max_element(rule.width, rule.width + rule.layers - 1);
     if (precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
         return plain ? kernels::apply_tensor_cores_plain : kernels::apply_tensor_cores;
@@ -151,12 +153,17 @@ int32_t pylo_cuda_plan(const pylo_call *call, void *to, int64_t plan_bytes) {
 
 int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *to) {
     if (!rule || !to) return fail(PYLO_BAD_ARGUMENT, "rule or kernels is null");
-    if (network_floats(*rule) == 0) return fail(PYLO_BAD_ARGUMENT, "rule: its network is not one that the kernels evaluate");
+    if (rule->layers && network_floats(*rule) == 0)
+        return fail(PYLO_BAD_ARGUMENT, "rule: its network is not one that the kernels evaluate");
     if (int status = check_precision(precision)) return status;
     to->count = 0;
-    for (const Kernel &kernel : {kernels::collect, kernels::merge, kernels::prepare, kernels::describe, kernels::describe_plain,
-                                 apply_kernel(*rule, precision, false), apply_kernel(*rule, precision, true)})
+    const auto add = [&](const Kernel &kernel) {
         if (std::find(to->name, to->name + to->count, kernel.name) == to->name + to->count) to->name[to->count++] = kernel.name;
+    };
+    for (const Kernel &kernel : {kernels::collect, kernels::merge}) add(kernel);
+    if (rule->layers)
+        for (const Kernel &kernel : {kernels::prepare, kernels::describe, kernels::describe_plain}) add(kernel);
+    for (const bool plain : {false, true}) add(apply_kernel(*rule, precision, plain));
     return PYLO_OK;
 }
 
