@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class Finding(NamedTuple):
 
 def main() -> None:
     """Check the kernels on the device, and for the rule, that the command line names; the last line is the verdict."""
+    warnings.simplefilter("ignore")  # about learning rates, which suit no training here
     torch.set_float32_matmul_precision("highest")  # the reference has to be better than the kernels
     device, kind, widths = sys.argv[1:]
     subject = Subject(kind, tuple(map(int, filter(None, widths.split(",")))))

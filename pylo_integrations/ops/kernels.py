@@ -48,6 +48,7 @@ class Kernels:
         self._driver = driver
         self._context = driver.primary_context(index)
         self._image = image
+        self._modules: dict[bytes, ctypes.c_void_p] = {}  # by their code: prebuilt kernels share one
         self._functions: dict[bytes, ctypes.c_void_p] = {}
 
     def load(self, names: Iterable[bytes]) -> None:
@@ -61,8 +62,9 @@ class Kernels:
             if name not in self._functions:
                 image = self._image(name.decode())
                 with self._driver.within(self._context):
-                    module = self._driver.load(image)
-                    self._functions[name] = self._driver.function(module, f"pylo_{name.decode()}")
+                    if image not in self._modules:
+                        self._modules[image] = self._driver.load(image)
+                    self._functions[name] = self._driver.function(self._modules[image], f"pylo_{name.decode()}")
 
     def launch(self, launches: LaunchesStruct, stream: int) -> None:
         """Launch kernels that were loaded, one after the other on a stream; allocates nothing and waits for nothing.

@@ -291,7 +291,11 @@ def test_prebuilt_kernels_need_no_compiler(monkeypatch, shim, tmp_path):
     monkeypatch.setattr(cubins, "prebuilt", lambda: fatbin)
     found = kernels.load(0)
     assert isinstance(found, Kernels)
+    loaded = []
+    original = Driver.load
+    monkeypatch.setattr(Driver, "load", lambda self, image: loaded.append(image) or original(self, image))
     found.load([b"merge", b"describe_plain"])
+    assert loaded == [b"code"]  # one module for both
     assert kernels.origin(0) == "compiled with the package"
 
 
