@@ -38,7 +38,7 @@ BOUND = 2e-4
 OPTIMIZERS: dict[str, type[ThetaOptimizer]] = {cls.rule_type.kind: cls for cls in (SmallFCLOpt, VeLO, Celo, CeloAdam)}
 """Those with kernels for CUDA, by the kind of their rule. AdamW is that of some groups of ``celo2``."""
 
-_STEP_MULTS = {"small_fc": 1e-2, "velo": 1e3, "celo": 1e-1, "celo_adam": 1e-1}
+_STEP_MULTS = {"small_fc": 1e-2, "velo": 5e3, "celo": 1e-1, "celo_adam": 1e-1}
 """By architecture, so that a step of :func:`_theta_of` changes tensors by a few percent."""
 
 # Scalars, vectors, matrices, ties, convolutions; of one part and of several in every kernel.

@@ -20,5 +20,5 @@ def stand_in(architecture: str, width: int | None = None) -> Theta:
     if width is not None and "rnn_params/rnn_to_controls/b" in shapes:
         shapes |= stack_shapes(width, *shapes["rnn_params/rnn_to_controls/b"])
     generator = torch.Generator().manual_seed(0)
-    arrays = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in sorted(shapes.items())}
+    arrays = {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return Theta(architecture, arrays, name=f"{architecture}_stand_in", provenance="random; for benchmarks only")
