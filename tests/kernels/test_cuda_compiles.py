@@ -77,7 +77,7 @@ def test_the_host_knows_the_layout_of_the_device(count_sass):
     compiler = nvrtc.load()
     program = '#include "cuda/plan.h"\nstatic_assert(sizeof(pylo::Arguments) == {}, "another size");\n'
     options = ["--gpu-architecture=sm_90", *cubins.OPTIONS, f"--include-path={cubins.sources()}"]
-    assert compiler.compile(program.format(208), options, cubins._HEADERS).cubin
+    assert compiler.compile(program.format(216), options, cubins._HEADERS).cubin
     with pytest.raises(NvrtcError, match="another size"):
         compiler.compile(program.format(200), options, cubins._HEADERS)
 
