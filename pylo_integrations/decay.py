@@ -13,8 +13,8 @@ DecayPolicy = Literal["adamw", "before", "after", "before_independent", "after_i
 
 ``"adamw"`` has the number of an AdamW recipe mean what it means there: the old parameter shrinks by ``weight_decay *
 adamw_lr * lr / default_lr``. ``adamw_lr`` is a constant of the optimizer: AdamW's learning rate whose steps are as
-large as its own at ``default_lr``. The decay follows the group's ``lr``, so a schedule, but no factor that a rule puts
-on it.
+large as its own at ``default_lr``. The decay follows the group's ``lr``, so a schedule, and that of ``pace``, but no
+other factor that a rule puts on it.
 
 The others are the authors'. ``"before"`` decays the old parameter, ``"after"`` the updated one, both by ``lr *
 weight_decay``, factors of the rule included; the ``_independent`` forms shrink by ``weight_decay * lr / base_lr``, so

@@ -214,7 +214,7 @@ class Engine:
         """All stages after `collect`; from here on, parameters and state change."""
         contexts = self._contexts(plan, ctx)
         factors: list[Factors] = [
-            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale)
+            keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale * rule.schedule(ctx.iteration, ctx.num_steps))
             for rule, bucket in zip(plan.rules, plan.buckets, strict=True)
         ]
         record = None if self.telemetry is None else StepRecord(plan.buckets)

@@ -12,8 +12,8 @@
  *
  * A rule of one layer is linear: its only layer makes the outputs of features.
  *
- * A rule without layers is Adam: it needs no sums, so there is no prepare and no describe, and collect only sums all
- * squared gradients.
+ * A rule without layers is Adam, and one of PYLO_NESTEROV layers is momentum: they need no sums of features, so there is
+ * no prepare and no describe, and collect only sums all squared gradients.
  *
  * Every function returns a pylo_status and, unless it is PYLO_OK, has changed nothing; pylo_last_error() then says
  * which argument was wrong. All memory belongs to the caller. Structs have no padding; zero their reserved fields.
@@ -38,6 +38,7 @@ extern "C" {
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
 #define PYLO_MAX_WIDTH 64 /* units of a hidden layer */
+#define PYLO_NESTEROV (-1) /* layers of a rule whose step is Nesterov's momentum */
 #define PYLO_TENSOR_SUMS 9 /* p^2, m (3), r, m^2 (3), r^2 of parameter, momenta and second moment */
 
 enum pylo_status {
@@ -121,7 +122,7 @@ typedef struct pylo_step {
 /* The rule. An exponential moving average is  keep * old + weight * new. */
 typedef struct pylo_rule {
     uint32_t features;               /* bit i: the network reads slot i */
-    int32_t layers;                  /* weight matrices; 0 for Adam */
+    int32_t layers;                  /* weight matrices; 0 for Adam, or PYLO_NESTEROV */
     int32_t width[PYLO_MAX_LAYERS];  /* outputs of each; those of the last are direction, magnitude, ... */
     float momentum_keep[3], momentum_weight[3];
     float factored_keep[3], factored_weight[3];
@@ -133,7 +134,8 @@ typedef struct pylo_rule {
     float grad_clip;                 /* bound on gradient elements, infinity for none */
     float grad_limit;                /* largest gradient element that PYLO_ZERO_NONFINITE keeps */
     float adam_eps, adam_eps_root;   /* step = m / (sqrt(r + eps_root) + eps), m and r corrected */
-    int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called */
+    int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called;
+                                      * for PYLO_NESTEROV 2, which are of gradient times momentum and momentum squared */
 } pylo_rule;
 
 typedef struct pylo_call {

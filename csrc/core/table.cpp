@@ -29,8 +29,8 @@ struct Span {
 // Checks one record and appends its buffers to `spans`.
 class RecordCheck {
 public:
-    RecordCheck(const pylo_tensor &tensor, bool adam, int64_t record, std::vector<Span> &spans)
-        : t_(tensor), adam_(adam), record_(record), spans_(spans) {}
+    RecordCheck(const pylo_tensor &tensor, int layers, int64_t record, std::vector<Span> &spans)
+        : t_(tensor), layers_(layers), record_(record), spans_(spans) {}
 
     int run() {
         if (t_.rank < 1 || t_.rank > PYLO_MAX_RANK)
@@ -46,8 +46,9 @@ public:
         }
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
         if (int status = buffer("param", t_.param, t_.param_bytes, local, itemsize(t_.param_dtype))) return status;
-        if (int status = buffer("rms", t_.rms, t_.rms_bytes, local)) return status;
-        for (int k = 0; k < (adam_ ? 1 : 3); ++k)
+        if (layers_ != PYLO_NESTEROV)
+            if (int status = buffer("rms", t_.rms, t_.rms_bytes, local)) return status;
+        for (int k = 0; k < (layers_ > 0 ? 3 : 1); ++k)
             if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local)) return status;
         if (t_.tensor_sums)
             if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS)) return status;
@@ -55,11 +56,14 @@ public:
         if (t_.direction)
             if (int status = buffer("direction", t_.direction, t_.direction_bytes, local, itemsize(t_.direction_dtype)))
                 return status;
-        if (adam_) return t_.d0_axis == -1 && t_.d1_axis == -1 ? PYLO_OK : bad("d0_axis", "and d1_axis must be -1 for Adam");
-        if (int status = slices()) return status;
+        if (layers_ <= 0 && (t_.d0_axis != -1 || t_.d1_axis != -1))
+            return bad("d0_axis", "and d1_axis must be -1 for a rule without layers");
+        if (layers_ > 0)
+            if (int status = slices()) return status;
+        const int64_t slices = layers_ > 0 ? t_.norm_slices : 1;
         if (t_.direction_scale)
-            if (int status = buffer("direction_scale", t_.direction_scale, t_.direction_scale_bytes, t_.norm_slices))
-                return status;
+            if (int status = buffer("direction_scale", t_.direction_scale, t_.direction_scale_bytes, slices)) return status;
+        if (layers_ <= 0) return t_.norm_offset == 0 ? PYLO_OK : bad("norm_offset", "must be 0 for a rule without layers");
         const int64_t sums = t_.norm_slices * PYLO_SLOTS;
         if (int status = buffer("feature_sums", t_.feature_sums, t_.feature_sums_bytes, sums)) return status;
         if (int status = buffer("stat_squares", t_.stat_squares, t_.stat_squares_bytes, sums)) return status;
@@ -148,19 +152,21 @@ private:
     }
 
     const pylo_tensor &t_;
-    const bool adam_;
+    const int layers_;
     const int64_t record_;
     std::vector<Span> &spans_;
 };
 
 int check_rule(const pylo_rule &rule) {
-    const bool adam = rule.layers == 0;
-    if (!adam && network_floats(rule) == 0)
+    const bool adam = rule.layers == 0, nesterov = rule.layers == PYLO_NESTEROV;
+    if (!adam && !nesterov && network_floats(rule) == 0)
         return fail(PYLO_BAD_ARGUMENT,
                     "rule: %d layers; there may be 1 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
                     PYLO_MAX_LAYERS, PYLO_MAX_WIDTH);
     if (rule.features >> PYLO_SLOTS) return fail(PYLO_BAD_ARGUMENT, "rule: features names slots beyond %d", PYLO_SLOTS);
-    if (rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))
+    if (nesterov && rule.measures != 0 && rule.measures != 2)
+        return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0 or 2 for momentum");
+    if (!nesterov && rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))
         return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0, 1 or, but for Adam, %d", PYLO_TENSOR_SUMS);
     if (!(rule.grad_clip > 0)) return fail(PYLO_BAD_ARGUMENT, "rule: grad_clip must be positive, or infinity for none");
     return PYLO_OK;
@@ -192,7 +198,7 @@ int check_table(const pylo_call &call) {
     std::vector<Span> spans;
     spans.reserve((size_t)call.count * 12);  // about what a matrix has
     for (int64_t i = 0; i < call.count; ++i)
-        if (int status = RecordCheck(call.tensors[i], call.rule->layers == 0, i, spans).run()) return status;
+        if (int status = RecordCheck(call.tensors[i], call.rule->layers, i, spans).run()) return status;
     return check_overlaps(spans);
 }
 

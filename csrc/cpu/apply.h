@@ -6,6 +6,7 @@
 
 #include "adam.h"
 #include "evaluate.h"
+#include "nesterov.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -120,6 +121,7 @@ void apply_part(const Job &job, Workplace &work) {
 
 void apply(const Job &job) {
     if (job.rule->layers == 0) return adam(job);
+    if (job.rule->layers == PYLO_NESTEROV) return nesterov(job);
     Workplace work;
     if (job.tensor->d0_axis < 0)
         apply_part<false, false>(job, work);

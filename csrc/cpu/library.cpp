@@ -11,14 +11,16 @@ namespace {
 
 using namespace pylo;
 
-bool reads_steps(Stage stage) { return stage != MEASURE && stage != PREPARE; }
+bool reads_steps(Stage stage, const pylo_rule &rule) {
+    return stage == MEASURE ? rule.layers == PYLO_NESTEROV : stage != PREPARE;
+}
 
 // What a stage needs of step `i` beyond pylo_check().
 int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const long long record = i;
     if (stage == MEASURE && !call.tensors[i].tensor_sums)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
-    if (!reads_steps(stage)) return PYLO_OK;
+    if (!reads_steps(stage, *call.rule)) return PYLO_OK;
     if (stage == WRITE) {
         const pylo_tensor &t = call.tensors[i];
         const bool complete = t.direction && t.direction_scale;
@@ -29,6 +31,7 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const pylo_step &step = call.steps[i];
     if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
     if (stage != APPLY) return PYLO_OK;
+    if (call.rule->layers == PYLO_NESTEROV) return PYLO_OK;
     if (call.rule->layers) return check_network(record, step, *call.rule);
     if (!(step.momentum_correction > 0 && step.rms_correction > 0))  // nor NaN
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
@@ -42,15 +45,14 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (call.threads < 1) return fail(PYLO_BAD_ARGUMENT, "threads must be positive, is %d", call.threads);
     if (!kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa))
         return fail(PYLO_NO_SUCH_ISA, "instruction set %d is not available here", call.isa);
-    const bool adam = call.rule->layers == 0;
-    if (adam && (stage == PREPARE || stage == DESCRIBE || stage == WRITE))
-        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
+    if (call.rule->layers <= 0 && (stage == PREPARE || stage == DESCRIBE))
+        return fail(PYLO_BAD_ARGUMENT, "rule: without layers there is no such stage, only collect, measure, apply and write");
     if (stage == MEASURE && call.rule->measures == 0)
         return fail(PYLO_BAD_ARGUMENT, "rule: measures is 0, so there is nothing to measure");
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
-    if (reads_steps(stage) && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
+    if (reads_steps(stage, *call.rule) && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
     if (stage == COLLECT && (!call.grad_squares || !aligned(call.grad_squares, sizeof(double))))
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
     for (int64_t i = 0; i < call.count; ++i)

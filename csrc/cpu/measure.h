@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elements.h"
+#include "nesterov.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -47,6 +48,7 @@ void measure_part(const Job &job) {
 }
 
 void measure(const Job &job) {
+    if (job.rule->layers == PYLO_NESTEROV) return measure_agreement(job);
     if (job.rule->measures == 1)
         measure_part<false>(job);
     else

@@ -24,6 +24,7 @@ SLOTS = 30
 MAX_LAYERS = 4
 MAX_WIDTH = 64
 TENSOR_SUMS = 9
+NESTEROV = -1
 
 ISAS = {"baseline": 1, "avx2": 2, "avx512": 3}
 """Instruction sets by name; 0 stands for the best one of this machine."""

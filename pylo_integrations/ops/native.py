@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_span
-from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
+from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, NESTEROV, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
 from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
 from pylo_integrations.ops.records import (
     DTYPES,
@@ -36,7 +36,7 @@ from pylo_integrations.ops.records import (
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import local_part
@@ -47,8 +47,13 @@ ZERO_NONFINITE = 1
 TOGETHER = 2**21
 """Elements of whole tensors that are stepped together: many small ones make few calls, and all of it fits a cache."""
 
-_MEASURED = {"param_squares": slice(0, 1), "moments": slice(1, 5), "moment_squares": slice(5, TENSOR_SUMS)}
-"""Sums over parameters, momenta and second moment before the step, by the names under which rules know them."""
+_MEASURED = {
+    "products": slice(0, 2),
+    "param_squares": slice(0, 1),
+    "moments": slice(1, 5),
+    "moment_squares": slice(5, TENSOR_SUMS),
+}
+"""Sums over gradients, parameters, momenta and second moment before the step, by the names that rules know them by."""
 
 
 # -- rules as the library sees them ------------------------------------------------------------------------------------
@@ -78,6 +83,9 @@ def _rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
         weights = constants.get(f"{kind}_weight", torch.empty(0, device="cpu"))
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
+    if isinstance(spec.step, NesterovSpec):
+        struct.layers, struct.measures = NESTEROV, 2 if spec.sums else 0
+        return struct
     rms = constants["rms_weight"]
     struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()
     asked = spec.sums or spec.sums_with_l2
@@ -290,7 +298,7 @@ class NativeStages:
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
         # Of every state, the rule's entries: others are not ours.
-        self._entries = [(operator.itemgetter(*rule.state_shapes(b.layout)), b.states) for b in buckets]
+        self._entries = [(_getter(tuple(rule.state_shapes(b.layout))), b.states) for b in buckets]
         self._known = list(self._tensors_now())
         self._sharded = any(local_part(tensor) is not tensor for tensor in self._known)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
@@ -339,10 +347,11 @@ class NativeStages:
         record["param_dtype"], record["numel"] = DTYPES[param.dtype], layout.numel
         owned = self._rule.state_shapes(layout)
         enter_buffers(record, "param", [param], piece)
-        enter_buffers(record, "rms", [local_part(state["rms"])], piece)
+        if "rms" in owned:
+            enter_buffers(record, "rms", [local_part(state["rms"])], piece)
         enter_buffers(record, "momentum", [local_part(state[name]) for name in MOMENTUM if name in owned], piece)
         enter_buffers(record, "tensor_sums", [nth.measured[index][row]])
-        if isinstance(self._spec.step, AdamSpec):
+        if not isinstance(self._spec.step, NetworkSpec):
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
             record["extent"][0] = piece.box.numel
             return
@@ -491,7 +500,7 @@ class NativeStages:
             self._read_policy(contexts[0])
         # From here on the kernels write, which autograd does not see.
         torch.autograd.graph.increment_version(self._written)
-        if isinstance(self._spec.step, AdamSpec):
+        if not isinstance(self._spec.step, NetworkSpec):
             return
         first = self._tables[0]
         for ours, sums in zip(first.collected, collected, strict=True):
@@ -521,7 +530,7 @@ class NativeStages:
         Sums of squared features, ``(tensors, norm slices, SLOTS)``; state that is shaped like parameters is updated
         with these, later.
         """
-        if isinstance(self._spec.step, AdamSpec):
+        if not isinstance(self._spec.step, NetworkSpec):
             return [{}] * len(self._buckets)
         self._run("describe")
         first, *others = self._tables
@@ -556,7 +565,7 @@ class NativeStages:
         if self._rule.finishes:
             for index, others in enumerate(left):
                 if not others:
-                    self._step_whole_(index)
+                    self._step_whole_(index, contexts[index])
         elif not any(left):
             self._run("apply")
         if record is not None:
@@ -572,7 +581,7 @@ class NativeStages:
         is_whole = bucket.parts == 1 and bucket.device.type == "cpu"
         return bucket.rounds_stochastically or not is_whole or self._spec.directions is None
 
-    def _step_whole_(self, index: int) -> None:
+    def _step_whole_(self, index: int, ctx: StepContext) -> None:
         """Propose steps of whole tensors, have the rule finish them, and write parameters; some tensors at a time."""
         bucket, spec = self._buckets[index], self._spec
         assert spec.directions is not None, "see _is_left()"
@@ -586,7 +595,10 @@ class NativeStages:
                 proposed = torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
                 with self._left_at(index, mine, proposed):
                     self._tables[0].table.run_some("apply", self._rows(index, mine))
-                made, scale = spec.directions(proposed.view(len(mine), 1, *bucket.layout.shape), bucket.layout)
+                whole = proposed.view(len(mine), 1, *bucket.layout.shape)
+                made, scale = spec.directions(whole, bucket.layout, ctx)
+                if scale[0].numel() > 1 and not isinstance(spec.step, NetworkSpec):  # whose records know no slices
+                    made, scale = made * scale, scale.new_ones(len(mine), 1)
                 directions = made.reshape(shape)
                 if directions.stride() != strides:
                     directions = directions.new_empty_strided(shape, strides).copy_(directions)
@@ -666,7 +678,7 @@ class NativeStages:
             values: dict[str, Any] = {}
             if isinstance(self._spec.step, AdamSpec):
                 values["momentum_correction"], values["rms_correction"] = self._spec.step.corrections(ctx.iteration)
-            else:
+            elif isinstance(self._spec.step, NetworkSpec):
                 layers = _layers(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
@@ -677,6 +689,8 @@ class NativeStages:
                 if len(network) > 1:
                     values["network"] += values["network_bytes"] * np.arange(len(network), dtype=np.uint64)
             mult: float | Tensor = self._spec.step_mult
+            if self._spec.factor is not None:
+                mult = self._spec.factor(ctx) * mult
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
                 mult = control[factor] * mult if factor in control else mult
             for nth in self._tables:
@@ -690,6 +704,13 @@ class NativeStages:
             for share, total, members in zip(nth.described, first.described, nth.members, strict=True):
                 share.copy_(total[members])
         return list(networks.values())
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
+    """What reads the entries of these names of a state, in a loop that is not Python's where there are several."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda state: tuple(state[name] for name in names)
 
 
 def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:

@@ -166,6 +166,15 @@ class Rule(ABC):
         layouts = [TensorLayout.whole((2,) * rank, "out_in") for rank in range(4)]
         return [(self.rule_for(layout, {"rule": choice}), layout) for layout in layouts for choice in self.choices]
 
+    def schedule(self, iteration: int, num_steps: int | None) -> float:
+        """Factor on steps by time alone, where a rule has a schedule of its own; weight decay follows it.
+
+        Args:
+            iteration: Steps taken before.
+            num_steps: The horizon; None if it is not known.
+        """
+        return 1.0
+
     @abstractmethod
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Names and shapes of a tensor's state; None stands for "shaped (and sharded) like the parameter"."""

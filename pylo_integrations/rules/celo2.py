@@ -12,7 +12,6 @@ The loss and the horizon are unused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -28,7 +27,7 @@ from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, linear_form, mlp, read_mlp
-from pylo_integrations.rules.newton_schulz import orthogonalise
+from pylo_integrations.rules.newton_schulz import inverse_rms, orthogonalise
 from pylo_integrations.sharding.blocks import Block, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -194,10 +193,10 @@ class Celo2Rule(MomentRule):
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise matrices, where the rule does, and bring the root mean square to ``step_mult``."""
-        directions, scale = self.directions(steps, layout)
+        directions, scale = self.directions(steps, layout, ctx)
         return directions * scale
 
-    def directions(self, steps: Tensor, layout: TensorLayout) -> tuple[Tensor, Tensor]:
+    def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Two factors of the finished steps of whole tensors, ``(tensors, 1, *layout.shape)``.
 
         Returns:
@@ -207,10 +206,7 @@ class Celo2Rule(MomentRule):
         axes = [axis + 2 for axis in self.norm_axes(layout)]
         if self.orthogonalise != "never" and len(axes) == 2:
             steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
-        count = math.prod(steps.shape[axis] for axis in axes)
-        wide = torch.promote_types(steps.dtype, torch.float32)
-        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True, dtype=wide).square() / count
-        return steps, (mean_square + self.norm_eps).rsqrt().mul_(self.step_mult)
+        return steps, inverse_rms(steps, axes, self.norm_eps).mul_(self.step_mult)
 
 
 def unfinished_steps(inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, exp_mult: float) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pylo_integrations.sharding.layout import TensorLayout
+
+if TYPE_CHECKING:
+    from pylo_integrations.rules.base import StepContext
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,11 @@ class AdamSpec:
     eps: float
     eps_root: float
     corrections: Callable[[int], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class NesterovSpec:
+    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +68,22 @@ class KernelSpec:
         step: What makes steps.
         clip: Gradient elements are clipped to plus and minus this.
         sums: Sums that ``control`` reads besides those of squared gradients: ``"param_squares"``, ``"moments"`` and
-            ``"moment_squares"``, in that order, all or the first.
+            ``"moment_squares"``, in that order, all or the first; of :class:`NesterovSpec` ``"products"``, those of
+            gradient and momentum, and of the momentum with itself.
         sums_with_l2: The same, in a group with an L2 penalty.
         step_mult: Scale of the whole step, which decisions multiply.
+        factor: Makes another factor on it, one number, of a step's context; None for 1.
         directions: What makes the step of what kernels propose for whole tensors, ``(tensors, 1, *layout.shape)``, as
             two factors: tensors of this shape, of any type, and scales with extent 1 along the axes over which features
             are normalised. None if what kernels propose is the step.
         has_cuda: Whether the kernels for CUDA have it.
     """
 
-    step: AdamSpec | NetworkSpec
+    step: AdamSpec | NesterovSpec | NetworkSpec
     clip: float = math.inf
     sums: tuple[str, ...] = ()
     sums_with_l2: tuple[str, ...] = ()
     step_mult: float = 1.0
-    directions: Callable[[Tensor, TensorLayout], tuple[Tensor, Tensor]] | None = None
+    factor: Callable[[StepContext], Tensor] | None = None
+    directions: Callable[[Tensor, TensorLayout, StepContext], tuple[Tensor, Tensor]] | None = None
     has_cuda: bool = False

@@ -8,7 +8,8 @@ long matrices that is less work. It loses accuracy, which a *restart* from the m
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -58,6 +59,15 @@ def orthogonalise(matrices: Tensor, precision: Precision = "float32") -> Tensor:
     with _ieee_float32():
         x = torch.stack(list(map(iterate, x))) if short * long >= _BATCHED and x.device.type == "cpu" else iterate(x)
     return x.view(matrices.shape)
+
+
+def inverse_rms(directions: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+    """What brings the root mean square over ``axes``, which keep extent 1, to 1; at least in float32."""
+    wide = torch.promote_types(directions.dtype, torch.float32)
+    count = math.prod(directions.shape[axis] for axis in axes)
+    mean_square = torch.linalg.vector_norm(directions, dim=axes, keepdim=True, dtype=wide).square() / count
+    inverse: Tensor = (mean_square + eps).rsqrt()
+    return inverse
 
 
 def computed_in(matrices: Tensor, precision: Precision) -> torch.dtype:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import ema_
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.arrays import check_arrays
-from pylo_integrations.rules.base import Control, Rule, RuleChoice, StepContext, read_clipped_gradient
-from pylo_integrations.rules.newton_schulz import Precision, orthogonalise
+from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
+from pylo_integrations.rules.kernel_spec import KernelSpec, NesterovSpec
+from pylo_integrations.rules.newton_schulz import Precision, inverse_rms, orthogonalise
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -45,6 +47,9 @@ NUMBERS = (
 
 WIDTH, HORIZON = 256.0, 1000.0
 """Long side of a matrix, and steps of a run, at which the law is 1."""
+
+LONGEST = 100_000
+"""Steps up to which the law of the horizon is followed."""
 
 LARGEST_LOG_PACE = math.log(32)
 
@@ -91,7 +96,16 @@ class PaceRule(Rule):
 
     def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """This rule for matrices; Adam at its pace for others."""
-        return _adam(self) if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+        return self.adam if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+
+    @cached_property
+    def adam(self) -> PacedAdamRule:
+        """Who steps what is no matrix."""
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers)
+
+    def schedule(self, iteration: int, num_steps: int | None) -> float:
+        """What is left of the run, to a learned power."""
+        return schedule_of(self.numbers, iteration, num_steps)
 
     @property
     def workspace(self) -> int:
@@ -104,11 +118,17 @@ class PaceRule(Rule):
 
     def initial_memory(self) -> dict[str, Tensor]:
         """No feedback yet."""
-        return {"log_pace": torch.zeros(()), "agreement": torch.zeros(())}
+        return {name: torch.zeros((), dtype=torch.float32, device="cpu") for name in ("log_pace", "agreement")}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The numbers, each 0-d by its name."""
-        return dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
+        """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
+        numbers = dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
+        return numbers | {"momentum_weight": torch.sigmoid(-numbers["momentum"]).unsqueeze(-1)}
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Momentum, which :meth:`directions` finishes."""
+        return KernelSpec(NesterovSpec(), CLIP, ("products",), ("products",), directions=self.directions)
 
     def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
         """Products of gradient and momentum, and of the momentum with itself."""
@@ -132,32 +152,34 @@ class PaceRule(Rule):
         average = torch.where(seen > 0, average + weight * (mean - average), average)
         change = c["log_gain"].exp() * (average - c["target"]) * _activity(ctx)
         pace = before["log_pace"].to(mean) + torch.where(seen > 0, change, 0)
-        ctx.memory.update(log_pace=pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE), agreement=average)
+        pace = pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE)
+        ctx.memory.update(log_pace=pace.float(), agreement=average.float())
         return [{}] * len(buckets)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the momentum."""
-        weight = torch.sigmoid(-ctx.constants["momentum"]).unsqueeze(-1)
+        weight = ctx.constants["momentum_weight"]
         block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
         return {}
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Nesterov's momentum."""
-        momentum = block.load(_MOMENTUM)
-        weight = torch.sigmoid(-ctx.constants["momentum"]).view(-1, *(1,) * (momentum.dim() - 1))
-        return torch.lerp(momentum, read_clipped_gradient(block, ctx), weight)
+        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), ctx.constants["momentum_weight"])
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise, and go as far as law, schedule and feedback say."""
+        directions, scale = self.directions(steps, layout, ctx)
+        return directions * scale
+
+    def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """Two factors of the finished steps of whole tensors; see :class:`~pylo_integrations.rules.celo2.Celo2Rule`."""
         axes = [axis + 2 for axis in layout.order[-2:]]
-        steps = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes).to(steps.dtype)
-        count = math.prod(steps.shape[axis] for axis in axes)
-        mean_square = torch.linalg.vector_norm(steps, dim=axes, keepdim=True).square() / count
         long = max(steps.shape[axis] for axis in axes)
         width = torch.exp(ctx.constants["width_exponent"] * math.log(long / WIDTH))
         size = torch.exp(ctx.constants["log_step"]) * width * pace_of(ctx)
-        finished: Tensor = steps * (mean_square + self.norm_eps).rsqrt() * size.reshape(-1, *(1,) * (steps.dim() - 1))
-        return finished
+        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes)
+        scale = inverse_rms(directions, axes, self.norm_eps)
+        return directions, scale * size.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The feedback's factor on steps, and the agreement that it follows."""
@@ -177,9 +199,13 @@ class PacedAdamRule(AdamWRule):
     numbers: Tensor = torch.empty(0)
 
     @property
-    def kernel_spec(self) -> None:  # type: ignore[override]
-        """Kernels do not know the pace."""
-        return None
+    def kernel_spec(self) -> KernelSpec:
+        """Adam's step, scaled by the pace."""
+        return replace(super().kernel_spec, factor=_vector_step)
+
+    def schedule(self, iteration: int, num_steps: int | None) -> float:
+        """As that of the rule for matrices."""
+        return schedule_of(self.numbers, iteration, num_steps)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of both."""
@@ -189,14 +215,11 @@ class PacedAdamRule(AdamWRule):
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """The momentum over the root of the second moment, as far as schedule and feedback say."""
         step = super().propose(block, prepared, sums, control, ctx)
-        size = torch.exp(ctx.constants["log_vector_step"]) * pace_of(ctx)
-        return step * size.reshape(-1, *(1,) * (step.dim() - 1))
+        return step * _vector_step(ctx).reshape(-1, *(1,) * (step.dim() - 1))
 
 
-def _adam(rule: PaceRule) -> PacedAdamRule:
-    cache = rule.__dict__.setdefault("_adam", None) or PacedAdamRule((0.9, 0.95), clips=True, numbers=rule.numbers)
-    rule.__dict__["_adam"] = cache
-    return cache
+def _vector_step(ctx: StepContext) -> Tensor:
+    return torch.exp(ctx.constants["log_vector_step"]) * pace_of(ctx)
 
 
 def _activity(ctx: StepContext) -> float | Tensor:
@@ -208,11 +231,18 @@ def _activity(ctx: StepContext) -> float | Tensor:
 
 
 def pace_of(ctx: StepContext) -> Tensor:
-    """Factor on the steps of all tensors: of the horizon, the schedule and the feedback."""
+    """Factor on the steps of all tensors: of the feedback, the horizon and the schedule."""
     c = ctx.constants
     pace = torch.exp(ctx.memory["log_pace"].to(c["power"])) if "log_pace" in ctx.memory else torch.ones_like(c["power"])
     if ctx.num_steps is None:
         return pace
-    left = max(0.0, 1 - ctx.iteration / ctx.num_steps)
-    schedule = torch.exp(c["power"].exp() * math.log(left)) if left else torch.zeros_like(c["power"])
-    return pace * schedule * torch.exp(c["horizon_exponent"] * math.log(ctx.num_steps / HORIZON))
+    horizon = torch.exp(c["horizon_exponent"] * math.log(min(ctx.num_steps, LONGEST) / HORIZON))
+    left = 1 - ctx.iteration / ctx.num_steps
+    return pace * horizon * (torch.exp(c["power"].exp() * math.log(left)) if left > 0 else 0)
+
+
+def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float:
+    """The schedule alone, as :func:`pace_of` has it: a power of what is left of the run."""
+    if num_steps is None:
+        return 1.0
+    return float(max(0.0, 1 - iteration / num_steps) ** math.exp(numbers[NUMBERS.index("power")]))

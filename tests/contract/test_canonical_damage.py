@@ -219,8 +219,9 @@ def test_tensors_that_a_rule_cannot_have_are_refused(name):
             with pytest.raises(CheckpointError, match=key):
                 from_canonical(other, twin, put(canonical, ("memory", key), spoil(value)))
                 pytest.fail(f"{kind} {key}")
-    with pytest.raises(CheckpointError, match="rms.*negative"):
-        from_canonical(other, twin, put(canonical, ("state", "weight", "rms"), -torch.ones(3, 4)))
+    if "rms" in canonical["state"]["weight"]:
+        with pytest.raises(CheckpointError, match="rms.*negative"):
+            from_canonical(other, twin, put(canonical, ("state", "weight", "rms"), -torch.ones(3, 4)))
     with pytest.raises(CheckpointError, match="memory"):
         from_canonical(other, twin, {**canonical, "memory": {**canonical["memory"], "more": torch.ones(1)}})
     for key in canonical["memory"]:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from pylo_integrations import Celo, CeloAdam, LearnedOptimizer, SmallFCLOpt, get_optimizer_info, list_optimizers
+from pylo_integrations import (
+    CELO2,
+    ELOCELO2,
+    Celo,
+    CeloAdam,
+    LearnedOptimizer,
+    Pace,
+    SmallFCLOpt,
+    get_optimizer_info,
+    list_optimizers,
+)
 from pylo_integrations.keywords import CeloKeywords, Keywords, NetworkKeywords, ThetaKeywords
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
@@ -55,9 +65,9 @@ def test_declarations_say_what_each_is_and_its_default_is_of_its_type(declaratio
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_others_are_refused_by_name(spec):
-    assert ("exp_mult" in spec.options) == (spec.cls is not CeloAdam) and ("phase" in spec.options) == (
-        spec.cls is Celo
-    )
+    assert ("exp_mult" in spec.options) == (spec.cls not in (CeloAdam, Pace))
+    assert ("phase" in spec.options) == (spec.cls is Celo)
+    assert ("orthogonalise" in spec.options) == (spec.cls in (CELO2, ELOCELO2, Pace))
     for wrong in ({"step_mul": 1.0}, {"exp_mult": 1.0} if spec.cls is CeloAdam else {"usual_lrs": ()}):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(wrong))}'"):
             spec.cls(parameters(), **wrong)

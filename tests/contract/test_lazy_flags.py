@@ -150,6 +150,7 @@ def test_gradients_of_shares_are_resolved(workers):
         assert rank["error"] <= 1e-6 < rank["moved"]
 
 
+@pytest.mark.slow
 def test_compiled_steps_resolve_too():
     for backend in BACKENDS:
         torch._dynamo.reset()

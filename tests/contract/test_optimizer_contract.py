@@ -26,7 +26,7 @@ from pylo_integrations.ledger import state_dtype
 pytestmark = pytest.mark.usefixtures("small_thetas")
 
 NAMES = distinct_rules()
-SEPARABLE = [name for name in NAMES if not get_optimizer_info(name).needs_loss]
+SEPARABLE = [name for name in NAMES if not get_optimizer_info(name).needs_loss and name != "pace"]
 """Those that step every tensor by itself; the others decide over all tensors together."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IN_EVERY_DTYPE = pytest.mark.parametrize(

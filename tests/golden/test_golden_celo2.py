@@ -159,8 +159,8 @@ def test_finished_steps_match(case, trajectory, dtype, auto_backend, monkeypatch
     finished: dict[torch.Size, Tensor] = {}
     original = Celo2Rule.directions
 
-    def record(rule, steps, layout):
-        directions, scales = original(rule, steps, layout)
+    def record(rule, steps, layout, ctx):
+        directions, scales = original(rule, steps, layout, ctx)
         for direction, scale in zip(directions, scales, strict=True):
             finished[direction[0].shape] = direction[0] * scale[0]
         return directions, scales

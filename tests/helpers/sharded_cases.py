@@ -91,7 +91,7 @@ def promised(name: str, world: int, sharded: bool) -> list[str]:
         return []
     if not sharded:
         return ["allreduce_"] * rule.needs_loss
-    rounds = 1 if name.startswith("toy") or name == "celo_adam" else 2  # those need no sums of features
+    rounds = 1 if name.startswith("toy") or name in ("celo_adam", "pace") else 2  # those need no sums of features
     return ["allreduce_"] * rounds + ["alltoall_base_"] * (2 * rule.finishes)
 
 

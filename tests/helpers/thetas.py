@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations import LearnedOptimizer, Theta, create_optimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.metatrain.spaces import PaceNumbers
 from pylo_integrations.rules.celo2 import Celo2Rule
 from pylo_integrations.rules.control import SCHEDULE_FEATURES
 from pylo_integrations.rules.features import channel_counts
@@ -106,12 +107,19 @@ def celo_adam() -> dict[str, Tensor]:
     return lstm(SCHEDULE_FEATURES, 0, lr_mult=math.log(3 / 0.1))
 
 
+def pace() -> dict[str, Tensor]:
+    """The numbers that meta-training starts from."""
+    space = PaceNumbers()
+    return space.theta(space.start)
+
+
 BUILDERS: dict[str, Callable[[], dict[str, Tensor]]] = {
     "small_fc": small_fc,
     "celo2": celo2,
     "velo": velo,
     "celo": celo,
     "celo_adam": celo_adam,
+    "pace": pace,
 }
 """Arrays before noise, by architecture."""
 

@@ -111,7 +111,7 @@ def test_a_step_that_is_interrupted_between_its_halves_can_be_followed_by_anothe
     object.__setattr__(spec, "directions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    object.__setattr__(spec, "directions", lambda steps, layout: original(optimizer.rule, steps, layout))
+    object.__setattr__(spec, "directions", lambda steps, layout, ctx: original(optimizer.rule, steps, layout, ctx))
     before = [p.detach().clone() for p in params]
     optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))

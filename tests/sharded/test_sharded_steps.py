@@ -59,7 +59,7 @@ CASES = [
     for cell in cells(layout, world)
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-ORTHOGONALISED = {"celo2": 5.0, "elo_celo2": 5.0}
+ORTHOGONALISED = {"celo2": 5.0, "elo_celo2": 5.0, "pace": 5.0}
 """By how much Newton-Schulz multiplies roundings in float32: 1.7 was seen, 3.4445 ** 5 = 485 is the most possible."""
 
 

@@ -171,6 +171,7 @@ def test_shapes_of_llama_are_those_of_transformers():
     assert found == sorted((kind.shape, kind.axes) for kind in SHAPES["llama_7b"]())
 
 
+@pytest.mark.slow
 def test_traffic_does_not_grow_with_ranks_and_state_falls():
     few, many = (dry_run(SHAPES["vit_ti"](), "fsdp2", ranks, KINDS) for ranks in (8, 64))
     for name in KINDS:
@@ -242,6 +243,7 @@ def test_a_failed_measurement_is_told_and_the_others_go_on(capsys, monkeypatch):
     assert out.count("TABLE") == 1 and "tiny, ddp on 2 ranks failed: rank 1 of 2" in err
 
 
+@pytest.mark.slow
 def test_a_simulation_in_print_in_a_file_and_as_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "out.json", tmp_path / "out.png"

@@ -240,6 +240,7 @@ def test_what_the_hub_does_not_have_is_named(hub, online, address, message):
     hub.repos.pop("amoudgl/celo", None)
 
 
+@pytest.mark.slow
 def test_a_private_repository_needs_a_token(hub, home, online, theta, ours):
     hub.add("ann/secret", ours)
     hub.repos["ann/secret"].private = True
