@@ -133,6 +133,13 @@ class _Network:
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], packed: Tensor) -> None:
         self._layers = layers
         self.packed = packed
+        self._biases: list[Tensor] = []
+        end = 0
+        for index, (weight, _) in enumerate(layers):
+            outputs, inputs = weight.shape[-2:]
+            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
+            end = start + outputs + -outputs % 4
+            self._biases.append(packed[:, start : start + outputs])
 
     def has_weights_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Whether other layers differ at most in their biases; then so does the packed network."""
@@ -140,13 +147,9 @@ class _Network:
 
     def enter_biases(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Overwrite the biases, where they are others."""
-        end = 0
-        for index, ((weight, bias), (_, old)) in enumerate(zip(layers, self._layers, strict=True)):
-            outputs, inputs = weight.shape[-2:]
-            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
-            end = start + outputs + -outputs % 4
+        for place, (_, bias), (_, old) in zip(self._biases, layers, self._layers, strict=True):
             if bias is not old:
-                self.packed[:, start : start + outputs] = bias
+                place.copy_(bias)
         self._layers = layers
 
 
