@@ -65,12 +65,12 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     while lock is None:  # another writer may take it for abandoned before it is locked
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         folder.mkdir()
-        lock = _lock(folder)
+        lock = try_lock(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+        unlock(lock)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -81,29 +81,34 @@ def _remove_abandoned(path: Path) -> None:
     except PermissionError:  # a folder to write into, but not to look at
         return
     for entry in found:
-        lock = _lock(entry)
-        if lock is None or lock == _NO_LOCKS:
+        lock = try_lock(entry)
+        if lock is None or lock == NO_LOCKS:
             continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:  # of version 0.1.0, which wrote files beside the place
             entry.unlink(missing_ok=True)
-        _unlock(lock)
+        unlock(lock)
 
 
-_NO_LOCKS = -1
+NO_LOCKS = -1
+"""What stands for a lock where there are none."""
 
 
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds a lock; None if it is somebody else's, or gone; ``_NO_LOCKS`` where there are none."""
+def try_lock(path: Path) -> int | None:
+    """A lock of a file or folder, which ends with this process at the latest.
+
+    Returns:
+        A descriptor that holds it; None if it is somebody else's, or gone; :data:`NO_LOCKS` where there are none.
+    """
     if fcntl is None:
-        return _NO_LOCKS
+        return NO_LOCKS
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     except OSError:
-        return _NO_LOCKS
+        return NO_LOCKS
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -112,11 +117,12 @@ def _lock(path: Path) -> int | None:
         pass
     except OSError:  # a file system without locks
         os.close(descriptor)
-        return _NO_LOCKS
+        return NO_LOCKS
     os.close(descriptor)
     return None
 
 
-def _unlock(lock: int) -> None:
-    if lock != _NO_LOCKS:
+def unlock(lock: int) -> None:
+    """Give back what :func:`try_lock` returned."""
+    if lock != NO_LOCKS:
         os.close(lock)

@@ -94,7 +94,7 @@ class OrthogonalKeywords(NetworkKeywords, total=False):
             :data:`~pylo_integrations.rules.newton_schulz.Precision`.
     """
 
-    orthogonalise: Annotated[Precision, "float32"]
+    orthogonalise: Annotated[Precision, "auto"]
 
 
 class PaceKeywords(WeightsKeywords, total=False):
@@ -104,7 +104,7 @@ class PaceKeywords(WeightsKeywords, total=False):
         orthogonalise: As for :class:`OrthogonalKeywords`.
     """
 
-    orthogonalise: Annotated[Precision, "float32"]
+    orthogonalise: Annotated[Precision, "auto"]
 
 
 class CeloKeywords(NetworkKeywords, total=False):

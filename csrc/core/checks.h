@@ -60,4 +60,10 @@ inline int check_network(long long record, const pylo_step &step, const pylo_rul
     return PYLO_OK;
 }
 
+// The divisors of Adam's averages.
+inline int check_corrections(long long record, const pylo_step &step) {
+    if (step.momentum_correction > 0 && step.rms_correction > 0) return PYLO_OK;  // and not NaN
+    return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
+}
+
 }  // namespace pylo

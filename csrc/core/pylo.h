@@ -23,7 +23,9 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(__CUDACC_RTC__)
+#define PYLO_API
+#elif defined(_WIN32)
 #define PYLO_API __declspec(dllexport)
 #else
 #define PYLO_API __attribute__((visibility("default")))
@@ -33,7 +35,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 6u
+#define PYLO_ABI_VERSION 7u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */

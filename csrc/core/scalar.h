@@ -22,6 +22,7 @@ inline namespace PYLO_ISA {
 
 #ifdef __CUDACC__
 
+PYLO_FN float root(float x) { return sqrtf(x); }
 PYLO_FN double root(double x) { return sqrt(x); }
 PYLO_FN float madd(float a, float b, float c) { return fmaf(a, b, c); }
 PYLO_FN double madd(double a, double b, double c) { return fma(a, b, c); }

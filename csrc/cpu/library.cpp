@@ -32,10 +32,7 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
     if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
     if (stage != APPLY) return PYLO_OK;
     if (call.rule->layers == PYLO_NESTEROV) return PYLO_OK;
-    if (call.rule->layers) return check_network(record, step, *call.rule);
-    if (!(step.momentum_correction > 0 && step.rms_correction > 0))  // nor NaN
-        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
-    return PYLO_OK;
+    return call.rule->layers ? check_network(record, step, *call.rule) : check_corrections(record, step);
 }
 
 // What a stage needs beyond pylo_check().

@@ -1,11 +1,11 @@
 """Counts what the CUDA kernels cost, without a GPU: registers, spills, and instructions for 32 elements.
 
-    python csrc/cuda/count_sass.py --arch sm_80 sm_90 sm_100 sm_120
+    python csrc/cuda/count_sass.py --arch 80 86 89 90 100 120
 
-It compiles library.cu with nvcc and reads the machine code. A warp goes once through the loop over its elements for
-each 32 of them (twice as many where a thread has two elements), so the instructions of that loop are what a kernel
-issues; the few that run once a block are left out. Loops inside it count once, which is right for matrices and networks
-of two hidden layers. Everything is counted, nothing timed.
+It compiles every kernel with NVRTC, as it is compiled where it runs, and reads the machine code. A warp goes once
+through the loop over its elements for each 32 of them (twice as many where a thread has two elements), so the
+instructions of that loop are what a kernel issues; the few that run once a block are left out. Loops inside it count
+once, which is right for matrices and networks of two hidden layers. Everything is counted, nothing timed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-SOURCE = Path(__file__).with_name("library.cu")
+from pylo_integrations.ops import cubins, nvrtc
+from pylo_integrations.ops.cubins import kernel_lines
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 KINDS = {"HMMA": "tensor", "FFMA": "FFMA", "LDG": "loads", "STG": "stores", "LDS": "shared", "MUFU": "special"}
 
@@ -33,6 +35,7 @@ class Kernel:
     """What the compiler made of a kernel."""
 
     name: str
+    cubin: bytes
     registers: int = 0
     stack: int = 0
     spill_stores: int = 0
@@ -42,7 +45,7 @@ class Kernel:
     @property
     def elements(self) -> int:
         """Elements of a thread in one round of the loop."""
-        match = re.match(r"exact_kernel<\d+, (\d+)", self.name)
+        match = re.search(r"apply_exactly<\d+, (\d+)", kernel_lines()[self.name])
         return int(match[1]) if match else 1
 
     def instructions(self, loop: Counter[str]) -> float:
@@ -61,84 +64,68 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(places))
 
 
-def compile_kernels(arch: str, folder: Path) -> tuple[Path, dict[str, Kernel]]:
-    """Compile for one architecture; the machine code, and kernels by their mangled names."""
-    target = folder / f"{arch}.cubin"
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch={arch}", "-Xptxas=-v"]
-    command = ["nvcc", *flags, "-cubin", str(SOURCE), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    kernels: dict[str, Kernel] = {}
-    current = None
-    spilled = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-    for line in done.stderr.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            current = kernels[match[1]] = Kernel(readable(match[1]))
-        elif current and (match := spilled.search(line)):
-            current.stack, current.spill_stores, current.spill_loads = map(int, match.groups())
-        elif current and (match := re.search(r"Used (\d+) registers", line)):
-            current.registers = int(match[1])
-    return target, kernels
+def compile_kernel(arch: int, name: str) -> Kernel:
+    """Compile a kernel for one architecture."""
+    compiler = nvrtc.load()
+    if isinstance(compiler, str):
+        raise RuntimeError(compiler)
+    cubin, log = cubins.compile_kernel(compiler, name, arch, "--ptxas-options=-v")
+    kernel = Kernel(name, cubin)
+    if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log):
+        kernel.stack, kernel.spill_stores, kernel.spill_loads = map(int, match.groups())
+    if match := re.search(r"Used (\d+) registers", log):
+        kernel.registers = int(match[1])
+    return kernel
 
 
-def readable(mangled: str) -> str:
-    """``exact_kernel<32, 2, 1>`` of a mangled name."""
-    name = re.search(r"\d+([a-z_]+_kernel)", mangled)
-    arguments = re.findall(r"L[ib](\d+)E", mangled)
-    base = name[1] if name else mangled
-    return f"{base}<{', '.join(arguments)}>" if arguments else base
-
-
-def read_loops(cubin: Path, kernels: dict[str, Kernel]) -> None:
-    """Find the outermost loops that store to global memory in the machine code of every kernel."""
+def read_loops(kernel: Kernel) -> None:
+    """Find the outermost loops that store to global memory in the machine code of a kernel."""
     disassembler = tool("cuobjdump")
     if disassembler is None:
         raise RuntimeError("cuobjdump was found neither on the path, nor beside nvcc, nor in triton's package")
     path = os.pathsep.join([str(Path(disassembler).parent), os.environ.get("PATH", "")])
-    command = [disassembler, "-sass", str(cubin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.cubin)
+        file.flush()
+        command = [disassembler, "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
     instruction = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-    for part in re.split(r"\n\s*Function : ", text)[1:]:
-        name, _, body = part.partition("\n")
-        code = [(int(address, 16), opcode, operands) for address, opcode, operands in instruction.findall(body)]
-        jumps = [
-            (int(target[1], 16), address)
-            for address, opcode, operands in code
-            if opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
-        ]
-        backward = {(first, last) for first, last in jumps if first < last}
-        loops = kernels[name.strip()].loops
-        for first, last in backward:
-            inside = any(a <= first and last <= b for a, b in backward - {(first, last)})
-            loop = Counter(opcode.split(".")[0] for address, opcode, _ in code if first <= address <= last)
-            if not inside and loop["STG"]:
-                loops.append(loop)
-        # That of tensors with factored moments, which reads rows and columns, before that of vectors.
-        loops.sort(key=lambda loop: -loop["LDG"])
+    code = [(int(address, 16), opcode, operands) for address, opcode, operands in instruction.findall(done.stdout)]
+    jumps = [
+        (int(target[1], 16), address)
+        for address, opcode, operands in code
+        if opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands))
+    ]
+    backward = {(first, last) for first, last in jumps if first < last}
+    for first, last in backward:
+        inside = any(a <= first and last <= b for a, b in backward - {(first, last)})
+        loop = Counter(opcode.split(".")[0] for address, opcode, _ in code if first <= address <= last)
+        if not inside and loop["STG"]:
+            kernel.loops.append(loop)
+    # That of tensors with factored moments, which reads rows and columns, before that of vectors.
+    kernel.loops.sort(key=lambda loop: -loop["LDG"])
 
 
-def report(architectures: Sequence[str]) -> str:
+def report(architectures: Sequence[int]) -> str:
     """A Markdown table."""
     titles = ["arch", "kernel", "registers", "spills, bytes", "instructions for 32 elements", "of these"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in architectures:
-            cubin, kernels = compile_kernels(arch, Path(folder))
-            read_loops(cubin, kernels)
-            for kernel in sorted(kernels.values(), key=lambda k: k.name):
-                loops = kernel.loops if kernel.name.startswith(("exact", "tensor")) else []
-                counts = " / ".join(f"{kernel.instructions(loop):.0f}" for loop in loops)
-                kinds = " / ".join(
-                    ", ".join(f"{loop[op] / kernel.elements:.0f} {kind}" for op, kind in KINDS.items() if loop[op])
-                    for loop in loops
-                )
-                spills = kernel.spill_stores + kernel.spill_loads
-                lines.append(f"| {arch} | `{kernel.name}` | {kernel.registers} | {spills} | {counts} | {kinds} |")
+    for arch in architectures:
+        for name in kernel_lines():
+            kernel = compile_kernel(arch, name)
+            if name.startswith("apply"):
+                read_loops(kernel)
+            counts = " / ".join(f"{kernel.instructions(loop):.0f}" for loop in kernel.loops)
+            kinds = " / ".join(
+                ", ".join(f"{loop[op] / kernel.elements:.0f} {kind}" for op, kind in KINDS.items() if loop[op])
+                for loop in kernel.loops
+            )
+            spills = kernel.spill_stores + kernel.spill_loads
+            lines.append(f"| sm_{arch} | `{name}` | {kernel.registers} | {spills} | {counts} | {kinds} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     print(report(parser.parse_args().arch))

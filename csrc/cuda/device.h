@@ -1,5 +1,6 @@
-// All that the kernels know of CUDA: the runtime, and the instructions that it has no functions for. A C++ compiler gets
-// the emulation of csrc/shim in its place.
+// All that the kernels know of CUDA beside the language: instructions that it has no functions for. nvcc and NVRTC compile
+// it without any of CUDA's headers, which not every installation has; a C++ compiler gets the emulation of csrc/shim in
+// its place.
 #pragma once
 
 #include <stdint.h>
@@ -8,23 +9,33 @@
 #include "../shim/cuda.h"
 #else
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 namespace pylo {
 
-// The dynamic shared memory of a block.
-__device__ __forceinline__ void *shared_memory() {
-    extern __shared__ __align__(16) char memory[];
-    return memory;
+// A T in the shared memory of a block.
+template <class T>
+__device__ __forceinline__ T &shared_memory() {
+    static_assert(sizeof(T) <= 48 << 10, "what every device has");
+    __shared__ __align__(16) char memory[sizeof(T)];
+    return *(T *)memory;
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float from_bfloat16(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
-__device__ __forceinline__ uint16_t to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-__device__ __forceinline__ float from_float16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ __forceinline__ uint16_t to_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ uint16_t to_bfloat16(float x) {
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+__device__ __forceinline__ float from_float16(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ __forceinline__ uint16_t to_float16(float x) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
 
 // Two numbers rounded to bfloat16 in one register.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
@@ -59,15 +70,6 @@ __device__ __forceinline__ T *device(T *pointer) {
 
 // Without it the compiler keeps what a loop reads of shared memory in registers, more than there are.
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-    Arguments... arguments) {
-    if (blocks == 0) return cudaSuccess;
-    kernel<<<(unsigned)blocks, threads, shared_bytes, stream>>>(arguments...);
-    return cudaGetLastError();
-}
 
 }  // namespace pylo
 

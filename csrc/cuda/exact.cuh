@@ -7,8 +7,6 @@
 namespace pylo {
 inline namespace PYLO_ISA {
 
-constexpr int EXACT_THREADS = 128;
-
 // Hidden layers are filled up to `Width` units with zeros.
 template <int Width>
 struct ExactShared {
@@ -34,7 +32,7 @@ __device__ __forceinline__ void add_product(float x, const float *weights, float
 }
 
 template <int Width, int Elements, bool Plain, bool Factored>
-__device__ __forceinline__ void apply_exactly(const pylo_rule &rule, const FlatPart &part, ExactShared<Width> &shared) {
+__device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const FlatPart &part, ExactShared<Width> &shared) {
     const float *const network = shared.step.network;
     const int hidden = rule.layers - 1, thread = (int)threadIdx.x;
     shared.folded.template fill<Factored>(rule, shared.record.tensor);
@@ -106,18 +104,18 @@ __device__ __forceinline__ void apply_exactly(const pylo_rule &rule, const FlatP
 }
 
 template <int Width, int Elements, bool Plain>
-__global__ void __launch_bounds__(EXACT_THREADS) exact_kernel(Arguments arguments, const FlatPart *parts) {
-    ExactShared<Width> &shared = *(ExactShared<Width> *)shared_memory();
-    const FlatPart part = parts[blockIdx.x];
+__device__ __forceinline__ void apply_exactly(const Arguments &arguments) {
+    auto &shared = shared_memory<ExactShared<Width>>();
+    const FlatPart part = arguments.applies[blockIdx.x];
     if (threadIdx.x == 0) {
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
     }
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)
-        apply_exactly<Width, Elements, Plain, false>(arguments.rule, part, shared);
+        apply_part_exactly<Width, Elements, Plain, false>(arguments.rule, part, shared);
     else
-        apply_exactly<Width, Elements, Plain, true>(arguments.rule, part, shared);
+        apply_part_exactly<Width, Elements, Plain, true>(arguments.rule, part, shared);
 }
 
 }  // namespace PYLO_ISA

@@ -102,7 +102,7 @@ __device__ __forceinline__ void finish_element(
     float magnitude) {
     const float proposed = proposed_step(rule, step, direction, magnitude);
     if (!Plain && t.direction)
-        device(t.direction)[index] = proposed;
+        device((float *)t.direction)[index] = proposed;
     else
         write<Plain>(t.param, t.param_dtype, index, updated_param(step, param, proposed));
 }

@@ -14,6 +14,9 @@ constexpr int FLUSH = 64;            // numbers that are added in single precisi
 constexpr int PART = FLUSH * SUM_THREADS;  // elements of a part of a tensor
 constexpr int STATISTICS_PART = 2048;      // entries of a part of a statistic
 constexpr int LINES_PART = 64;             // lines of a part of `row`
+constexpr int EXACT_THREADS = 128;         // of a block of apply, in float32
+constexpr int TENSOR_THREADS = 128;        // and on tensor cores,
+constexpr int TENSOR_WIDTH = 32;           // where hidden layers are filled up to as many units
 
 // n / divisor for n below 2^31, without a division.
 struct Divisor {
@@ -79,10 +82,20 @@ constexpr uint64_t MAGIC = 0x70796C6F00000000u + PYLO_ABI_VERSION;
 // What every kernel gets.
 struct Arguments {
     pylo_rule rule;
+    int32_t matrix_count;
     const Record *records;
     const pylo_step *steps;
     double *partial, *grad_squares;
     int32_t *tickets;  // one per record: parts that have ended; 0 between launches
+    const MatrixPart *matrices;
+    const FlatPart *measures;
+    const Merge *merges;
+    const StatisticPart *statistics;
+    const FlatPart *describes, *applies;
 };
+
+// The host's compiler lays them out, the device's reads them: both must come to the same sizes.
+static_assert(sizeof(Record) == 760 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
+static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 208, "");
 
 }  // namespace pylo

@@ -54,8 +54,10 @@ struct Plan {
             record = (int32_t)i;
             collect(call, r, collect_slots);
             if (t.d0_axis >= 0) prepare(r, prepare_slots);
-            r.describe_slot = describe_slots;
-            r.describe_parts = (int32_t)cut(describes, r.numel, PART, PYLO_SLOTS, describe_slots, true);
+            if (call.rule->layers) {
+                r.describe_slot = describe_slots;
+                r.describe_parts = (int32_t)cut(describes, r.numel, PART, PYLO_SLOTS, describe_slots, true);
+            }
             int64_t none = 0;
             cut(applies, r.numel, apply_part, 0, none, false);
             records.push_back(r);

@@ -1,11 +1,11 @@
-/* C interface of the kernels for CUDA devices; structures and the order of the stages are those of ../core/pylo.h.
+/* C interface of what the host does for the kernels on CUDA devices; structures and the order of the stages are those of
+ * ../core/pylo.h. It is part of the CPU library and calls nothing of CUDA: kernels are launched by the caller.
  *
  * The table of tensors stays on the host and names addresses of the device. pylo_cuda_plan() turns it into a plan, once
- * for many steps: plain bytes that the caller copies to the device. A stage takes the plan from both places and only
- * launches kernels: it allocates nothing, copies nothing and waits for nothing, so it may be captured in a graph. What
- * changes from step to step is a table of pylo_step, of which the caller keeps a copy on the device too.
+ * for many steps: plain bytes that the caller copies to the device. pylo_cuda_launches() then tells which kernels a stage
+ * launches. What changes from step to step is a table of pylo_step, of which the caller keeps a copy on the device too.
  *
- * Every function returns a pylo_status or PYLO_DEVICE_ERROR; pylo_cuda_last_error() says why.
+ * Every function returns a pylo_status; pylo_last_error() says why.
  */
 #ifndef PYLO_CUDA_H
 #define PYLO_CUDA_H
@@ -16,12 +16,13 @@
 extern "C" {
 #endif
 
-#define PYLO_DEVICE_ERROR 100 /* CUDA refused a launch; what was launched before may have changed memory */
-
 enum pylo_precision {
     PYLO_PRECISE = 0, /* networks on tensor cores where they are wide enough, each number as the sum of two bfloat16 */
     PYLO_EXACT = 1    /* networks in float32 throughout */
 };
+
+/* The stages. `collect` also does the work of `measure` if the rule asks for it. */
+enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3 };
 
 typedef struct pylo_cuda_call {
     uint32_t abi_version; /* PYLO_ABI_VERSION */
@@ -33,15 +34,28 @@ typedef struct pylo_cuda_call {
     double *grad_squares;     /* as in pylo_call, on the device */
     void *workspace;          /* on the device, aligned to 16 bytes; zeroed before the first stage, and then left alone */
     int64_t workspace_bytes;
-    void *stream;             /* cudaStream_t */
-    int32_t device;
+    int32_t stage;
     int32_t precision;
 } pylo_cuda_call;
 
-/* Message about the last failure in this thread; never null. */
-PYLO_API const char *pylo_cuda_last_error(void);
+#define PYLO_CUDA_MOST_LAUNCHES 2
+#define PYLO_CUDA_MOST_KERNELS 8
+#define PYLO_CUDA_ARGUMENTS 256
 
-PYLO_API uint32_t pylo_cuda_abi_version(void);
+/* Kernels to be launched one after the other, in one dimension, without dynamic shared memory. */
+typedef struct pylo_cuda_launches {
+    struct {
+        const char *kernel; /* the name in kernels.inc; the function is called pylo_<kernel> */
+        uint32_t blocks, threads;
+    } launch[PYLO_CUDA_MOST_LAUNCHES];
+    int64_t count;
+    uint64_t arguments[PYLO_CUDA_ARGUMENTS / 8]; /* each gets these bytes as its one parameter */
+} pylo_cuda_launches;
+
+typedef struct pylo_cuda_kernels {
+    const char *name[PYLO_CUDA_MOST_KERNELS];
+    int64_t count;
+} pylo_cuda_kernels;
 
 /* Validate rule and table as pylo_check() does, and tell the sizes of plan and workspace. Of `call` only the rule, the
  * tensors and their count are read. */
@@ -50,12 +64,12 @@ PYLO_API int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int
 /* Write the plan of a table that pylo_cuda_check() passes; `plan` is aligned to 16 bytes. */
 PYLO_API int32_t pylo_cuda_plan(const pylo_call *call, void *plan, int64_t plan_bytes);
 
-/* The stages. `collect` also does the work of `measure` if the rule asks for it. Two launches for collect, one for each
- * of the others, however many tensors there are. */
-PYLO_API int32_t pylo_cuda_collect(const pylo_cuda_call *call);
-PYLO_API int32_t pylo_cuda_prepare(const pylo_cuda_call *call);
-PYLO_API int32_t pylo_cuda_describe(const pylo_cuda_call *call);
-PYLO_API int32_t pylo_cuda_apply(const pylo_cuda_call *call);
+/* The kernels that stages of a rule may launch, by their names, for who loads them beforehand. */
+PYLO_API int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *kernels);
+
+/* What a stage launches: two kernels for collect, one for each of the others, however many tensors there are; none where
+ * there is nothing to do. Kernels allocate nothing and wait for nothing, so launches may be captured in a graph. */
+PYLO_API int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launches *launches);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-// Kernels that sum. A block writes partial sums of its part to a place of their own; they are added up in a fixed order,
+// The stages that sum. A block writes partial sums of its part to a place of their own; they are added up in a fixed order,
 // by the next launch or by whichever block of a tensor ends last. No atomic operation touches a sum.
 #pragma once
 
@@ -159,20 +159,20 @@ __device__ __forceinline__ void measure_part(const Arguments &arguments, const F
     }
 }
 
-__global__ void __launch_bounds__(SUM_THREADS) collect_kernel(
-    Arguments arguments, const MatrixPart *matrices, int64_t matrix_count, const FlatPart *measures) {
-    CollectShared &shared = *(CollectShared *)shared_memory();
-    if (blockIdx.x < matrix_count)
-        collect_part(arguments, matrices[blockIdx.x], shared);
+__device__ __forceinline__ void collect(const Arguments &arguments) {
+    auto &shared = shared_memory<CollectShared>();
+    const int part = (int)blockIdx.x, measure = part - arguments.matrix_count;
+    if (measure < 0)
+        collect_part(arguments, arguments.matrices[part], shared);
     else if (arguments.rule.measures == 1)
-        measure_part<false>(arguments, measures[blockIdx.x - matrix_count], shared);
+        measure_part<false>(arguments, arguments.measures[measure], shared);
     else
-        measure_part<true>(arguments, measures[blockIdx.x - matrix_count], shared);
+        measure_part<true>(arguments, arguments.measures[measure], shared);
 }
 
-__global__ void __launch_bounds__(SUM_THREADS) merge_kernel(Arguments arguments, const Merge *merges) {
-    MergeShared &shared = *(MergeShared *)shared_memory();
-    const Merge &merge = merges[blockIdx.x];
+__device__ __forceinline__ void merge(const Arguments &arguments) {
+    auto &shared = shared_memory<MergeShared>();
+    const Merge &merge = arguments.merges[blockIdx.x];
     double *const result = merge.result ? merge.result : arguments.grad_squares + merge.record;
     merge_partials(arguments.partial + merge.first, merge.count, merge.step, merge.terms, merge.term_step, shared.scratch,
                    [&](int i, double sum) { result[i * merge.result_step] = sum; });
@@ -218,9 +218,9 @@ __device__ __forceinline__ void prepare_part(const Arguments &arguments, const S
     }
 }
 
-__global__ void __launch_bounds__(SUM_THREADS) prepare_kernel(Arguments arguments, const StatisticPart *parts) {
-    MergeShared &shared = *(MergeShared *)shared_memory();
-    const StatisticPart &part = parts[blockIdx.x];
+__device__ __forceinline__ void prepare(const Arguments &arguments) {
+    auto &shared = shared_memory<MergeShared>();
+    const StatisticPart &part = arguments.statistics[blockIdx.x];
     prepare_part(arguments, part, shared);
     const Record &record = arguments.records[part.record];
     const pylo_tensor &t = record.tensor;
@@ -278,9 +278,9 @@ __device__ __forceinline__ void describe_part(const Arguments &arguments, const 
 }
 
 template <bool Plain>
-__global__ void __launch_bounds__(SUM_THREADS) describe_kernel(Arguments arguments, const FlatPart *parts) {
-    DescribeShared &shared = *(DescribeShared *)shared_memory();
-    const FlatPart &part = parts[blockIdx.x];
+__device__ __forceinline__ void describe(const Arguments &arguments) {
+    auto &shared = shared_memory<DescribeShared>();
+    const FlatPart &part = arguments.describes[blockIdx.x];
     const Record &record = arguments.records[part.record];
     if (record.tensor.d0_axis < 0)
         describe_part<false, Plain>(arguments, part, shared);

@@ -13,7 +13,6 @@
 namespace pylo {
 inline namespace PYLO_ISA {
 
-constexpr int TENSOR_THREADS = 128, TENSOR_WIDTH = 32;
 constexpr int TILES = TENSOR_WIDTH / 8;     // of units
 constexpr int STEPS = TENSOR_WIDTH / 16;    // of inputs
 constexpr int TILE_ROW = 40;                // bfloat16 numbers between rows: 8 rows are in different banks
@@ -92,7 +91,7 @@ __device__ __forceinline__ void split_relu(float low, float high, uint32_t &larg
 }
 
 template <bool Plain, bool Factored>
-__device__ __forceinline__ void apply_on_tensor_cores(const pylo_rule &rule, const FlatPart &part, TensorShared &shared) {
+__device__ __forceinline__ void apply_part_on_tensor_cores(const pylo_rule &rule, const FlatPart &part, TensorShared &shared) {
     const float *const network = shared.step.network;
     const int hidden = rule.layers - 1, thread = (int)threadIdx.x, lane = thread % WARP;
     shared.folded.template fill<Factored>(rule, shared.record.tensor);
@@ -175,18 +174,18 @@ __device__ __forceinline__ void apply_on_tensor_cores(const pylo_rule &rule, con
 }
 
 template <bool Plain>
-__global__ void __launch_bounds__(TENSOR_THREADS) tensor_core_kernel(Arguments arguments, const FlatPart *parts) {
-    TensorShared &shared = *(TensorShared *)shared_memory();
-    const FlatPart part = parts[blockIdx.x];
+__device__ __forceinline__ void apply_on_tensor_cores(const Arguments &arguments) {
+    auto &shared = shared_memory<TensorShared>();
+    const FlatPart part = arguments.applies[blockIdx.x];
     if (threadIdx.x == 0) {
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
     }
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)
-        apply_on_tensor_cores<Plain, false>(arguments.rule, part, shared);
+        apply_part_on_tensor_cores<Plain, false>(arguments.rule, part, shared);
     else
-        apply_on_tensor_cores<Plain, true>(arguments.rule, part, shared);
+        apply_part_on_tensor_cores<Plain, true>(arguments.rule, part, shared);
 }
 
 }  // namespace PYLO_ISA

@@ -46,7 +46,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 namespace shim {
 
 constexpr unsigned WARP = 32;
-constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK = 256 << 10, SHARED = 48 << 10;
 
 struct Place {
     const char *file;
@@ -72,7 +72,7 @@ struct Machine {
     unsigned threads = 0, running = 0, seed = 0;
     uint3 block = {0, 0, 0}, blocks = {1, 1, 1};
     std::function<void()> kernel;
-    std::vector<char> shared;
+    std::vector<char> shared = std::vector<char>(SHARED);
     jmp_buf scheduler;
     std::string error;
 };
@@ -297,18 +297,19 @@ inline int atomicAdd(int *address, int value) {
 inline double __ldcg(const double *address) { return *address; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 
-typedef void *cudaStream_t;
 typedef int cudaError_t;
 enum { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : 101; }
 inline const char *cudaGetErrorString(cudaError_t) { return shim::machine().error.c_str(); }
 
 // -- what the kernels call them (csrc/cuda/device.h) ---------------------------------------------------------------------
 
 namespace pylo {
 
-inline void *shared_memory() { return shim::machine().shared.data(); }
+template <class T>
+T &shared_memory() {
+    static_assert(sizeof(T) <= shim::SHARED, "what every device has");
+    return *(T *)shim::machine().shared.data();
+}
 
 inline float bits_to_float(uint32_t bits) {
     float x;
@@ -345,12 +346,11 @@ T *device(T *pointer) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
     shim::Machine &m = shim::machine();
-    m.threads = (unsigned)threads;
+    m.threads = threads;
     if (m.fibers.size() < m.threads) m.fibers.resize(m.threads);
-    m.blocks = {(unsigned)blocks, 1, 1};
-    m.shared.resize(shared_bytes);
+    m.blocks = {blocks, 1, 1};
     m.kernel = [=] { kernel(arguments...); };
     m.error.clear();
     for (unsigned i = 0; i < m.blocks.x && m.error.empty(); ++i) {

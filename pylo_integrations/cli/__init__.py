@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, Command | Family] = {
             ),
         },
     ),
-    "doctor": Command("versions, backends, weights, devices: does it work here?", doctor.run),
+    "doctor": Command("versions, backends, weights, devices: does it work here?", doctor.run, doctor.add_arguments),
     "recipe": Command("train a real model on real data", recipe.run, recipe.add_arguments),
     "metatrain": Command(
         "train the weights of a learned optimizer on families of tasks", metatrain.run, metatrain.add_arguments

@@ -1,25 +1,28 @@
-"""The CUDA kernels: a library of its own with the CPU library's face.
+"""The CUDA kernels with the CPU library's face.
 
 A table of tensors becomes a plan, which lives on the device as long as the table is used; a stage then only launches
 kernels on the current stream. What changes from step to step is copied to the device when it has changed, from
-page-locked memory and without waiting.
+page-locked memory and without waiting. The CPU library makes plans and tells what to launch, so nothing here is
+compiled for CUDA but the kernels themselves (:mod:`pylo_integrations.ops.kernels`).
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pylo_integrations.ops import loader
-from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError, open_library
+from pylo_integrations.ops import kernels, loader
+from pylo_integrations.ops.driver import DriverError
+from pylo_integrations.ops.kernels import Kernels, LaunchesStruct
+from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError
+from pylo_integrations.ops.nvrtc import NvrtcError
 from pylo_integrations.ops.records import STEP
 
-FILE = loader.FILE.replace("cpu", "cuda")
-"""Name of the shared library; it stands beside the CPU library, which it calls."""
+STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3}
+"""Numbers of the stages; ``measure`` is done by ``collect``."""
 
 PRECISIONS = {"precise": 0, "exact": 1}
 """Networks on tensor cores, numbers split into two bfloat16; or in float32 throughout."""
@@ -41,10 +44,15 @@ class CudaCallStruct(ctypes.Structure):
         ("grad_squares", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-        ("device", ctypes.c_int32),
+        ("stage", ctypes.c_int32),
         ("precision", ctypes.c_int32),
     ]
+
+
+class KernelsStruct(ctypes.Structure):
+    """``pylo_cuda_kernels``."""
+
+    _fields_ = [("name", ctypes.c_char_p * 8), ("count", ctypes.c_int64)]
 
 
 class _Plan:
@@ -65,8 +73,8 @@ class _Plan:
             device_steps=self._steps.data_ptr(),
             workspace=self._workspace.data_ptr(),
             workspace_bytes=workspace_bytes,
-            device=device.index or 0,
         )
+        self.launches = LaunchesStruct()
 
     def upload(self, call: CallStruct) -> None:
         """Bring the device's copy of the steps up to date."""
@@ -87,48 +95,44 @@ class _Plan:
 
 
 class CudaLibrary:
-    """The loaded library for one device, a :class:`~pylo_integrations.ops.loader.NativeLibrary`.
+    """The kernels for one device, a :class:`~pylo_integrations.ops.loader.NativeLibrary`.
 
     Args:
-        path: The shared library.
-        cpu: The CPU library, which checks tables for both.
+        cpu: The CPU library.
+        kernels: Those of the device.
         device: Where the tensors are.
         precision: One of :data:`PRECISIONS`.
-
-    Raises:
-        NativeError: It cannot be loaded or has another interface version; the message says which.
     """
 
-    STAGES = ("collect", "prepare", "describe", "apply")
-
-    def __init__(self, path: Path, cpu: Library, device: torch.device, precision: str = "precise") -> None:
-        self.path = path
+    def __init__(self, cpu: Library, kernels: Kernels, device: torch.device, precision: str = "precise") -> None:
         self._cpu = cpu
+        self._kernels = kernels
         self.device = device
         self._precision = PRECISIONS[precision]
-        self._dll = open_library(path, "pylo_cuda_abi_version")
-        self._dll.pylo_cuda_last_error.restype = ctypes.c_char_p
-        self._stages = {stage: getattr(self._dll, f"pylo_cuda_{stage}") for stage in self.STAGES}
 
     def feature_names(self) -> tuple[str, ...]:
         """See :class:`~pylo_integrations.ops.loader.NativeLibrary`."""
         return self._cpu.feature_names()
 
     def check(self, call: CallStruct) -> tuple[int, int]:
-        """Validate rule and table, and plan stages over them; the plan stays with ``call``.
+        """Validate rule and table, plan stages over them, and have their kernels ready; the plan stays with ``call``.
 
         Returns:
             A token, which nothing asks for, and the workspace that the caller must provide, which is none.
 
         Raises:
-            NativeError: The message says which argument is wrong.
+            NativeError: The message says which argument is wrong, or why there are no kernels.
         """
         plan_bytes, workspace_bytes = ctypes.c_int64(), ctypes.c_int64()
-        sizes = ctypes.byref(plan_bytes), ctypes.byref(workspace_bytes)
-        self._raise_for(self._dll.pylo_cuda_check(ctypes.byref(call), *sizes))
+        self._cpu.call("pylo_cuda_check", call, plan_bytes, workspace_bytes)
         host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu")
-        address = ctypes.c_void_p(host.data_ptr())
-        self._raise_for(self._dll.pylo_cuda_plan(ctypes.byref(call), address, plan_bytes))
+        self._cpu.call("pylo_cuda_plan", call, ctypes.c_char.from_address(host.data_ptr()), plan_bytes.value)
+        needed = KernelsStruct()
+        self._cpu.call("pylo_cuda_kernels_of", call.rule.contents, self._precision, needed)
+        try:
+            self._kernels.load(needed.name[: needed.count])
+        except (DriverError, NvrtcError) as error:
+            raise NativeError(f"CUDA kernels: {error}") from error
         call.plan = _Plan(host, call.count, workspace_bytes.value, self.device)
         return 0, 0
 
@@ -143,34 +147,23 @@ class CudaLibrary:
         plan = call.plan
         if not isinstance(plan, _Plan):
             raise NativeError("the table was not checked: check it before a stage is run")
-        plan.call.precision = self._precision
+        plan.call.stage, plan.call.precision = STAGES[stage], self._precision
         plan.call.grad_squares = call.grad_squares
-        if self.device.type == "cuda":
-            plan.call.stream = torch.cuda.current_stream(self.device).cuda_stream
         plan.upload(call)
-        self._raise_for(self._stages[stage](ctypes.byref(plan.call)))
-
-    def _raise_for(self, status: int) -> None:
-        if status:
-            raise NativeError(f"CUDA kernels: {self._dll.pylo_cuda_last_error().decode()}")
-
-
-def find_library(cpu: Library) -> Path | None:
-    """The shared library, which stands beside the CPU library."""
-    path = cpu.path.with_name(FILE)
-    return path if path.exists() else None
+        self._cpu.call("pylo_cuda_launches_of", plan.call, plan.launches)
+        on_cuda = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_cuda else 0
+        try:
+            self._kernels.launch(plan.launches, stream)
+        except DriverError as error:
+            raise NativeError(f"CUDA kernels: {error}") from error
 
 
 @cache
 def load(device: torch.device) -> CudaLibrary | str:
-    """The library for a device, or the reason why there is none, in words."""
+    """The kernels for a device, or the reason why there are none, in words."""
     cpu = loader.load()
     if isinstance(cpu, str):
         return cpu
-    path = find_library(cpu)
-    if path is None:
-        return f"{FILE} is not part of this installation: it is built when pip finds nvcc"
-    try:
-        return CudaLibrary(path, cpu, device)
-    except NativeError as error:
-        return str(error)
+    found = kernels.load(device.index or 0)
+    return found if isinstance(found, str) else CudaLibrary(cpu, found, device)

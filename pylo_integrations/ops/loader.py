@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -203,6 +203,15 @@ class Library:
     def run(self, stage: str, call: CallStruct) -> None:
         """See :class:`NativeLibrary`."""
         self._raise_for(self._stages[stage](ctypes.byref(call)))
+
+    def call(self, function: str, *args: Any) -> None:
+        """Call another function of the interface, structures and numbers to be written by reference.
+
+        Raises:
+            NativeError: The message says which argument is wrong.
+        """
+        passed = (ctypes.c_int64(arg) if isinstance(arg, int) else ctypes.byref(arg) for arg in args)
+        self._raise_for(getattr(self._dll, function)(*passed))
 
     def _raise_for(self, status: int) -> None:
         if status:

@@ -170,7 +170,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"layers of {list(widths)} units are more or wider than they take"
     if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
-    if bucket.device.type == "cuda" and not spec.has_cuda:
+    if bucket.device.type == "cuda" and (not spec.has_cuda or len(widths) == 1):
         return f"those for CUDA do not know the rule {rule.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"

@@ -7,21 +7,23 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from pylo_integrations.ops import cuda, loader
+from pylo_integrations.ops import cuda, loader, self_check
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import NativeLibrary
 from pylo_integrations.ops.native import NativeStages, entangled_buckets, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.rounds import Ranks
 
 Backend = Literal["auto", "reference", "native", "compile"]
 """What computes a step.
 
 ``"reference"`` runs a rule's own torch functions on any device; ``"native"`` the compiled kernels, and raises where
-they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16 on a
-CPU) and the reference for the others: also for those on a CUDA device, whose kernels nobody has run on one yet and
-which take ``"native"`` to be used. ``"compile"`` runs the reference through ``torch.compile``, each function once for
-every shape of its arguments. State is the same, so the backend may change in the middle of a run.
+they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16, on
+a CPU or a CUDA device) and the reference for the others. On CUDA it takes them once a check has found them right on
+such a device (:mod:`pylo_integrations.ops.self_check`); the environment variable ``PYLO_NATIVE`` makes it take them
+unchecked (1), or take none anywhere (0). ``"compile"`` runs the reference through ``torch.compile``, each function once
+for every shape of its arguments. State is the same, so the backend may change in the middle of a run.
 """
 
 
@@ -44,8 +46,7 @@ def native_report() -> str:
     library = loader.load()
     if isinstance(library, str):
         return f"missing; {library}"
-    there = "CUDA kernels" if cuda.find_library(library) else "no CUDA kernels"
-    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used; {there}"
+    return f"CPU kernels for {', '.join(library.isas())}, of which {library.isa} is used"
 
 
 def select_local(backend: Backend) -> Local:
@@ -53,8 +54,16 @@ def select_local(backend: Backend) -> Local:
     return CompiledLocal() if backend == "compile" else as_written
 
 
-def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket]) -> tuple[list[int], list[int]]:
+def find_native(
+    backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucket], ranks: Ranks
+) -> tuple[list[int], list[int]]:
     """Which buckets are for the native kernels.
+
+    Args:
+        backend: What computes a step.
+        rules: Of each bucket.
+        buckets: To be stepped.
+        ranks: Who agrees on whether kernels are taken unasked.
 
     Returns:
         The indices of those that they can step here, and of those that they could step but for what may differ between
@@ -63,6 +72,7 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     Raises:
         RuntimeError: ``backend`` is ``"native"`` and a bucket is not for it, or ``"compile"`` and nothing compiles
             on the device of a bucket.
+        ValueError: The environment variable ``PYLO_NATIVE`` is neither 0 nor 1.
     """
     if backend == "compile":
         for device in {bucket.device for bucket in buckets}:
@@ -72,9 +82,14 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     if backend in ("reference", "compile"):
         return able, unable
     entangled = entangled_buckets(buckets)
+    none_wanted = backend == "auto" and self_check.switch() is False
     for index, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
-        common = obstacle(rule, bucket) or _reluctance(backend, bucket.device)
+        common = obstacle(rule, bucket)
+        if common is None and backend == "auto" and bucket.device.type == "cuda":
+            common = self_check.reluctance(rule, bucket.device, ranks)
         reason = common or _why_no_library(bucket.device) or local_obstacle(rule, bucket)
+        if reason is None and none_wanted:
+            reason = f"{self_check.SWITCH} is 0"
         if reason is None and index in entangled:
             reason = "it shares memory with another parameter, or was given twice"
         if reason is None:
@@ -88,18 +103,13 @@ def find_native(backend: Backend, rules: Sequence[Rule], buckets: Sequence[Bucke
     return able, unable
 
 
-def _library_for(device: torch.device) -> NativeLibrary | str:
+def library_for(device: torch.device) -> NativeLibrary | str:
+    """The kernels for a device, or the reason why there are none, in words."""
     return cuda.load(device) if device.type == "cuda" else loader.load()
 
 
-def _reluctance(backend: Backend, device: torch.device) -> str | None:
-    """Why kernels that there are are not taken unasked."""
-    unasked = backend == "auto" and device.type == "cuda"
-    return "the kernels for CUDA are taken where they are asked for" if unasked else None
-
-
 def _why_no_library(device: torch.device) -> str | None:
-    library = _library_for(device)
+    library = library_for(device)
     return library if isinstance(library, str) else None
 
 
@@ -113,6 +123,6 @@ def native_stages(
         # The kernels only round to the nearest; where that is not wanted, they leave the last step to the engine.
         together.setdefault((rule, bucket.device, bucket.rounds_stochastically), []).append(index)
     return {
-        tuple(mine): NativeStages(cast(NativeLibrary, _library_for(device)), rule, [buckets[i] for i in mine])
+        tuple(mine): NativeStages(cast(NativeLibrary, library_for(device)), rule, [buckets[i] for i in mine])
         for (rule, device, _), mine in together.items()
     }

@@ -63,7 +63,8 @@ class AdamWRule(Rule):
     @property
     def kernel_spec(self) -> KernelSpec:
         """Adam's step."""
-        return KernelSpec(AdamSpec(self.eps, self.eps_root, self.corrections), CLIP if self.clips else math.inf)
+        step = AdamSpec(self.eps, self.eps_root, self.corrections)
+        return KernelSpec(step, CLIP if self.clips else math.inf, has_cuda=True)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update both averages."""

@@ -104,7 +104,7 @@ class CeloAdamRule(Rule):
     def kernel_spec(self) -> KernelSpec:
         """Adam's step, scaled by what the LSTM decides."""
         step = AdamSpec(self.eps, self.eps_root, self.corrections)
-        return KernelSpec(step, CLIP, sums_with_l2=("param_squares",), step_mult=self.step_mult)
+        return KernelSpec(step, CLIP, sums_with_l2=("param_squares",), step_mult=self.step_mult, has_cuda=True)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the moments."""

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor
 
 from pylo_integrations.sharding.layout import TensorLayout
-
-if TYPE_CHECKING:
-    from pylo_integrations.rules.base import StepContext
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,11 @@ class KernelSpec:
             gradient and momentum, and of the momentum with itself.
         sums_with_l2: The same, in a group with an L2 penalty.
         step_mult: Scale of the whole step, which decisions multiply.
-        factor: Makes another factor on it, one number, of a step's context; None for 1.
+        factor: Makes another factor on it, one number, of a step's
+            :class:`~pylo_integrations.rules.base.StepContext`; None for 1.
         directions: What makes the step of what kernels propose for whole tensors, ``(tensors, 1, *layout.shape)``, as
             two factors: tensors of this shape, of any type, and scales with extent 1 along the axes over which features
-            are normalised. None if what kernels propose is the step.
+            are normalised; the last argument is the step's context. None if what kernels propose is the step.
         has_cuda: Whether the kernels for CUDA have it.
     """
 
@@ -84,6 +82,6 @@ class KernelSpec:
     sums: tuple[str, ...] = ()
     sums_with_l2: tuple[str, ...] = ()
     step_mult: float = 1.0
-    factor: Callable[[StepContext], Tensor] | None = None
-    directions: Callable[[Tensor, TensorLayout, StepContext], tuple[Tensor, Tensor]] | None = None
+    factor: Callable[[Any], Tensor] | None = None
+    directions: Callable[[Tensor, TensorLayout, Any], tuple[Tensor, Tensor]] | None = None
     has_cuda: bool = False

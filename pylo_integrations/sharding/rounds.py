@@ -6,6 +6,7 @@ the same bits on every rank, and so has everything that is decided from it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,7 @@ class Ranks:
     def __init__(self) -> None:
         self._group: Any = None
         self._mesh: tuple[Any, DeviceMesh] | None = None
+        self._answers: dict[str, tuple[Any, bool]] = {}
 
     def bind(self, group: Any) -> None:
         """Let ``group`` be the ranks that train together; None leaves them as they are, which is all at first.
@@ -42,7 +44,11 @@ class Ranks:
         self._group = group
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_group": None, "_mesh": None}  # process groups cannot be pickled, nor do they outlive their process
+        return {
+            "_group": None,
+            "_mesh": None,
+            "_answers": {},
+        }  # process groups cannot be pickled, nor do they outlive their process
 
     @property
     def size(self) -> int:
@@ -106,6 +112,33 @@ class Ranks:
             with self._waiting():
                 dist.broadcast_object_list(values, dist.get_global_rank(self._process_group, 0), self._group)
         return values[0]
+
+    def agree(self, question: str, yes: bool, patience: float) -> bool:
+        """Whether all ranks say yes to a question; all of them get the same answer, for good.
+
+        No collective: replicas may not talk otherwise, and some may never ask, which would hang one. Ranks leave their
+        words in the store of the process group. After ``patience`` seconds without those of all, the answer is no.
+        """
+        group = self.group
+        if group is None:
+            return yes
+        asked, answer = self._answers.get(question, (None, False))
+        if asked is not group:
+            answer = self._ask_store(f"pylo_integrations/{group.group_name}/{question}", yes, patience)
+            self._answers[question] = group, answer
+        return answer
+
+    def _ask_store(self, key: str, yes: bool, patience: float) -> bool:
+        store = dist.distributed_c10d._get_default_store()
+        words = [f"{key}/{rank}" for rank in range(self.size)]
+        end = time.monotonic() + patience
+        with self._waiting():
+            store.set(words[self.rank], "yes" if yes else "no")
+            while not (complete := store.check(words)) and time.monotonic() < end:
+                time.sleep(0.05)
+            mine = complete and all(store.get(word) == b"yes" for word in words)
+            # The first answer counts, so that one who lost patience and one who came last have the same.
+            return bool(store.compare_set(f"{key}/answer", "", "yes" if mine else "no") == b"yes")
 
     def all_gather(self, received: Tensor, sent: Tensor) -> None:
         """Fill ``received``, ``(ranks, n)``, with what every rank sends, ``(n,)``."""

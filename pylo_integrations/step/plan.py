@@ -248,7 +248,7 @@ class Planner:
         self, rules: Sequence[Rule], buckets: Sequence[Bucket], sharded: Sequence[Tensor], agreed: Agreed
     ) -> tuple[list[Part], list[bool]]:
         """Who runs the stages of which buckets; of each sharded tensor, whether kernels could step it here."""
-        able, unable = find_native(self._backend, rules, buckets)
+        able, unable = find_native(self._backend, rules, buckets, self._holdings.ranks)
         unable_here = {param for i in unable for param in buckets[i].params}
         unable_there = {param for param, everywhere in zip(sharded, agreed.able, strict=True) if not everywhere}
         native = native_stages(rules, buckets, [i for i in able if unable_there.isdisjoint(buckets[i].params)])

@@ -650,3 +650,50 @@ def checkpoint(model: nn.Module, optimizer, folder: str, how: str, rank: int, sa
         model_state, optimizer_state = torch.load(path, weights_only=False)
         model.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
+
+
+def kernel_agreement_case(
+    rank: int, world: int, *, say: str, late: int | None = None, patience: float = 60
+) -> list[bool]:
+    """What a rank hears that asks twice whether all can use kernels; one may come when nobody waits any more."""
+    import torch.distributed as dist
+
+    from pylo_integrations.sharding.rounds import Ranks
+
+    ranks = Ranks()
+    question = f"{say} {late}"
+    if rank == late:
+        dist.barrier()  # which the others reach when they have lost patience
+    heard = [ranks.agree(question, say[rank] == "y", patience)]
+    if late is not None and rank != late:
+        dist.barrier()
+    return [*heard, ranks.agree(question, True, patience)]
+
+
+def auto_agreement_case(rank: int, world: int, *, say: str) -> tuple[list[int], list[str]]:
+    """Which bucket of a CUDA device a replica leaves to the kernels, and what it says about that."""
+    import logging
+    from types import SimpleNamespace
+
+    from pylo_integrations.ops import cuda, select, self_check
+    from pylo_integrations.sharding.rounds import Ranks
+
+    # An answer lasts as long as the process group, so every case has a question of its own.
+    rule: Any = SimpleNamespace(kind=f"rule of {say}", kernel_spec=None)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    bucket = SimpleNamespace(device=torch.device("cuda", rank), layout=SimpleNamespace(shape=(3, 2)))
+    kept = select.obstacle, select.local_obstacle, select.entangled_buckets, cuda.load, self_check.verdict
+    select.obstacle = select.local_obstacle = lambda rule, bucket: None
+    select.entangled_buckets = lambda buckets: set()
+    cuda.load = lambda device: SimpleNamespace()
+    self_check.verdict = lambda device, subject: self_check.Verdict(say[rank] == "y", "matrices: WRONG")
+    self_check._tell.cache_clear()
+    self_check.logger.addHandler(handler)
+    try:
+        able, _ = select.find_native("auto", [rule], [bucket], Ranks())
+    finally:
+        self_check.logger.removeHandler(handler)
+        select.obstacle, select.local_obstacle, select.entangled_buckets, cuda.load, self_check.verdict = kept
+    return able, records

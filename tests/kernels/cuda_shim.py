@@ -13,6 +13,8 @@ import torch
 from native_library import CSRC, library_or_skip
 
 from pylo_integrations.ops.cuda import CudaLibrary
+from pylo_integrations.ops.driver import Driver
+from pylo_integrations.ops.kernels import Kernels
 from pylo_integrations.ops.loader import Library
 
 PROBES = Path(__file__).parent / "csrc" / "cuda_probes.cu"
@@ -37,11 +39,9 @@ def compile_for_cpu(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-def compile_kernels(folder: Path, *options: str) -> Path:
-    """The library of kernels, which finds the checks of tables in the CPU library."""
-    cpu = cpu_library().path
-    target = folder / "libpylo_cuda_shim.so"
-    return compile_for_cpu(CSRC / "cuda/library.cu", target, *options, str(cpu), f"-Wl,-rpath,{cpu.parent}")
+def compile_kernels(folder: Path) -> Path:
+    """The kernels, and the driver that launches them."""
+    return compile_for_cpu(CSRC / "shim/driver.cpp", folder / "libcuda_shim.so")
 
 
 class Shim(CudaLibrary):
@@ -50,12 +50,14 @@ class Shim(CudaLibrary):
     Args:
         path: What :func:`compile_kernels` made.
         precision: As for the library.
+        cpu: The CPU library, which plans.
     """
 
     isa = "emulated"
 
-    def __init__(self, path: Path, precision: str = "precise") -> None:
-        super().__init__(path, cpu_library(), torch.device("cpu"), precision)
+    def __init__(self, path: Path, precision: str = "precise", cpu: Library | None = None) -> None:
+        kernels = Kernels(Driver(path), 0, lambda name: b"the emulation has them all")
+        super().__init__(cpu or cpu_library(), kernels, torch.device("cpu"), precision)
         self._emulation = ctypes.CDLL(str(path))
 
     def order(self, seed: int) -> None:

@@ -1,21 +1,19 @@
 """On a CUDA device: are the kernels what their emulation is, do they wait for nothing, and can a graph hold them?
 
-Skipped without a device. The kernels have been run by the emulation only (test_cuda_kernels.py) until these tests
-have passed once; ``backend="auto"`` should then take them.
+Skipped without a device; the same kernels run by the emulation in tests/kernels/test_cuda_kernels.py.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from native_library import library_or_skip
-from plans import native_parts
+from plans import is_native, native_parts
 from test_native_kernels import LARGE, SHAPES, assert_equal_bits, give_gradients, parameters, snapshot, theta
 from thetas import create
 from torch import nn
 
-from pylo_integrations import SmallFCLOpt
-from pylo_integrations.ops import cuda, select
+from pylo_integrations import SmallFCLOpt, kernel_check
+from pylo_integrations.ops import cuda
 from pylo_integrations.rules.base import StepContext
 
 on_gpu = pytest.mark.usefixtures("library")
@@ -50,7 +48,7 @@ def take_steps(optimizer, params, count: int, first: int = 0, **options) -> None
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo"])
+@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo", "celo_adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_steps_on_the_device_are_those_of_the_reference(name, dtype):
     """The reference's steps in float32 on the CPU; of half-precision parameters, before they are rounded."""
@@ -186,15 +184,20 @@ def test_a_learning_rate_on_the_device_stays_there():
         assert torch.equal(p, twin)
 
 
-# -- what needs no device ---------------------------------------------------------------------------------------------
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("subject", kernel_check.standard_subjects(), ids=lambda subject: subject.kind)
+def test_the_check_finds_the_kernels_right(subject):
+    assert kernel_check.check(torch.device("cuda", torch.cuda.current_device()), subject, print).right
 
 
-def test_auto_leaves_cuda_tensors_to_the_reference_and_native_says_what_is_missing(monkeypatch):
-    library_or_skip()
-    monkeypatch.setattr(cuda, "find_library", lambda cpu: None)
-    device = torch.device("cuda", 7)  # whatever this machine has
-    assert "asked for" in select._reluctance("auto", device)
-    assert select._reluctance("native", device) is None
-    assert "nvcc" in select._why_no_library(device)
-    assert select._why_no_library(torch.device("cpu")) is None
-    assert "no CUDA kernels" in select.native_report()
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_auto_takes_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYLO_CACHE", str(tmp_path))
+    params = on_device(parameters(SHAPES))
+    optimizer = SmallFCLOpt(params, weights=theta())
+    take_steps(optimizer, params, 2)
+    assert is_native(optimizer)

@@ -68,7 +68,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_kernels_part(name, monkeypa
     for threads in (1, 3):
         before = torch.get_num_threads()
 
-        def with_threads(self, index, threads=threads):
+        def with_threads(self, index, ctx, threads=threads):
             for nth in self._tables:
                 run = nth.table.run_some
 
@@ -78,7 +78,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_kernels_part(name, monkeypa
                     torch.set_num_threads(1)
 
                 monkeypatch.setattr(nth.table, "run_some", some)
-            original(self, index)
+            original(self, index, ctx)
 
         monkeypatch.setattr(native.NativeStages, "_step_whole_", with_threads)
         torch.set_num_threads(1)

@@ -6,8 +6,10 @@ import pytest
 from native_library import library_or_skip
 from sharded_cases import (
     absence_case,
+    auto_agreement_case,
     clipping_case,
     disagreement_case,
+    kernel_agreement_case,
     nonfinite_case,
     pending_case,
     probe_case,
@@ -106,3 +108,24 @@ def test_groups_of_ranks_train_independently(workers):
     results = workers.run(4, two_trainings_case)
     assert max(error for _, error, _ in results) <= EXACT
     assert len({(half, digest) for half, _, digest in results}) == 2
+
+
+@pytest.mark.parametrize(("say", "answer"), [("yyy", True), ("yny", False), ("nnn", False)])
+def test_all_ranks_use_kernels_or_none(workers, say, answer):
+    assert workers.run(3, kernel_agreement_case, say=say) == [[answer, answer]] * 3
+
+
+def test_a_rank_that_never_asks_hangs_nobody_and_hears_the_same_when_it_does(workers):
+    assert workers.run(3, kernel_agreement_case, say="yyy", late=1, patience=1) == [[False, False]] * 3
+
+
+@pytest.mark.parametrize("say", ["yy", "ny"])
+def test_replicas_take_the_kernels_of_their_devices_together(workers, say):
+    """Though they exchange nothing in a step: the verdict on one device counts for all."""
+    ranks = workers.run(2, auto_agreement_case, say=say)
+    if say == "yy":
+        assert ranks == [([0], []), ([0], [])]
+    else:
+        assert [able for able, _ in ranks] == [[], []]
+        assert ["matrices: WRONG" in said[0] for _, said in ranks] == [True, False]
+        assert "not all ranks that train together can use them" in ranks[1][1][0]

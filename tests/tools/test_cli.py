@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -17,11 +18,11 @@ from published_layouts import MetaMLP, VeLO_MLP, VeLO_RNN, module_files, random_
 from thetas import theta_for
 
 import pylo_integrations
-from pylo_integrations import Theta, cli, get_optimizer_info, list_optimizers
+from pylo_integrations import Theta, cli, get_optimizer_info, kernel_check, list_optimizers
 from pylo_integrations.bench import steps
 from pylo_integrations.cli import doctor, trial
 from pylo_integrations.cli.recipe import scripts
-from pylo_integrations.ops import loader
+from pylo_integrations.ops import cache, cuda, kernels, loader, nvrtc, self_check
 from pylo_integrations.weights import bootstrap, builtin_names, load_theta
 from pylo_integrations.weights.hub import PUBLISHED
 
@@ -216,6 +217,86 @@ def test_doctor_tells_why_there_are_no_kernels(capsys, monkeypatch):
     monkeypatch.setattr(loader, "load", lambda: "nothing was compiled")
     assert cli.main(["doctor"]) == 0
     assert "native: missing; nothing was compiled" in capsys.readouterr().out
+
+
+# CUDA devices that are not there, with kernels of which something is known.
+
+
+@pytest.fixture
+def devices(monkeypatch, tmp_path):
+    """Two devices and no driver; what is known of their kernels is kept in a folder of the test."""
+    monkeypatch.setenv("PYLO_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(cuda, "load", lambda device: "there is no NVRTC" if device.index else SimpleNamespace())
+    monkeypatch.setattr(kernels, "origin", lambda index: "3 of 13 compiled for sm_90")
+    monkeypatch.setattr(self_check, "facts_of", lambda device, subject: {"kernels": f"{device} {subject}"})
+
+
+def doctor_lines(capsys, *argv: str, code: int = 0) -> list[str]:
+    assert cli.main(["doctor", *argv]) == code
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_doctor_tells_what_becomes_of_kernels_on_a_device(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(nvrtc, "load", lambda: SimpleNamespace(architectures=lambda: [75, 80, 90]))
+    (line,) = (line for line in doctor_lines(capsys) if line.startswith("CUDA kernels"))
+    assert "no device here; on one, NVRTC" in line and "(for compute capability 8.0, 9.0)" in line
+    monkeypatch.setattr(nvrtc, "load", lambda: "there is no NVRTC")
+    assert "CUDA kernels no device here; on one, torch's functions run: there is no NVRTC" in doctor_lines(capsys)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"CUDA kernels none: torch {torch.__version__} is not built for CUDA" in doctor_lines(capsys)
+
+
+@pytest.mark.usefixtures("devices")
+def test_doctor_tells_what_is_known_of_the_kernels_on_every_device(capsys):
+    small_fc, velo, *others = kernel_check.standard_subjects()
+    for subject, verdict in ((small_fc, (True, "error 0.1")), (velo, (False, "vectors: WRONG"))):
+        facts = self_check.facts_of(torch.device("cuda", 0), subject)
+        cache.write(self_check.file_name(facts), self_check.spoken(self_check.Verdict(*verdict)).encode())
+    lines = doctor_lines(capsys)
+    first = lines.index("CUDA kernels cuda:0: 3 of 13 compiled for sm_90")
+    unknown = 'not checked yet; the first step with backend="auto" does, or pylo doctor --device cuda'
+    assert lines[first + 1 : first + 4 + len(others)] == [
+        "cuda:0, SmallFC: verified: error 0.1",
+        "cuda:0, VeLORule: not used: vectors: WRONG",
+        *(f"cuda:0, {subject.kind}: {unknown}" for subject in others),
+        "CUDA kernels cuda:1: none, torch's functions run: there is no NVRTC",
+    ]
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("right", [True, False])
+def test_doctor_checks_the_kernels_on_a_device_and_shows_how(capsys, monkeypatch, right):
+    verdict = self_check.Verdict(right, "the last line")
+    said = f"vectors: right\n{self_check.spoken(verdict)}"
+    monkeypatch.setattr(self_check, "command_for", lambda *about: [sys.executable, "-S", "-c", f"print({said!r})"])
+    lines = doctor_lines(capsys, "--device", "cuda:0", code=not right)
+    assert lines[:3] == ["cuda:0 H100", "SmallFC vectors: right", f"{'BROKEN: ' * (not right)}the last line"]
+    for subject in kernel_check.standard_subjects():
+        assert self_check.known(self_check.facts_of(torch.device("cuda", 0), subject)) == verdict
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        ("cuda:1", "kernels BROKEN: there is no NVRTC"),
+        ("cuda:2", "cuda:2 BROKEN: only 2 CUDA devices are here"),
+    ],
+)
+def test_doctor_tells_why_kernels_cannot_be_checked(capsys, device, line):
+    assert line in doctor_lines(capsys, "--device", device, code=1)
+
+
+def test_doctor_checks_no_kernels_without_a_device(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line, *_ = doctor_lines(capsys, "--device", "cuda", code=1)
+    assert line.startswith("cuda:0 BROKEN: no CUDA device is here; on one, ")
 
 
 def test_doctor_reports_damaged_weights(capsys, monkeypatch):

@@ -31,7 +31,7 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
-    {"plot", "workers"},
+    {"plot", "workers", "kernel_check"},
     {"bench", "metatrain"},
     {"evaluation"},
     {"cli"},

@@ -30,6 +30,19 @@ struct Shared {
     }
 };
 
+#ifdef __CUDACC__
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Arguments... arguments) {
+    kernel<<<blocks, threads>>>(arguments...);
+    return cudaGetLastError();
+}
+#endif
+
+template <class T, int Count>
+struct Array {
+    T item[Count];
+};
+
 char message[512];
 
 const char *outcome(cudaError_t error) {
@@ -51,7 +64,7 @@ __global__ void mma_kernel(const uint32_t *a, const uint32_t *b, float *d) {
 }
 
 __global__ void load_matrices_kernel(const uint4 *rows, uint32_t *registers) {
-    uint4 *const shared = (uint4 *)shared_memory();
+    uint4 *const shared = shared_memory<Array<uint4, 32>>().item;
     const int lane = (int)threadIdx.x;
     shared[lane] = rows[lane];
     __syncwarp();
@@ -70,7 +83,7 @@ __global__ void halves_kernel(const float *x, int count, uint16_t *bfloat16, uin
 
 // Sums of blocks by shuffles, shared memory and barriers.
 __global__ void sum_kernel(const float *x, int count, double *sums) {
-    double *const shared = (double *)shared_memory();
+    double *const shared = shared_memory<Array<double, 8>>().item;
     double sum = 0;
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += (int)(gridDim.x * blockDim.x)) sum += (double)x[i];
     for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
@@ -83,7 +96,7 @@ __global__ void sum_kernel(const float *x, int count, double *sums) {
 }
 
 __global__ void faulty_kernel(int fault, float *out) {
-    float *const shared = (float *)shared_memory();
+    float *const shared = shared_memory<Array<float, 64>>().item;
     if (fault == 1) {  // two barriers that are not one
         if (threadIdx.x < 40)
             __syncthreads();
@@ -106,7 +119,7 @@ PROBE probe_mma(const uint32_t *a, const uint32_t *b, float *d) {
     Shared<uint32_t> x(128), y(64);
     Shared<float> sums(128);
     memcpy(x.data, a, 512), memcpy(y.data, b, 256), memcpy(sums.data, d, 512);
-    const char *error = outcome(launch(mma_kernel, 1, 32, 0, 0, (const uint32_t *)x.data, (const uint32_t *)y.data, sums.data));
+    const char *error = outcome(launch(mma_kernel, 1, 32, (const uint32_t *)x.data, (const uint32_t *)y.data, sums.data));
     memcpy(d, sums.data, 512);
     return error;
 }
@@ -115,7 +128,7 @@ PROBE probe_load_matrices(const void *rows, uint32_t *registers) {
     Shared<uint4> from(32);
     Shared<uint32_t> to(128);
     memcpy(from.data, rows, 512);
-    const char *error = outcome(launch(load_matrices_kernel, 1, 32, 512, 0, (const uint4 *)from.data, to.data));
+    const char *error = outcome(launch(load_matrices_kernel, 1, 32, (const uint4 *)from.data, to.data));
     memcpy(registers, to.data, 512);
     return error;
 }
@@ -125,7 +138,7 @@ PROBE probe_halves(const float *x, int count, uint16_t *bfloat16, uint16_t *floa
     Shared<uint16_t> b((size_t)count), h((size_t)count);
     Shared<uint32_t> p((size_t)count);
     memcpy(from.data, x, (size_t)count * 4);
-    const char *error = outcome(launch(halves_kernel, 1, 64, 0, 0, (const float *)from.data, count, b.data, h.data, p.data));
+    const char *error = outcome(launch(halves_kernel, 1, 64, (const float *)from.data, count, b.data, h.data, p.data));
     memcpy(bfloat16, b.data, (size_t)count * 2), memcpy(float16, h.data, (size_t)count * 2), memcpy(packed, p.data, (size_t)count * 4);
     return error;
 }
@@ -134,14 +147,14 @@ PROBE probe_sum(const float *x, int count, int blocks, double *sums) {
     Shared<float> from((size_t)count);
     Shared<double> to((size_t)blocks);
     memcpy(from.data, x, (size_t)count * 4);
-    const char *error = outcome(launch(sum_kernel, blocks, 256, 64, 0, (const float *)from.data, count, to.data));
+    const char *error = outcome(launch(sum_kernel, (unsigned)blocks, 256, (const float *)from.data, count, to.data));
     memcpy(sums, to.data, (size_t)blocks * 8);
     return error;
 }
 
 PROBE probe_fault(int fault, float *out) {
     Shared<float> to(64);
-    const char *error = outcome(launch(faulty_kernel, 3, 64, 256, 0, fault, to.data));
+    const char *error = outcome(launch(faulty_kernel, 3, 64, fault, to.data));
     memcpy(out, to.data, 256);
     return error;
 }

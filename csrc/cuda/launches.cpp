@@ -1,0 +1,202 @@
+// The host's part of the kernels on CUDA devices: the plan of a table, and what every stage launches. Compiled into the CPU
+// library, so that whoever has that needs no compiler for CUDA.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "../core/checks.h"
+#include "planner.h"
+#include "pylo_cuda.h"
+
+// Other languages mirror them.
+static_assert(sizeof(pylo_cuda_call) == 72, "");
+static_assert(sizeof(pylo_cuda_launches) == 296, "");
+static_assert(sizeof(pylo_cuda_kernels) == 72, "");
+
+namespace {
+
+using namespace pylo;
+
+static_assert(sizeof(Arguments) <= PYLO_CUDA_ARGUMENTS, "");
+
+struct Kernel {
+    const char *name;
+    uint32_t threads;
+};
+
+namespace kernels {
+#define PYLO_KERNEL(name, threads, ...) constexpr Kernel name = {#name, threads};
+#include "kernels.inc"
+#undef PYLO_KERNEL
+}  // namespace kernels
+
+// Calls use(plan) with the plan of a table that is in order.
+template <class Use>
+int with_plan(const pylo_call *call, Use use) {
+    uint64_t token;
+    int64_t bytes;
+    if (int status = pylo_check(call, &token, &bytes)) return status;
+    for (int64_t i = 0; i < call->count; ++i) {
+        if (call->tensors[i].direction_dtype != PYLO_FLOAT32)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels leave directions in float32", (long long)i);
+        if (call->rule->layers && call->tensors[i].norm_slices != 1)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels normalise features over whole tensors", (long long)i);
+    }
+    try {
+        const Plan plan(*call);
+        if (plan.matrices.size() + plan.measures.size() > INT32_MAX || plan.merges.size() > INT32_MAX ||
+            plan.applies.size() > INT32_MAX || plan.statistics.size() > INT32_MAX || call->count > INT32_MAX)
+            return fail(PYLO_BAD_ARGUMENT, "the tensors are too many or too large for one call");
+        return use(plan);
+    } catch (const std::bad_alloc &) {
+        return fail(PYLO_OUT_OF_MEMORY, "out of memory for the plan");
+    }
+}
+
+int check_precision(int32_t precision) {
+    if (precision == PYLO_PRECISE || precision == PYLO_EXACT) return PYLO_OK;
+    return fail(PYLO_BAD_ARGUMENT, "precision %d is unknown", precision);
+}
+
+int check_call(const pylo_cuda_call *call) {
+    if (int status = check_version(call)) return status;
+    if (!call->plan || !aligned(call->plan, 16) || ((const Header *)call->plan)->magic != MAGIC)
+        return fail(PYLO_BAD_ARGUMENT, "plan is not what pylo_cuda_plan() wrote");
+    const Header &plan = *(const Header *)call->plan;
+    if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_APPLY)
+        return fail(PYLO_BAD_ARGUMENT, "stage %d is unknown", call->stage);
+    if (plan.rule.layers == 0 && (call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE))
+        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
+    if (plan.record_count == 0) return PYLO_OK;
+    if (!call->device_plan || !aligned(call->device_plan, 16))
+        return fail(PYLO_BAD_ARGUMENT, "device_plan is null or not aligned to 16 bytes");
+    if (!call->workspace || !aligned(call->workspace, 16))
+        return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 16 bytes");
+    if (call->workspace_bytes < plan.workspace_bytes)
+        return fail(PYLO_BAD_ARGUMENT, "workspace_bytes is %lld, must be at least %lld", (long long)call->workspace_bytes,
+                    (long long)plan.workspace_bytes);
+    if (int status = check_precision(call->precision)) return status;
+    if (!call->grad_squares || !aligned(call->grad_squares, sizeof(double)))
+        return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
+    if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
+        return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
+    const Record *records = (const Record *)((const char *)call->plan + plan.records);
+    for (int64_t i = 0; i < plan.record_count; ++i) {
+        const pylo_step &step = call->steps[i];
+        if (int status = check_gradient(i, step, records[i].numel)) return status;
+        if (call->stage == PYLO_CUDA_APPLY)
+            if (int status = plan.rule.layers ? check_network(i, step, plan.rule) : check_corrections(i, step)) return status;
+        if (plan.rule.measures && !records[i].tensor.tensor_sums)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
+    }
+    return PYLO_OK;
+}
+
+bool is_plain(const pylo_cuda_call &call, const Header &plan) {
+    return plan.plain && std::all_of(call.steps, call.steps + plan.record_count, [](const pylo_step &step) {
+               return step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE);
+           });
+}
+
+Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain) {
+    if (rule.layers == 0) return plain ? kernels::apply_adam_plain : kernels::apply_adam;
+    const int width = *std::max_element(rule.width, rule.width + rule.layers - 1);
+    if (precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
+        return plain ? kernels::apply_tensor_cores_plain : kernels::apply_tensor_cores;
+    if (width <= 4) return plain ? kernels::apply_4_plain : kernels::apply_4;
+    if (width <= 16) return kernels::apply_16;
+    if (width <= 32) return plain ? kernels::apply_32_plain : kernels::apply_32;
+    return kernels::apply_64;
+}
+
+Arguments arguments_of(const pylo_cuda_call &call, const Header &plan) {
+    const char *const tables = (const char *)call.device_plan;
+    char *const workspace = (char *)call.workspace;
+    Arguments arguments = {};
+    arguments.rule = plan.rule;
+    arguments.matrix_count = (int32_t)plan.matrix_count;
+    arguments.records = (const Record *)(tables + plan.records);
+    arguments.steps = call.device_steps;
+    arguments.partial = (double *)(workspace + plan.partial);
+    arguments.grad_squares = call.grad_squares;
+    arguments.tickets = (int32_t *)(workspace + plan.tickets);
+    arguments.matrices = (const MatrixPart *)(tables + plan.matrices);
+    arguments.measures = (const FlatPart *)(tables + plan.measures);
+    arguments.merges = (const Merge *)(tables + plan.merges);
+    arguments.statistics = (const StatisticPart *)(tables + plan.statistics);
+    arguments.describes = (const FlatPart *)(tables + plan.describes);
+    arguments.applies = (const FlatPart *)(tables + plan.applies);
+    return arguments;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int64_t *workspace_bytes) {
+    if (!plan_bytes || !workspace_bytes) return fail(PYLO_BAD_ARGUMENT, "plan_bytes or workspace_bytes is null");
+    return with_plan(call, [&](const Plan &plan) {
+        const Header header = write_plan(plan, *call->rule, nullptr);
+        *plan_bytes = header.bytes;
+        *workspace_bytes = header.workspace_bytes;
+        return (int)PYLO_OK;
+    });
+}
+
+int32_t pylo_cuda_plan(const pylo_call *call, void *to, int64_t plan_bytes) {
+    if (!to || !aligned(to, 16)) return fail(PYLO_BAD_ARGUMENT, "plan is null or not aligned to 16 bytes");
+    return with_plan(call, [&](const Plan &plan) {
+        const int64_t bytes = write_plan(plan, *call->rule, nullptr).bytes;
+        if (plan_bytes < bytes)
+            return fail(PYLO_BAD_ARGUMENT, "plan_bytes is %lld, must be at least %lld", (long long)plan_bytes, (long long)bytes);
+        write_plan(plan, *call->rule, (char *)to);
+        return (int)PYLO_OK;
+    });
+}
+
+int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *to) {
+    if (!rule || !to) return fail(PYLO_BAD_ARGUMENT, "rule or kernels is null");
+    if (rule->layers && network_floats(*rule) == 0)
+        return fail(PYLO_BAD_ARGUMENT, "rule: its network is not one that the kernels evaluate");
+    if (int status = check_precision(precision)) return status;
+    to->count = 0;
+    const auto add = [&](const Kernel &kernel) {
+        if (std::find(to->name, to->name + to->count, kernel.name) == to->name + to->count) to->name[to->count++] = kernel.name;
+    };
+    for (const Kernel &kernel : {kernels::collect, kernels::merge}) add(kernel);
+    if (rule->layers)
+        for (const Kernel &kernel : {kernels::prepare, kernels::describe, kernels::describe_plain}) add(kernel);
+    for (const bool plain : {false, true}) add(apply_kernel(*rule, precision, plain));
+    return PYLO_OK;
+}
+
+int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launches *launches) {
+    if (!launches) return fail(PYLO_BAD_ARGUMENT, "launches is null");
+    if (int status = check_call(call)) return status;
+    const Header &plan = *(const Header *)call->plan;
+    const Arguments arguments = arguments_of(*call, plan);
+    std::memcpy(launches->arguments, &arguments, sizeof arguments);
+    launches->count = 0;
+    const auto launch = [&](const Kernel &kernel, int64_t blocks) {
+        if (blocks) launches->launch[launches->count++] = {kernel.name, (uint32_t)blocks, kernel.threads};
+    };
+    if (plan.record_count == 0) return PYLO_OK;
+    switch (call->stage) {
+        case PYLO_CUDA_COLLECT:
+            launch(kernels::collect, plan.matrix_count + plan.measure_count);
+            launch(kernels::merge, plan.merge_count);
+            break;
+        case PYLO_CUDA_PREPARE:
+            launch(kernels::prepare, plan.statistic_count);
+            break;
+        case PYLO_CUDA_DESCRIBE:
+            launch(is_plain(*call, plan) ? kernels::describe_plain : kernels::describe, plan.describe_count);
+            break;
+        case PYLO_CUDA_APPLY:
+            launch(apply_kernel(plan.rule, call->precision, is_plain(*call, plan)), plan.apply_count);
+            break;
+    }
+    return PYLO_OK;
+}
+
+}  // extern "C"
