@@ -12,16 +12,24 @@ inline uint64_t mix(uint64_t hash, uint64_t word) {
     return hash ^ hash >> 32;
 }
 
-// Four interleaved hashes, as a table is hashed at every stage of a step and multiplications of one hash wait for each
+// Eight interleaved hashes, as a table is hashed at every stage of a step and multiplications of one hash wait for each
 // other.
 inline uint64_t hash(uint64_t seed, const void *data, size_t bytes) {
+    constexpr size_t LANES = 8, WORD = sizeof(uint64_t);
     const char *from = (const char *)data;
-    uint64_t h[4] = {seed, seed ^ 0x9E3779B97F4A7C15u, seed + 0xBF58476D1CE4E5B9u, ~seed};
-    for (size_t i = 0; i < bytes; i += 8) {
+    uint64_t h[LANES];
+    for (size_t lane = 0; lane < LANES; ++lane) h[lane] = seed + lane * 0x9E3779B97F4A7C15u;
+    size_t at = 0;
+    for (; at + LANES * WORD <= bytes; at += LANES * WORD)
+        for (size_t lane = 0; lane < LANES; ++lane) {
+            uint64_t word;
+            memcpy(&word, from + at + lane * WORD, WORD);
+            h[lane] = mix(h[lane], word);
+        }
+    for (size_t lane = 0; at < bytes; at += WORD, ++lane) {
         uint64_t word = 0;
-        memcpy(&word, from + i, bytes - i < 8 ? bytes - i : 8);
-        uint64_t &x = h[i / 8 % 4];
-        x = mix(x, word);
+        memcpy(&word, from + at, bytes - at < WORD ? bytes - at : WORD);
+        h[lane] = mix(h[lane], word);
     }
     uint64_t all = bytes;
     for (uint64_t x : h) all = (all ^ x) * 0xD6E8FEB86659FD93u, all ^= all >> 32;

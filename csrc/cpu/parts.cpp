@@ -85,11 +85,12 @@ Plan make_plan(Stage stage, const pylo_call &call) {
     Plan plan;
     plan.geometries.reserve((size_t)call.count);
     plan.first_part.reserve((size_t)call.count + 1);
+    plan.parts.reserve((size_t)call.count);  // small tensors have one each
     for (int64_t i = 0; i < call.count; ++i) {
         const pylo_tensor &t = call.tensors[i];
-        const Geometry g = geometry(t);
+        plan.geometries.push_back(geometry(t));
+        const Geometry &g = plan.geometries.back();
         const int64_t each = partial_doubles(stage, t, g);
-        plan.geometries.push_back(g);
         plan.first_part.push_back((int64_t)plan.parts.size());
         cut_record(stage, t, g, [&](int64_t outer_begin, int64_t outer_end, int64_t lane_begin, int64_t lane_end) {
             plan.parts.push_back({i, outer_begin, outer_end, lane_begin, lane_end, plan.doubles});

@@ -117,8 +117,8 @@ def rules(repeats: int) -> list[Figure]:
     """Rates of the other rules on one core."""
     figures = []
     others = [name for name in PROFILES if name in ARCHITECTURES]  # one optimizer a rule, and small_fc has its own
-    # celo2's time is that of torch's matrix products, whole models of which would take minutes.
-    for shapes, rules_ in (("matrix", others), ("vit_b16", [rule for rule in others if rule != "celo2"])):
+    # The time of those that orthogonalise is that of torch's matrix products, whole models of which would take minutes.
+    for shapes, rules_ in (("matrix", others), ("vit_b16", [rule for rule in others if rule not in ("celo2", "pace")])):
         for rule in rules_:
             rate = 1e-6 * numel(SHAPES[shapes]()) / _step_seconds(shapes, f"{rule}:native", repeats)
             figures.append(Figure(f"{rule}, {shapes}, 1 thread", rate, "Mparam/s", *RATES.get(rule, ())))
@@ -151,6 +151,19 @@ def many(repeats: int) -> list[Figure]:
     ]
 
 
+def orthogonal(repeats: int) -> list[Figure]:
+    """Orthogonalised steps beside torch's Muon, in turn with it, on one thread."""
+    figures = []
+    for shapes in ("matrix", "vit_block", "vit_ti", "mlp_512"):
+        setting, names = Setting(shapes, "float32", "cpu", 1), ["celo2", "pace", "muon"]
+        samples = in_fresh_process(sample_step_seconds, setting, names, repeats)
+        figures.append(Figure(f"Muon, {shapes}", 1e3 * statistics.median(samples["muon"]), "ms"))
+        for name in ("celo2", "pace"):
+            ratio = paired_ratio(samples, name, "muon")
+            figures.append(Figure(f"  {name} takes", ratio, "times as long", 1.3, 1.0, at_most=True))
+    return figures
+
+
 def memory(repeats: int) -> list[Figure]:
     """Peak temporaries of a step."""
     figures = []
@@ -167,6 +180,7 @@ SECTIONS: Mapping[str, Callable[[int], list[Figure]]] = {
     "rules": rules,
     "models": models,
     "many": many,
+    **({"orthogonal": orthogonal} if "muon" in BASELINES else {}),
     "memory": memory,
 }
 """Measurements by the name that ``--figures`` takes."""

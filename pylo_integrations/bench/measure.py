@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pylo_integrations.bench.contenders import Setting, make_contender
+from pylo_integrations.bench.contenders import Setting, Together, make_contender
 from pylo_integrations.sharding.pieces import local_part
 
 P = ParamSpec("P")
@@ -101,7 +101,7 @@ def measure_memory(setting: Setting, name: str) -> tuple[float, int | None]:
     return state_bytes(optimizer) / sum(param.numel() for param, _ in parameters), peak
 
 
-def state_bytes(optimizer: Optimizer) -> int:
+def state_bytes(optimizer: Optimizer | Together) -> int:
     """Bytes that this process holds of an optimizer's state tensors."""
     values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     with torch.no_grad():

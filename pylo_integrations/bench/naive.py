@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pylo_integrations.rules.features import time_features
+from pylo_integrations.rules.features import time_features, time_rates
 from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.sharding.layout import AxisOrder, TensorLayout
 
@@ -36,6 +36,7 @@ class NaiveSmallFC(Optimizer):
             linear.load_state_dict({"weight": weight, "bias": bias})
             layers += [linear, nn.ReLU()]
         self._network = nn.Sequential(*layers[:-1])
+        self._rates = time_rates(torch.float32, torch.device("cpu"))
         self._decays = [1 - w for w in rule.decays.weights(torch.device("cpu"), torch.float32).values()]
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class NaiveSmallFC(Optimizer):
             dim=-1,
         )
         features = features * (features.square().mean(tuple(range(param.dim())), keepdim=True) + 1e-5).rsqrt()
-        time = time_features(self._iteration, torch.float32, torch.device("cpu")).expand(*param.shape, -1)
+        time = time_features(self._iteration, self._rates).expand(*param.shape, -1)
         outputs: Tensor = self._network(torch.cat([features, time], dim=-1))
         direction, magnitude = outputs.unbind(-1)
         return direction * torch.exp(magnitude * self._rule.exp_mult) * self._rule.step_mult

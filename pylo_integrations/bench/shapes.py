@@ -23,11 +23,9 @@ class ParamShape(NamedTuple):
         return "adamw" if self.embeds and spec.cls.adamw_embeddings else "learned"
 
 
-def vit_shapes(
-    width: int, depth: int = 12, *, patch: int = 16, image: int = 224, classes: int = 1000
-) -> list[ParamShape]:
-    """Parameters of a vision transformer as in timm, class token and learned positions included."""
-    block = [
+def vit_block(width: int) -> list[ParamShape]:
+    """Parameters of a transformer's block as in timm."""
+    return [
         *_vectors(width, 2),
         *_linear(width, 3 * width),
         *_linear(width, width),
@@ -35,13 +33,19 @@ def vit_shapes(
         *_linear(width, 4 * width),
         *_linear(4 * width, width),
     ]
+
+
+def vit_shapes(
+    width: int, depth: int = 12, *, patch: int = 16, image: int = 224, classes: int = 1000
+) -> list[ParamShape]:
+    """Parameters of a vision transformer as in timm, class token and learned positions included."""
     tokens = (image // patch) ** 2 + 1
     return [
         ParamShape((1, 1, width)),
         ParamShape((1, tokens, width)),
         ParamShape((width, 3, patch, patch)),
         *_vectors(width, 1),
-        *(block * depth),
+        *(vit_block(width) * depth),
         *_vectors(width, 2),
         *_linear(width, classes),
     ]
@@ -88,6 +92,8 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
     "vit_b16": lambda: vit_shapes(768),
     "gpt2": gpt2_shapes,
     "matrix": lambda: [ParamShape((768, 3072))],
+    "vit_block": lambda: vit_block(768),
+    "mlp_512": lambda: [*_linear(784, 512), *_linear(512, 512), *_linear(512, 10)],
     "many": lambda: [ParamShape((64,))] * 10_000,
     "tiny": lambda: vit_shapes(16, 1, patch=4, image=8, classes=10),
     "llama_1b": lambda: llama_shapes(2048, 22, 5504),

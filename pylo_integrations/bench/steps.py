@@ -1,4 +1,4 @@
-"""What a step of learned optimizers costs beside AdamW's, as records and as a table."""
+"""What a step of learned optimizers costs beside AdamW's and Muon's, as records and as a table."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def format_table(records: Sequence[Mapping[str, Any]]) -> str:
         "min..max",
         "Mparam/s",
         "ns/param",
-        "x fused",
-        "x foreach",
+        *(f"x {base.removeprefix('adamw_')}" for base in BASELINES),
         "peak MiB",
         "state B/p",
     )
@@ -70,8 +69,7 @@ def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
         *text.milliseconds(record),
         f"{record['parameters_per_second'] / 1e6:.4g}",
         f"{record['ns_per_parameter']:.3g}",
-        f"{record['times_adamw_fused']:.3g}",
-        f"{record['times_adamw_foreach']:.3g}",
+        *(f"{record[f'times_{base}']:.3g}" for base in BASELINES),
         "unknown" if peak is None else f"{peak / 2**20:.1f}",
         f"{record['state_bytes_per_parameter']:.4g}",
     )

@@ -42,15 +42,15 @@ def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
     return np.array(known, np.uint64).reshape(count, 3)
 
 
-def rooms(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+def rooms(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Bytes of every tensor's storage, and where in it the tensor begins, in elements.
 
     Other code may take memory back from under a tensor, with ``storage.resize_()``, and a smaller storage may then lie
     at the old address.
     """
-    sizes = map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
-    offsets: Iterable[Any] = map(Tensor.storage_offset, tensors)
-    return list(zip(sizes, offsets, strict=True))
+    sizes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
+    offsets: list[Any] = list(map(Tensor.storage_offset, tensors))
+    return sizes, offsets
 
 
 def addresses(memory: Memory) -> Memory:
@@ -66,6 +66,11 @@ def formats(memory: Memory) -> Memory:
 def identities(memory: Memory) -> Memory:
     """Which Python objects they are, ``(count,)``."""
     return memory[:, _IDENTITY]
+
+
+def identities_of(objects: Iterable[object]) -> bytes:
+    """Which Python objects these are, to be compared: equal as long as all of them are alive and in this order."""
+    return np.fromiter(objects, object).tobytes()
 
 
 def _format(tensor: Tensor) -> int:

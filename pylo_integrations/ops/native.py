@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +115,13 @@ def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
     """Networks as the library reads them, float32 ``(networks, floats)``.
 
     Args:
-        layers: Weights ``(networks or 1, outputs, inputs)`` and biases ``(networks or 1, outputs)``.
+        layers: Weights ``(networks, outputs, inputs)`` and biases ``(networks, outputs)``; of a single network, the
+            first axis may be missing.
         slots: Of the inputs of the first layer, int64; inputs beyond them are left out.
     """
     parts = []
     for index, (weight, bias) in enumerate(layers):
+        weight, bias = weight if weight.dim() == 3 else weight[None], bias if bias.dim() == 2 else bias[None]
         matrix = weight.float().transpose(1, 2)
         if index == 0:
             spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
@@ -135,6 +137,13 @@ class _Network:
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], packed: Tensor) -> None:
         self._layers = layers
         self.packed = packed
+        self._biases: list[Tensor] = []
+        end = 0
+        for index, (weight, _) in enumerate(layers):
+            outputs, inputs = weight.shape[-2:]
+            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
+            end = start + outputs + -outputs % 4
+            self._biases.append(packed[:, start : start + outputs])
 
     def has_weights_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Whether other layers differ at most in their biases; then so does the packed network."""
@@ -142,13 +151,9 @@ class _Network:
 
     def enter_biases(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Overwrite the biases, where they are others."""
-        end = 0
-        for index, ((weight, bias), (_, old)) in enumerate(zip(layers, self._layers, strict=True)):
-            outputs, inputs = weight.shape[-2:]
-            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
-            end = start + outputs + -outputs % 4
+        for place, (_, bias), (_, old) in zip(self._biases, layers, self._layers, strict=True):
             if bias is not old:
-                self.packed[:, start : start + outputs] = bias
+                place.copy_(bias)
         self._layers = layers
 
 
@@ -231,6 +236,7 @@ class _PieceTable:
         measured: For each bucket, ``(members, TENSOR_SUMS)``.
         owners: Of every record, the position of its tensor among those of all buckets.
         offsets: Of every record, where it begins in the local tensor, in elements.
+        grad_offsets: Likewise, in bytes of the gradient's type.
     """
 
     def __init__(
@@ -255,6 +261,7 @@ class _PieceTable:
         ]
         self.owners = np.zeros(ends[-1], np.int64)
         self.offsets = np.zeros(ends[-1], np.uint64)
+        self.grad_offsets = np.zeros(ends[-1], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -324,8 +331,8 @@ class NativeStages:
         self._params = [param for bucket in buckets for param in bucket.params]
         # Of every state, the rule's entries: others are not ours.
         self._entries = [(_getter(tuple(rule.state_shapes(b.layout))), b.states) for b in buckets]
-        self._written = self._tensors_now()
-        self._sharded = any(local_part(tensor) is not tensor for tensor in self._written)
+        self._known = list(self._tensors_now())
+        self._sharded = any(local_part(tensor) is not tensor for tensor in self._known)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._tables: list[_PieceTable] = []
         for number in itertools.count():
@@ -345,18 +352,18 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             nth.table.check()
-        self._memory = self._read_memory(self._written)
-        local = list(map(local_part, self._written))
+        self._memory = self._read_memory(self._known).tobytes()
+        local = list(map(local_part, self._known))
         # As long as storages are held and keep their sizes, no other can be at their addresses. Those of a device would
         # be missed by who moves tensors away from it, so there sizes are asked of tensors.
         on_cpu = library.device.type == "cpu"
         self._storages = list(map(Tensor.untyped_storage, local)) if on_cpu else None
-        self._sizes = self._sizes_now(local)
-        if self._sharded:
-            self._written += local  # wrappers and what they wrap count by themselves
+        self._sizes = self._sizes_now()
+        # Wrappers and what they wrap count by themselves.
+        self._written = self._known + local if self._sharded else self._known
         self._grads: Sequence[Tensor] = ()
-        self._grad_formats: Memory | None = None  # which the kernels read as they are
-        self._grad_rooms: list[tuple[int, int]] = []
+        self._grad_formats: bytes | None = None  # which the kernels read as they are
+        self._grad_rooms: tuple[list[int], list[int]] = [], []
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
         self._networks: list[_Network] = []
 
@@ -403,34 +410,35 @@ class NativeStages:
             enter_buffers(record, f"{name}_sums", [sums])
             enter_buffers(record, f"{name}_scale", [self._scales[index][name][position]])
 
-    def _tensors_now(self) -> list[Tensor]:
+    def _tensors_now(self) -> Iterator[Tensor]:
         """All that the kernels write, parameters first, as it is now."""
-        states = (entries for get, owners in self._entries for entries in map(get, owners))
-        return [*self._params, *itertools.chain.from_iterable(states)]
+        entries = (itertools.chain.from_iterable(map(get, owners)) for get, owners in self._entries)
+        return itertools.chain(self._params, *entries)
 
-    def _read_memory(self, tensors: Sequence[Tensor]) -> Memory:
+    def _read_memory(self, tensors: Iterable[Tensor]) -> Memory:
+        """Of as many tensors as there are."""
         if not self._sharded:
-            return read_memory(tensors, len(tensors))
+            return read_memory(tensors, len(self._known))
+        tensors = list(tensors)
         memory = read_memory(map(local_part, tensors), len(tensors))
         identities(memory)[:] = [id(tensor) for tensor in tensors]
         return memory
 
-    def _sizes_now(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """What tells whether memory was taken from beneath these tensors."""
+    def _sizes_now(self) -> Any:
+        """What tells whether memory was taken from beneath the tensors."""
         if self._storages is None:
-            return rooms(list(map(local_part, tensors)))
+            return rooms(list(map(local_part, self._known)))
         return list(map(torch.UntypedStorage.nbytes, self._storages))
 
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
         try:
-            tensors = self._tensors_now()
-            memory = self._read_memory(tensors)
-            sizes = self._sizes_now(tensors)
-        except (KeyError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
+            if self._read_memory(self._tensors_now()).tobytes() != self._memory:
+                return False
+            # So all tensors are those that are known.
+            return bool(self._sizes_now() == self._sizes) and not any(map(Tensor.is_neg, self._known))
+        except (KeyError, ValueError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
             return False
-        is_same = np.array_equal(memory, self._memory) and sizes == self._sizes
-        return is_same and not any(map(Tensor.is_neg, tensors))
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.
@@ -444,7 +452,7 @@ class NativeStages:
             memory, room = read_memory(grads, len(grads)), rooms(grads)
         except (RuntimeError, BufferError):  # one has no memory, as sparse ones
             return False
-        if not np.array_equal(formats(memory), self._grad_formats) or room != self._grad_rooms:
+        if formats(memory).tobytes() != self._grad_formats or room != self._grad_rooms:
             return False
         if any(map(Tensor.is_neg, grads)) or (addresses(memory) % self._grad_sizes).any():
             return False
@@ -458,7 +466,8 @@ class NativeStages:
     @property
     def grad_squares(self) -> Tensor:
         """Sum of all squared gradients as they are stored, 0-d float64, of the last :meth:`collect`."""
-        return torch.cat([nth.table.grad_squares for nth in self._tables]).sum()
+        first, *others = (nth.table.grad_squares for nth in self._tables)
+        return torch.cat([first, *others]).sum() if others else first.sum()
 
     def _run(self, stage: str) -> None:
         for nth in self._tables:
@@ -493,20 +502,20 @@ class NativeStages:
         grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
         memory = read_memory(grads, len(grads))
         as_given = all(grad is old for grad, old in zip(grads, given, strict=True))
-        self._grad_formats, self._grad_rooms = (formats(memory) if as_given else None), rooms(grads)
+        self._grad_formats, self._grad_rooms = (formats(memory).tobytes() if as_given else None), rooms(grads)
         self._grad_sizes = np.array([grad.itemsize for grad in grads], np.uint64)
         room = np.array([bytes_from(grad) for grad in grads], np.int64)
         dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)
         for nth in self._tables:
             nth.table.steps["grad_dtype"] = dtypes[nth.owners]
-            skipped = (nth.offsets * self._grad_sizes[nth.owners]).astype(np.int64)
-            nth.table.steps["grad_bytes"] = room[nth.owners] - skipped
+            nth.grad_offsets = nth.offsets * self._grad_sizes[nth.owners]
+            nth.table.steps["grad_bytes"] = room[nth.owners] - nth.grad_offsets.astype(np.int64)
         self._enter_gradients(grads, memory)
 
     def _enter_gradients(self, grads: Sequence[Tensor], memory: Memory) -> None:
         self._grads = grads
         for nth in self._tables:
-            nth.table.steps["grad"] = addresses(memory)[nth.owners] + nth.offsets * self._grad_sizes[nth.owners]
+            nth.table.steps["grad"] = addresses(memory)[nth.owners] + nth.grad_offsets
 
     def _read_policy(self, ctx: StepContext) -> None:
         clip_scale = 1.0 if ctx.grad_scale is None else ctx.grad_scale
@@ -519,7 +528,8 @@ class NativeStages:
 
     def prepare_(self, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> None:
         """See :class:`~pylo_integrations.step.stages.Stages`."""
-        self._read_policy(contexts[0])  # the gradients' scale may have been found since sums were collected
+        if contexts[0].grad_scale is not None:  # it may have been found since sums were collected
+            self._read_policy(contexts[0])
         # From here on the kernels write, which autograd does not see.
         torch.autograd.graph.increment_version(self._written)
         if not isinstance(self._spec.step, NetworkSpec):
@@ -699,14 +709,13 @@ class NativeStages:
 
         A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
         """
-        batched = [(w if w.dim() == 3 else w[None], b if b.dim() == 2 else b[None]) for w, b in layers]
         if number == len(self._networks):
-            self._networks.append(_Network(layers, _pack(batched, slots)))
+            self._networks.append(_Network(layers, _pack(layers, slots)))
         network = self._networks[number]
         if network.has_weights_of(layers):
             network.enter_biases(layers)
         else:
-            packed = _pack(batched, slots)
+            packed = _pack(layers, slots)
             if network.packed.shape == packed.shape:
                 packed = network.packed.copy_(packed)
             self._networks[number] = _Network(layers, packed)

@@ -97,7 +97,11 @@ def compact_features(names: Sequence[str], moments: Moments) -> list[Tensor]:
     return [_FORMULAS[name][1](moments) for name in names]
 
 
-def time_features(iteration: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``tanh(t / scale - 1)`` for every time scale, shape (11,); ``t`` counts from 0."""
-    scales = torch.tensor(TIME_SCALES, dtype=dtype, device=device)
-    return torch.tanh(iteration / scales - 1)
+def time_rates(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``1 / scale`` for every time scale, shape (11,)."""
+    return torch.tensor(TIME_SCALES, dtype=dtype, device=device).reciprocal()
+
+
+def time_features(iteration: int, rates: Tensor) -> Tensor:
+    """``tanh(t / scale - 1)`` for every time scale, shape (11,); ``t`` counts from 0, ``1 / scale`` are ``rates``."""
+    return torch.tanh(rates * iteration - 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from pylo_integrations.rules.accumulators import Decays, decays_from_offsets
 from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import Control, StepContext
-from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features
+from pylo_integrations.rules.features import TIME_SCALES, channel_count, time_features, time_rates
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import read_mlp, steps
@@ -112,8 +112,9 @@ class SmallFCRule(MomentRule):
         return 2 * self.channels + 2 * max(len(bias) for bias in self.biases) + 16
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """EMA weights and the network, whose first layer is split into its feature and its time columns."""
+        """EMA weights, rates of time, and the network, whose first layer is split into feature and time columns."""
         constants = super().constants(device, dtype)
+        constants["time_rates"] = time_rates(dtype, device)
         first, *rest = (weight.to(device, dtype) for weight in self.weights)
         constants["w0"], constants["w_time"] = first[:, : self.channels], first[:, self.channels :]
         constants |= {f"w{layer}": weight for layer, weight in enumerate(rest, start=1)}
@@ -122,7 +123,7 @@ class SmallFCRule(MomentRule):
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Fold the time features, equal for all parameters, into the bias of the first layer."""
         weight = ctx.constants["w_time"]
-        bias = ctx.constants["b0"] + weight @ time_features(ctx.iteration, weight.dtype, weight.device)
+        bias = ctx.constants["b0"] + weight @ time_features(ctx.iteration, ctx.constants["time_rates"])
         return [{"b0": bias.unsqueeze(0)}] * len(buckets)
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:

@@ -81,12 +81,14 @@ class Facts:
             is_collected: Whether the plan's stages have collected, and with that summed squared gradients.
         """
         if is_collected:
-            squares = torch.stack([stages.grad_squares for _, stages in plan.parts]).sum()
+            first, *others = (stages.grad_squares for _, stages in plan.parts)
+            squares = torch.stack([first, *others]).sum() if others else first
         else:
             squares = _grad_squares(plan, ctx, 1 if pledge is None else ranks.size)
         mine = None if ctx.loss is None else ctx.loss.to(squares, copy=True)
         if pledge is None:
-            return cls(squares.new_empty(0), squares, mine, squares.new_empty(0), squares.new_empty(0))
+            nothing = squares.new_empty(0)
+            return cls(nothing, squares, mine, nothing, nothing)
         sent, present = header(pledge.digest), [param.grad is not None for param in plan.sharded]
         numbers = torch.tensor([*sent, *present, *plan.able], dtype=torch.float64, device=squares.device)
         head, having, able = torch.split(numbers, [len(sent), len(present), len(present)])
@@ -102,9 +104,10 @@ class Facts:
         loss = [] if self.loss is None else [self.loss]
         parts = (self.header, self.squares, *loss, self.present, self.able)
         numbers = torch.cat([part.view(-1) for part in parts if part.numel()]).tolist()
-        head, (squares, *rest) = numbers[: len(self.header)], numbers[len(self.header) :]
+        sent, known = self.header.numel(), self.present.numel()
+        head, (squares, *rest) = numbers[:sent], numbers[sent:]
         loss_value = rest.pop(0) if loss else 0.0
-        present, able = rest[: len(self.present)], rest[len(self.present) :]
+        present, able = rest[:known], rest[known:]
         finite = math.isfinite(squares)
         return Verdict(
             math.sqrt(squares) if finite else squares,

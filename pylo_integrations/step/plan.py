@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
 from pylo_integrations.ledger import Groups, Ledger, States
+from pylo_integrations.ops.memory import identities_of
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import compared, may_step
@@ -187,9 +188,9 @@ class Planner:
         kinds = list(map(type, grads))
         absent = kinds.count(type(None)) > 0
         idle = [p.requires_grad for p, grad in zip(params, grads, strict=True) if grad is None] if absent else []
-        identities = [list(map(id, objects)) for objects in (params, state, state.values())]
+        identities = identities_of(itertools.chain(params, state, state.values()))
         mode = torch.is_inference_mode_enabled()  # in which tensors may be written that may not be outside
-        return self._holdings.ranks.size, agreed, options, identities, kinds, idle, mode
+        return self._holdings.ranks.size, agreed, options, len(params), identities, kinds, idle, mode
 
     def _make(
         self,

@@ -15,7 +15,7 @@ from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.celo import CeloRule
 from pylo_integrations.rules.celo2 import unfinished_steps
 from pylo_integrations.rules.control import horizon_features
-from pylo_integrations.rules.features import time_features
+from pylo_integrations.rules.features import time_features, time_rates
 from pylo_integrations.rules.networks import steps
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import TensorLayout
@@ -148,7 +148,7 @@ def test_the_linear_space_is_what_it_says(wide):
     rule = Learner.learned("small_fc_lopt", kept, {"exp_mult": 1.0, "step_mult": 0.01}).rule
     signed = [0, 1, 2, 3, 4, 6, 7, 8, 10, 11, 12, 25, 26, 27]
     for time in (0, 30, 5000):
-        times = time_features(time, torch.float32, torch.device("cpu"))
+        times = time_features(time, time_rates(torch.float32, torch.device("cpu")))
         inputs = torch.cat([features, times.view(1, -1, 1).expand(1, -1, 50)], dim=1)
         weights, biases = rule.weights, [bias.unsqueeze(0) for bias in rule.biases]
         got = 0.01 * steps(inputs, weights, biases, exp_mult=1.0).flatten()
