@@ -40,19 +40,35 @@ __device__ __forceinline__ void apply_nesterov(const Arguments &arguments) {
     }
 }
 
+// `Plain`: indices of 32 bits, parameters of float32, one slice.
+template <bool Plain>
+__device__ __forceinline__ void write_part(const Record &record, const Slice &slice, const pylo_step &step, const FlatPart &part) {
+    const pylo_tensor &t = record.tensor;
+    void *const param = t.param;
+    const void *const directions = t.direction;
+    const int param_dtype = t.param_dtype, dtype = t.direction_dtype;
+    const float scale = device(t.direction_scale)[slice.norm];
+    for (Index<Plain> n = (Index<Plain>)part.begin + (int)threadIdx.x; n < (Index<Plain>)part.end; n += SUM_THREADS) {
+        const Index<Plain> i = memory_index<Plain>(record, slice, n);
+        float direction;
+        if (Plain && dtype == PYLO_FLOAT32)
+            direction = read<Plain>(directions, dtype, i);
+        else
+            direction = read<false>(directions, dtype, i);
+        write<Plain>(param, param_dtype, i, updated_param(step, read<Plain>(param, param_dtype, i), scale * direction));
+    }
+}
+
 // Parameters from directions, which whoever finished them has left where apply put them.
 __device__ __forceinline__ void write_directions(const Arguments &arguments) {
     const FlatPart part = arguments.applies[blockIdx.x];
     const Record &record = arguments.records[part.record];
     const Slice slice = arguments.slices[part.slice];
-    const pylo_tensor &t = record.tensor;
     const pylo_step step = arguments.steps[part.record];
-    const float scale = device(t.direction_scale)[slice.norm];
-    for (int64_t n = part.begin + (int)threadIdx.x; n < part.end; n += SUM_THREADS) {
-        const int64_t i = memory_index<false>(record, slice, n);
-        const float direction = scale * read(t.direction, t.direction_dtype, i);
-        write<false>(t.param, t.param_dtype, i, updated_param(step, read(t.param, t.param_dtype, i), direction));
-    }
+    if (record.wide || record.sliced || record.tensor.param_dtype != PYLO_FLOAT32)
+        write_part<false>(record, slice, step, part);
+    else
+        write_part<true>(record, slice, step, part);
 }
 
 }  // namespace PYLO_ISA

@@ -9,30 +9,36 @@ inline namespace PYLO_ISA {
 struct LinearShared {
     float2 weights[MAX_INPUTS];  // of direction and magnitude
     Folded folded;
+    Slice slice;
+    Record record;
+    pylo_step step;
 };
 
 template <bool Plain, bool Factored>
-__device__ __forceinline__ void apply_part_linearly(
-    const pylo_rule &rule, const Record &record, const Slice &slice, const pylo_step &step, const FlatPart &part,
-    LinearShared &shared) {
+__device__ __forceinline__ void apply_part_linearly(const pylo_rule &rule, const FlatPart &part, LinearShared &shared) {
+    constexpr uint32_t of_statistics = (1u << FACTORED_MOMENTUM) - (1u << ROW);
     const int thread = (int)threadIdx.x;
-    shared.folded.template fill<Factored>(rule, record.tensor, slice);
+    const bool statistics = rule.features & of_statistics;
+    shared.folded.template fill<Factored>(rule, shared.record.tensor, shared.slice);
     if (thread < MAX_INPUTS)
-        shared.weights[thread] = make_float2(shared.folded.template weight<Factored>(rule, step.network, thread, 0),
-                                             shared.folded.template weight<Factored>(rule, step.network, thread, 1));
-    const PaddedLayer layer(rule, step.network, 0);
+        shared.weights[thread] =
+            make_float2(shared.folded.template weight<Factored>(rule, shared.step.network, thread, 0),
+                        shared.folded.template weight<Factored>(rule, shared.step.network, thread, 1));
+    const PaddedLayer layer(rule, shared.step.network, 0);
     const float2 bias = make_float2(layer.bias(0), layer.bias(1));
     __syncthreads();
     for (Index<Plain> n = (Index<Plain>)part.begin + thread; n < (Index<Plain>)part.end; n += SUM_THREADS) {
-        const Index<Plain> index = memory_index<Plain, Factored>(record, slice, n);
-        const Element<float> x = load_element<Factored, Plain>(rule, record.tensor, step, index);
+        forget_memory();
+        const Index<Plain> index = memory_index<Plain, Factored>(shared.record, shared.slice, n);
+        const Element<float> x = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
         float direction = bias.x, magnitude = bias.y;
-        inputs_of<Factored, Plain, true>(rule, record, slice, n, x, [&](int input, float value) {
+        const auto add = [&](int input, float value) {
             direction = madd(value, shared.weights[input].x, direction);
             magnitude = madd(value, shared.weights[input].y, magnitude);
-        });
-        store_state<Factored, Plain>(record.tensor, x, index);
-        finish_element<Plain, true>(rule, record.tensor, step, index, x.param, direction, magnitude);
+        };
+        inputs_of<Factored, Plain, true>(rule, shared.record, shared.slice, n, x, add, statistics);
+        store_state<Factored, Plain>(shared.record.tensor, x, index);
+        finish_element<Plain, true>(rule, shared.record.tensor, shared.step, index, x.param, direction, magnitude);
     }
 }
 
@@ -41,13 +47,16 @@ template <bool Plain>
 __device__ __forceinline__ void apply_linearly(const Arguments &arguments) {
     auto &shared = shared_memory<LinearShared>();
     const FlatPart part = arguments.applies[blockIdx.x];
-    const Record &record = arguments.records[part.record];
-    const Slice slice = arguments.slices[part.slice];
-    const pylo_step step = arguments.steps[part.record];
-    if (record.tensor.d0_axis < 0)
-        apply_part_linearly<Plain, false>(arguments.rule, record, slice, step, part, shared);
+    if (threadIdx.x == 0) {
+        shared.slice = arguments.slices[part.slice];
+        shared.record = arguments.records[part.record];
+        shared.step = arguments.steps[part.record];
+    }
+    __syncthreads();
+    if (shared.record.tensor.d0_axis < 0)
+        apply_part_linearly<Plain, false>(arguments.rule, part, shared);
     else
-        apply_part_linearly<Plain, true>(arguments.rule, record, slice, step, part, shared);
+        apply_part_linearly<Plain, true>(arguments.rule, part, shared);
 }
 
 }  // namespace PYLO_ISA

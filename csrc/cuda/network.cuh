@@ -34,10 +34,12 @@ static_assert(COL == ROW + 3 && INVERSE_ROW == COL + 3 && INVERSE_COL == INVERSE
 constexpr int MAX_INPUTS = Inputs<true>::all;
 static_assert(Inputs<false>::all <= MAX_INPUTS, "");
 
-// Calls put(input, value) for every input of element n, but for the last two if the rule does not read them.
+// Calls put(input, value) for every input of element n, but for the last two if the rule does not read them, and for those
+// of rows and columns without `statistics`.
 template <bool Factored, bool Plain, bool MaySlice = !Plain, class Put>
 __device__ __forceinline__ void inputs_of(
-    const pylo_rule &rule, const Record &record, const Slice &slice, Index<Plain> n, const Element<float> &x, Put &&put) {
+    const pylo_rule &rule, const Record &record, const Slice &slice, Index<Plain> n, const Element<float> &x, Put &&put,
+    bool statistics = true) {
     constexpr int elements = Channels<Factored>::common;
     float scale[3] = {};
     if constexpr (Factored) {
@@ -45,7 +47,7 @@ __device__ __forceinline__ void inputs_of(
         const Entry<Plain> entry = entry_of<Plain, MaySlice>(record, slice, n);
         load_scales(t, entry, scale);
 #pragma unroll
-        for (int k = 0; k < 3; ++k) {
+        for (int k = 0; k < 3 && statistics; ++k) {
             const float row = row_entry(t.row, t, k, entry), col = col_entry(t.col, t, k, entry);
             put(elements + k, row);
             put(elements + 3 + k, col);

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 KERNELS = list(cubins.kernel_lines())
 WIDE = ["apply_32", "apply_32_plain", "apply_64"]  # take most of the time
-FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain"]
+FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain", "apply_linear_plain", "write"]
 
 
 @pytest.fixture(scope="module")
