@@ -40,7 +40,7 @@ class Engine:
     Args:
         ledger: Knows the parameters, their rule, and who trains together.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
-        chunk_bytes: Bound on the temporaries of a step, in bytes.
+        chunk_bytes: Bound on the temporaries of a step, in bytes; None for one that suits the device.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
         theta: The weights that the rule was built from, if any; for ranks to compare.
         adamw_scale: See :func:`~pylo_integrations.decay.keep_and_scale`.
@@ -55,7 +55,7 @@ class Engine:
         self,
         ledger: Ledger,
         backend: Backend,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         stochastic_rounding: bool = False,
         theta: Theta | None = None,
         adamw_scale: float = 1.0,

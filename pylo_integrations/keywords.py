@@ -31,7 +31,8 @@ class Keywords(TypedDict, total=False):
         weight_decay_policy: See :data:`~pylo_integrations.decay.DecayPolicy`.
         maximize: Ascend instead of descend.
         on_nonfinite: See :data:`~pylo_integrations.engine.NonFinitePolicy`.
-        chunk_bytes: Bound on the temporaries of a step, in bytes.
+        chunk_bytes: Bound on the temporaries of a step, in bytes. By default 256 MiB; on CUDA a quarter of the memory
+            that is free when a step is planned, at least as much and at most 4 GiB.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
         shard_step: Where several processes all have the whole parameters (``DistributedDataParallel``, or replicas in
             the ranks of :meth:`LearnedOptimizer.bind_model`), let each step its share of the rows of every tensor and
@@ -49,7 +50,7 @@ class Keywords(TypedDict, total=False):
     weight_decay_policy: Annotated[DecayPolicy, "adamw"]
     maximize: Annotated[bool, False]
     on_nonfinite: Annotated[NonFinitePolicy, "skip"]
-    chunk_bytes: Annotated[int, 256 * 2**20]
+    chunk_bytes: int | None
     backend: Annotated[Backend, "auto"]
     shard_step: Annotated[bool, False]
     stochastic_rounding: Annotated[bool, False]

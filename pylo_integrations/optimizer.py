@@ -110,7 +110,7 @@ class LearnedOptimizer(Optimizer):
         **keywords: Unpack[Keywords],
     ) -> None:
         chunk_bytes, weight_decay, norm = (keywords[name] for name in ("chunk_bytes", "weight_decay", "max_grad_norm"))
-        if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
             raise ValueError(f"chunk_bytes={chunk_bytes!r} must be a positive integer")
         self.rule = rule
         self.theta = theta

@@ -100,7 +100,7 @@ def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], option
     ranks_there = _AbsentRanks()
     ledger = Ledger(optimizer.rule, Holdings(optimizer.shard_step, ranks_there))
 
-    def engine_of(chunk_bytes: int) -> Engine:
+    def engine_of(chunk_bytes: int | None) -> Engine:
         return Engine(ledger, "reference", chunk_bytes, agreement=_Unanimous(ranks_there))
 
     with _DryCollectives() as noted, torch.no_grad():

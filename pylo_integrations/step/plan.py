@@ -26,10 +26,8 @@ from pylo_integrations.sharding.agreement import compared, may_step
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.pieces import is_sharded
 from pylo_integrations.sharding.shares import Collection
+from pylo_integrations.step.room import CHUNK, block_numel
 from pylo_integrations.step.stages import Part, ReferenceStages
-
-CACHE_NUMEL = 32_768
-"""Elements per thread of a block on a CPU: measured fastest of 8k to 64k with 2 MiB of L2 cache a core."""
 
 _gradient = operator.attrgetter("grad")
 
@@ -122,11 +120,11 @@ class Planner:
     Args:
         ledger: Knows the parameters.
         backend: See :data:`~pylo_integrations.ops.select.Backend`.
-        chunk_bytes: Bound on the temporaries of a step, in bytes.
+        chunk_bytes: Bound on the temporaries of a step, in bytes; None for one that suits the device.
         stochastic_rounding: Whether bfloat16 parameters are rounded stochastically.
     """
 
-    def __init__(self, ledger: Ledger, backend: Backend, chunk_bytes: int, stochastic_rounding: bool) -> None:
+    def __init__(self, ledger: Ledger, backend: Backend, chunk_bytes: int | None, stochastic_rounding: bool) -> None:
         check_backend(backend)
         self._ledger = ledger
         self._backend: Backend = backend
@@ -234,7 +232,7 @@ class Planner:
         if any(bucket.device.type == "cpu" for bucket in buckets):
             _keep_freed_memory()
         for rule, bucket in alike.values():
-            bucket.cut_(self._block_numel(rule, bucket))
+            bucket.cut_(block_numel(rule, bucket, self._chunk_bytes))
         parts, able = self._divide(rules, buckets, sharded, agreed)
         divided = set(sharded)
         idle = [
@@ -264,8 +262,5 @@ class Planner:
         for bucket in buckets:
             mine = [param for param, held in zip(bucket.params, bucket.held, strict=True) if held.share is not None]
             shared.setdefault(bucket.device, []).extend(mine)
-        return [Collection(params, self._holdings.ranks, self._chunk_bytes) for params in shared.values() if params]
-
-    def _block_numel(self, rule: Rule, bucket: Bucket) -> int:
-        numel = max(1, self._chunk_bytes // (rule.workspace * bucket.dtype.itemsize))
-        return min(numel, CACHE_NUMEL * torch.get_num_threads()) if bucket.device.type == "cpu" else numel
+        room = CHUNK if self._chunk_bytes is None else self._chunk_bytes
+        return [Collection(params, self._holdings.ranks, room) for params in shared.values() if params]

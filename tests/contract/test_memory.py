@@ -20,7 +20,7 @@ MEASURE = """
 import gc, sys
 from pathlib import Path
 import torch
-from pylo_integrations.step import plan
+from pylo_integrations.step import room
 from thetas import create, theta_for
 
 def resident(key):
@@ -87,7 +87,7 @@ def test_a_large_embedding_steps_in_little_memory(measure):
 def test_chunk_bytes_bounds_the_temporaries_of_a_step(measure, name, mebibytes):
     """As on a device without cache-sized blocks."""
     peak = measure(
-        f"plan.CACHE_NUMEL = 2**60; o = build((2000, 1000), {name!r}, backend='reference', "
+        f"room.CACHE_NUMEL = 2**60; o = build((2000, 1000), {name!r}, backend='reference', "
         f"chunk_bytes={mebibytes} * 2**20)\n"
         "print(peak_of(o))"
     )
