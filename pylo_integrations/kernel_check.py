@@ -20,31 +20,46 @@ from torch import Tensor, nn
 from pylo_integrations.ops.native import NativeStages
 from pylo_integrations.ops.select import library_for
 from pylo_integrations.ops.self_check import Subject, Verdict, spoken
-from pylo_integrations.optimizers import CELO2, Celo, CeloAdam, SmallFCLOpt, ThetaOptimizer, VeLO
+from pylo_integrations.optimizers import CELO2, Celo, CELO2Base, CeloAdam, Pace, SmallFCLOpt, ThetaOptimizer, VeLO
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Control, Rule, StepContext
-from pylo_integrations.rules.features import TIME_SCALES, channel_count
+from pylo_integrations.rules.celo2 import Celo2Rule
+from pylo_integrations.rules.features import TIME_SCALES, channel_count, channel_counts
 from pylo_integrations.rules.networks import STACK
+from pylo_integrations.rules.pace import PacedAdamRule, PaceRule
 from pylo_integrations.sharding.blocks import Bucket, Sums
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Held, Piece
 from pylo_integrations.step.stages import Part, run_stages
+from pylo_integrations.weights.sources import load_theta
 from pylo_integrations.weights.stand_in import stand_in
 from pylo_integrations.weights.theta import Theta
 
 BOUND = 2e-4
 """Of the largest change of a tensor: on tensor cores numbers have 16 bits, and three steps add up."""
 
-OPTIMIZERS: dict[str, type[ThetaOptimizer]] = {cls.rule_type.kind: cls for cls in (SmallFCLOpt, VeLO, Celo, CeloAdam)}
-"""Those with kernels for CUDA, by the kind of their rule. AdamW is that of some groups of ``celo2``."""
+OPTIMIZERS: dict[str, type[ThetaOptimizer]] = {
+    cls.rule_type.kind: cls for cls in (SmallFCLOpt, VeLO, Celo, CeloAdam, CELO2Base, Pace)
+}
+"""Those with kernels for CUDA, by the kind of their rule. ``celo2_base`` has the kernels of ``celo2``, and no
+orthogonalisation multiplies their rounding errors."""
 
-_STEP_MULTS = {"small_fc": 1e-2, "velo": 5e3, "celo": 1e-1, "celo_adam": 1e-1}
+VECTORS: dict[str, type[ThetaOptimizer]] = {AdamWRule.kind: CELO2, PacedAdamRule.kind: Pace}
+"""Those with groups that are marked ``"adamw"``, by the kind of the rule that these have."""
+
+_STEP_MULTS = {"small_fc": 1e-2, "velo": 5e3, "celo": 1e-1, "celo_adam": 1e-1, "celo2": 5.0}
 """By architecture, so that a step of :func:`_theta_of` changes tensors by a few percent."""
+
+_LRS = {AdamWRule.kind: 1e-2, PacedAdamRule.kind: 1.0, Pace.rule_type.kind: 1.0}
+"""For the same purpose, where theta has no such constant."""
 
 # Scalars, vectors, matrices, ties, convolutions; of one part and of several in every kernel.
 _MATRICES = [(33, 7), (64, 64), (700, 70), (3, 3000), (2500, 3), (8, 16, 3, 3), (5, 5, 5), (6, 5, 4)]
 SHAPES: list[tuple[int, ...]] = [(), (7,), (130,), (17000,), *_MATRICES]
 FEW: list[tuple[int, ...]] = [(130,), (33, 7), (8, 16, 3, 3)]
+
+_RANKS = 2
+"""Among which tensors in pieces are divided."""
 
 _CIRCUMSTANCES = ("out of memory", "busy or unavailable", "already in use")
 
@@ -95,7 +110,8 @@ def check(device: torch.device, subject: Subject, tell: Callable[[object], objec
 
 def standard_subjects() -> list[Subject]:
     """The rules with kernels for CUDA, in their published geometry."""
-    return [*(Subject.of(stand_in(cls.architecture).rule()) for cls in OPTIMIZERS.values()), Subject.of(AdamWRule())]
+    rules = [stand_in(cls.architecture).rule() for cls in OPTIMIZERS.values()]
+    return [Subject.of(rule) for rule in (*rules, _shipped("celo2").rule(), *map(_rule_of_vectors, VECTORS))]
 
 
 def findings(device: torch.device, subject: Subject) -> Iterator[Finding]:
@@ -110,8 +126,11 @@ def findings(device: torch.device, subject: Subject) -> Iterator[Finding]:
     options: dict[str, Any] = {"weight_decay": 0.1, "weight_decay_policy": "l2", "maximize": True}
     yield runs.compare("options of a group", _tensors(FEW, device), **options)
     yield runs.compare("gradients that are not finite", _tensors(FEW, device), spoils=True, on_nonfinite="zero")
-    for axis, at in ((0, 7), (1, 11)):
-        yield Finding(f"a matrix cut in two along axis {axis}", _error_of_pieces(runs.rule, device, axis, at))
+    for shape, axis, at in (((20, 30), 0, 7), ((20, 30), 1, 11), ((6, 8, 3, 3), 2, 1)):
+        error = _error_of_pieces(runs.rule, device, shape, axis, at)
+        yield Finding(f"a tensor of shape {shape} cut in two along axis {axis}", error)
+    if runs.is_linear:
+        yield _Runs(subject, _shipped("celo2")).compare("the network of celo2", _tensors(FEW, device))
     numel = _large_numel(device)
     yield runs.compare(f"a tensor of {numel:,} elements", _tensors([(numel // 1024, 1024)], device))
 
@@ -119,16 +138,23 @@ def findings(device: torch.device, subject: Subject) -> Iterator[Finding]:
 class _Runs:
     """Short trainings from the same tensors, with the same gradients."""
 
-    def __init__(self, subject: Subject) -> None:
-        if subject.kind == AdamWRule.kind:
-            self.rule: Rule = AdamWRule()
-            self._group: dict[str, Any] = {"rule": "adamw", "lr": 1e-2}
-            self._optimizer: Callable[..., ThetaOptimizer] = CELO2
+    def __init__(self, subject: Subject, theta: Theta | None = None) -> None:
+        self._group: dict[str, Any] = {}
+        if subject.kind in VECTORS:
+            self.rule, self._group["rule"] = _rule_of_vectors(subject.kind), "adamw"
+            self._optimizer: Callable[..., ThetaOptimizer] = VECTORS[subject.kind]
         else:
-            theta = _theta_of(subject)
+            theta = theta or _theta_of(subject)
             self.rule = theta.rule()
-            self._group = {}
-            self._optimizer = functools.partial(OPTIMIZERS[subject.kind], weights=theta, num_steps=10)
+            exact: dict[str, Any] = {"orthogonalise": "float32"} if subject.kind == PaceRule.kind else {}
+            self._optimizer = functools.partial(OPTIMIZERS[subject.kind], weights=theta, num_steps=10, **exact)
+        if subject.kind in _LRS:
+            self._group["lr"] = _LRS[subject.kind]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the rule has a network of one layer."""
+        return isinstance(self.rule, Celo2Rule) and len(self.rule.weights) == 1
 
     def compare(
         self,
@@ -195,8 +221,22 @@ def _uneven_gradient(like: Tensor, seed: int) -> Tensor:
     return grad.to(like.dtype)
 
 
+def _shipped(name: str) -> Theta:
+    return load_theta(f"builtin:{name}", name)
+
+
+def _rule_of_vectors(kind: str) -> Rule:
+    if kind == AdamWRule.kind:
+        return AdamWRule()
+    pace = _shipped("pace").rule()
+    assert isinstance(pace, PaceRule)
+    return pace.adam
+
+
 def _theta_of(subject: Subject) -> Theta:
-    """Random weights in a geometry, large enough for every input to matter."""
+    """Random weights in a geometry, large enough for every input to matter; of Pace, those that it has."""
+    if subject.kind == PaceRule.kind:
+        return _shipped("pace")
     generator = torch.Generator().manual_seed(1)
     architecture, hidden = OPTIMIZERS[subject.kind].architecture, subject.widths[:-1]
     shapes: dict[str, tuple[int, ...]]
@@ -205,6 +245,12 @@ def _theta_of(subject: Subject) -> Theta:
         inputs = [channel_count(SmallFCLOpt.rule_type.features) + len(TIME_SCALES), *hidden]
         shapes = {f"nn/~/w{layer}": pair for layer, pair in enumerate(itertools.pairwise([*inputs, 2]))}
         shapes.update((f"nn/~/b{layer}", (width,)) for layer, width in enumerate([*hidden, 2]))
+    elif architecture == "celo2":
+        widths = [*hidden, 3]
+        channels = enumerate(channel_counts(CELO2Base.rule_type.features))
+        shapes = {f"{STACK}w0__{index}": (count, widths[0]) for index, count in channels}
+        shapes.update((f"{STACK}w{1 + layer}", pair) for layer, pair in enumerate(itertools.pairwise(widths)))
+        shapes.update((f"{STACK}b{layer}", (width,)) for layer, width in enumerate(widths))
     else:
         given = stand_in(architecture, max(hidden, default=None)).arrays
         shapes = {name: tuple(array.shape) for name, array in given.items() if name.startswith(STACK)}
@@ -214,25 +260,26 @@ def _theta_of(subject: Subject) -> Theta:
         is_weight = name.rpartition("/")[2].startswith("w")
         scale = 1 / math.sqrt(max(shape[-2], 8)) if is_weight else 0.1
         arrays[name] = scale * torch.randn(shape, generator=generator)
-    hyper = {"step_mult": _STEP_MULTS[architecture], **({"exp_mult": 1e-1} if hidden else {})}
+    hyper = {"step_mult": _STEP_MULTS[architecture], **({"exp_mult": 1e-1} if subject.widths else {})}
     return Theta(architecture, arrays | kept, hyper)
 
 
-def _error_of_pieces(rule: Rule, device: torch.device, axis: int, at: int) -> float:
-    """A matrix against itself in two pieces, as two ranks would hold it, of which the sums are added up."""
-    (start,) = _tensors([(20, 30)], device)
+def _error_of_pieces(rule: Rule, device: torch.device, shape: tuple[int, ...], axis: int, at: int) -> float:
+    """A tensor against itself in two pieces, as two ranks would hold it, of which the sums are added up."""
+    (start,) = _tensors([shape], device)
     first, second = list(start.shape), list(start.shape)
     first[axis], second[axis] = at, start.shape[axis] - at
-    begin = [at if each == axis else 0 for each in range(2)]
-    boxes = [Box((0, 0), tuple(first)), Box(tuple(begin), tuple(second))]
-    (whole,) = _step_boxes(rule, start, [Box((0, 0), tuple(start.shape))])
+    origin = (0,) * len(shape)
+    begin = [at if each == axis else 0 for each in range(len(shape))]
+    boxes = [Box(origin, tuple(first)), Box(tuple(begin), tuple(second))]
+    (whole,) = _step_boxes(rule, start, [Box(origin, shape)])
     pieces = torch.cat(_step_boxes(rule, start, boxes), axis)
     allowed = BOUND * (whole - start).abs().max() + torch.finfo(torch.float32).eps * start.abs().max()
     return ((pieces - whole).abs().max() / allowed).item()
 
 
 def _step_boxes(rule: Rule, start: Tensor, boxes: Sequence[Box]) -> list[Tensor]:
-    """What becomes of boxes of a tensor in a step."""
+    """What becomes of boxes of a tensor in a step; of rules that finish steps, by the steps that they would finish."""
     library = library_for(start.device)
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -245,9 +292,9 @@ def _step_boxes(rule: Rule, start: Tensor, boxes: Sequence[Box]) -> list[Tensor]
         shapes = rule.state_shapes(layout).items()
         state = {name: param.new_zeros(param.shape if shape is None else shape) for name, shape in shapes}
         held = [Held((Piece(box),))]
-        buckets.append(
-            Bucket(layout, [param], [state], group, torch.float32, held=held, grads=[grad[mine].contiguous()])
-        )
+        grads = [grad[mine].contiguous()]
+        buckets.append(Bucket(layout, [param], [state], group, torch.float32, _RANKS, held=held, grads=grads))
+        buckets[-1].cut_(box.numel)
     parts = [Part((i,), NativeStages(library, rule, [bucket])) for i, bucket in enumerate(buckets)]
     memory = {name: value.to(start.device) for name, value in rule.initial_memory().items()}
     loss = torch.ones((), device=start.device)
@@ -260,7 +307,10 @@ def _step_boxes(rule: Rule, start: Tensor, boxes: Sequence[Box]) -> list[Tensor]
         return list(rule.control(buckets[:1], sums[:1], ctx)) * len(parts)
 
     with torch.no_grad():
-        run_stages(parts, collected, contexts, factors, decide, _add_up)
+        proposed, _ = run_stages(parts, collected, contexts, factors, decide, _add_up)
+        for bucket, steps in zip(buckets, proposed, strict=True):
+            for step in steps or ():
+                bucket.params[0].sub_(step.view(bucket.params[0].shape))
     return [bucket.params[0].detach() for bucket in buckets]
 
 

@@ -1,4 +1,4 @@
-// Apply for a rule without layers: a few operations for each element, bound by memory.
+// Apply for rules without layers, and write: a few operations for each element, bound by memory.
 #pragma once
 
 #include "elements.cuh"
@@ -6,6 +6,7 @@
 namespace pylo {
 inline namespace PYLO_ISA {
 
+// `Plain`: also that parameters are updated in place.
 template <bool Plain>
 __device__ __forceinline__ void apply_adam(const Arguments &arguments) {
     const FlatPart part = arguments.applies[blockIdx.x];
@@ -18,11 +19,56 @@ __device__ __forceinline__ void apply_adam(const Arguments &arguments) {
         const float proposed = adam_step(arguments.rule, step, grad, momentum, rms);
         device(t.momentum[0])[i] = momentum;
         device(t.rms)[i] = rms;
-        if (!Plain && t.direction)
-            device((float *)t.direction)[i] = proposed;
-        else
-            write<Plain>(t.param, t.param_dtype, i, updated_param(step, param, proposed));
+        finish<Plain>(t, step, i, param, proposed);
     }
+}
+
+// Nesterov's momentum; what is left as a direction needs no parameter.
+template <bool Plain>
+__device__ __forceinline__ void apply_nesterov(const Arguments &arguments) {
+    const FlatPart part = arguments.applies[blockIdx.x];
+    const pylo_tensor &t = arguments.records[part.record].tensor;
+    const pylo_step step = arguments.steps[part.record];
+    const float keep = arguments.rule.momentum_keep[0], weight = arguments.rule.momentum_weight[0];
+    const bool needs_param = !t.direction || (!Plain && step.l2 != 0.0f);
+    for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
+        const float param = needs_param ? read<Plain>(t.param, t.param_dtype, i) : 0.0f;
+        const float grad = seen_gradient<Plain>(arguments.rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
+        const float momentum = ema(keep, weight, device(t.momentum[0])[i], grad);
+        device(t.momentum[0])[i] = momentum;
+        finish<Plain, true>(t, step, i, param, step.step_mult * ema(keep, weight, momentum, grad));
+    }
+}
+
+// `Plain`: indices of 32 bits, parameters of float32, one slice.
+template <bool Plain>
+__device__ __forceinline__ void write_part(const Record &record, const Slice &slice, const pylo_step &step, const FlatPart &part) {
+    const pylo_tensor &t = record.tensor;
+    void *const param = t.param;
+    const void *const directions = t.direction;
+    const int param_dtype = t.param_dtype, dtype = t.direction_dtype;
+    const float scale = device(t.direction_scale)[slice.norm];
+    for (Index<Plain> n = (Index<Plain>)part.begin + (int)threadIdx.x; n < (Index<Plain>)part.end; n += SUM_THREADS) {
+        const Index<Plain> i = memory_index<Plain>(record, slice, n);
+        float direction;
+        if (Plain && dtype == PYLO_FLOAT32)
+            direction = read<Plain>(directions, dtype, i);
+        else
+            direction = read<false>(directions, dtype, i);
+        write<Plain>(param, param_dtype, i, updated_param(step, read<Plain>(param, param_dtype, i), scale * direction));
+    }
+}
+
+// Parameters from directions, which whoever finished them has left where apply put them.
+__device__ __forceinline__ void write_directions(const Arguments &arguments) {
+    const FlatPart part = arguments.applies[blockIdx.x];
+    const Record &record = arguments.records[part.record];
+    const Slice slice = arguments.slices[part.slice];
+    const pylo_step step = arguments.steps[part.record];
+    if (record.wide || record.sliced || record.tensor.param_dtype != PYLO_FLOAT32)
+        write_part<false>(record, slice, step, part);
+    else
+        write_part<true>(record, slice, step, part);
 }
 
 }  // namespace PYLO_ISA

@@ -40,6 +40,13 @@ struct Entry {
     Index<Plain> row, col;
 };
 
+// An index without the axis that is the fastest in it.
+template <bool Plain>
+__device__ __forceinline__ Index<Plain> slower_index(const Record &record, int axis, Index<Plain> index) {
+    if (Plain || !record.wide) return (Index<Plain>)divide((uint32_t)index, record.axis[axis].extent);
+    return index / (Index<Plain>)record.tensor.extent[axis];
+}
+
 template <bool Plain>
 __device__ __forceinline__ Entry<Plain> locate(const Record &record, Index<Plain> index) {
     const pylo_tensor &t = record.tensor;
@@ -68,6 +75,39 @@ __device__ __forceinline__ Entry<Plain> locate(const Record &record, Index<Plain
         col += i * t.col_stride[axis];
     }
     return {(Index<Plain>)row, (Index<Plain>)col};
+}
+
+// Where element n of a slice is in memory. `May`: whether there may be slices that are not whole tensors.
+template <bool Plain, bool May = !Plain>
+__device__ __forceinline__ Index<Plain> memory_index(const Record &record, const Slice &slice, Index<Plain> n) {
+    if (!May || !record.sliced) return n;
+    Index<Plain> memory = (Index<Plain>)slice.memory, rest = n;
+#pragma unroll 1
+    for (int j = record.inner_axes - 1; j >= 0; --j) {
+        const int axis = record.inner[j];
+        const Index<Plain> slower = slower_index<Plain>(record, axis, rest);
+        memory += (rest - slower * (Index<Plain>)record.tensor.extent[axis]) * (Index<Plain>)record.step[axis];
+        rest = slower;
+    }
+    return memory;
+}
+
+// The same for the element's entries.
+template <bool Plain, bool May = !Plain>
+__device__ __forceinline__ Entry<Plain> entry_of(const Record &record, const Slice &slice, Index<Plain> n) {
+    if (!May || !record.sliced) return locate<Plain>(record, n);
+    const pylo_tensor &t = record.tensor;
+    Index<Plain> row = (Index<Plain>)slice.row, col = (Index<Plain>)slice.col, rest = n;
+#pragma unroll 1
+    for (int j = record.inner_axes - 1; j >= 0; --j) {
+        const int axis = record.inner[j];
+        const Index<Plain> slower = slower_index<Plain>(record, axis, rest);
+        const Index<Plain> i = rest - slower * (Index<Plain>)t.extent[axis];
+        row += i * (Index<Plain>)t.row_stride[axis];
+        col += i * (Index<Plain>)t.col_stride[axis];
+        rest = slower;
+    }
+    return {row, col};
 }
 
 template <bool Plain = false>
@@ -110,6 +150,16 @@ __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<
         device(t.momentum[k])[index] = x.momentum[k];
         if constexpr (!Factored) device(t.diagonal[k])[index] = x.diagonal[k];
     }
+}
+
+// What one element becomes. `MayLeave`: whether steps may be left instead of updating the parameter.
+template <bool Plain, bool MayLeave = !Plain>
+__device__ __forceinline__ void finish(
+    const pylo_tensor &t, const pylo_step &step, Index<Plain> index, float param, float proposed) {
+    if (MayLeave && t.direction)
+        device((float *)t.direction)[index] = proposed;
+    else
+        write<Plain>(t.param, t.param_dtype, index, updated_param(step, param, proposed));
 }
 
 // One of three channels of a statistic.

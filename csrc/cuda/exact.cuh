@@ -15,6 +15,7 @@ struct ExactShared {
     alignas(16) float middle[PYLO_MAX_LAYERS - 2][Width + 1][Width];  // the last row is the bias
     alignas(16) float last[Width + 1][2];
     Folded folded;
+    Slice slice;
     Record record;
     pylo_step step;
 };
@@ -35,7 +36,7 @@ template <int Width, int Elements, bool Plain, bool Factored>
 __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const FlatPart &part, ExactShared<Width> &shared) {
     const float *const network = shared.step.network;
     const int hidden = rule.layers - 1, thread = (int)threadIdx.x;
-    shared.folded.template fill<Factored>(rule, shared.record.tensor);
+    shared.folded.template fill<Factored>(rule, shared.record.tensor, shared.slice);
     for (int i = thread; i < MAX_INPUTS * Width; i += EXACT_THREADS)
         shared.first[i / Width][i % Width] = shared.folded.template weight<Factored>(rule, network, i / Width, i % Width);
     const PaddedLayer first(rule, network, 0), last(rule, network, hidden);
@@ -57,10 +58,11 @@ __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const 
         float x[Elements][inputs] = {}, a[Elements][Width], param[Elements];
 #pragma unroll
         for (int e = 0; e < Elements; ++e) {
-            const Index<Plain> wanted = base + e * EXACT_THREADS + thread, index = smaller(wanted, end - 1);
+            const Index<Plain> wanted = base + e * EXACT_THREADS + thread, n = smaller(wanted, end - 1);
+            const Index<Plain> index = memory_index<Plain>(shared.record, shared.slice, n);
             const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
             param[e] = element.param;
-            inputs_of<Factored, Plain>(rule, shared.record, index, element, [&](int input, float value) {
+            inputs_of<Factored, Plain>(rule, shared.record, shared.slice, n, element, [&](int input, float value) {
                 x[e][input] = value;
             });
             if (wanted < end) store_state<Factored, Plain>(shared.record.tensor, element, index);
@@ -96,9 +98,10 @@ __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const 
                 direction = madd(h, shared.last[input][0], direction);
                 magnitude = madd(h, shared.last[input][1], magnitude);
             }
-            const Index<Plain> index = base + e * EXACT_THREADS + thread;
-            if (index < end)
-                finish_element<Plain>(rule, shared.record.tensor, shared.step, index, param[e], direction, magnitude);
+            const Index<Plain> n = base + e * EXACT_THREADS + thread;
+            if (n < end)
+                finish_element<Plain>(rule, shared.record.tensor, shared.step, memory_index<Plain>(shared.record, shared.slice, n),
+                                      param[e], direction, magnitude);
         }
     }
 }
@@ -108,6 +111,7 @@ __device__ __forceinline__ void apply_exactly(const Arguments &arguments) {
     auto &shared = shared_memory<ExactShared<Width>>();
     const FlatPart part = arguments.applies[blockIdx.x];
     if (threadIdx.x == 0) {
+        shared.slice = arguments.slices[part.slice];
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
     }

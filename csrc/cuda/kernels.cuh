@@ -3,6 +3,7 @@
 
 #include "adam.cuh"
 #include "exact.cuh"
+#include "linear.cuh"
 #include "sums.cuh"
 #include "tensor_cores.cuh"
 

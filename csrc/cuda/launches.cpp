@@ -36,16 +36,11 @@ int with_plan(const pylo_call *call, Use use) {
     uint64_t token;
     int64_t bytes;
     if (int status = pylo_check(call, &token, &bytes)) return status;
-    for (int64_t i = 0; i < call->count; ++i) {
-        if (call->tensors[i].direction_dtype != PYLO_FLOAT32)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels leave directions in float32", (long long)i);
-        if (call->rule->layers && call->tensors[i].norm_slices != 1)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels normalise features over whole tensors", (long long)i);
-    }
     try {
         const Plan plan(*call);
         if (plan.matrices.size() + plan.measures.size() > INT32_MAX || plan.merges.size() > INT32_MAX ||
-            plan.applies.size() > INT32_MAX || plan.statistics.size() > INT32_MAX || call->count > INT32_MAX)
+            plan.applies.size() > INT32_MAX || plan.describes.size() > INT32_MAX || plan.slices.size() > INT32_MAX ||
+            plan.statistics.size() > INT32_MAX || call->count > INT32_MAX)
             return fail(PYLO_BAD_ARGUMENT, "the tensors are too many or too large for one call");
         return use(plan);
     } catch (const std::bad_alloc &) {
@@ -58,15 +53,32 @@ int check_precision(int32_t precision) {
     return fail(PYLO_BAD_ARGUMENT, "precision %d is unknown", precision);
 }
 
+// What a stage needs of a record and its step beyond pylo_check().
+int check_step(const pylo_cuda_call &call, const pylo_rule &rule, const Record &record, int64_t i) {
+    const pylo_step &step = call.steps[i];
+    const pylo_tensor &t = record.tensor;
+    if (call.stage == PYLO_CUDA_WRITE) {
+        if ((t.direction && t.direction_scale) || !record.numel) return PYLO_OK;
+        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: direction or direction_scale is null", (long long)i);
+    }
+    if (int status = check_gradient(i, step, record.numel)) return status;
+    if (rule.measures && !t.tensor_sums) return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
+    if (call.stage != PYLO_CUDA_APPLY) return PYLO_OK;
+    if (t.direction && t.direction_dtype != PYLO_FLOAT32)
+        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels leave directions in float32", (long long)i);
+    if (rule.layers == PYLO_NESTEROV) return PYLO_OK;
+    return rule.layers ? check_network(i, step, rule) : check_corrections(i, step);
+}
+
 int check_call(const pylo_cuda_call *call) {
     if (int status = check_version(call)) return status;
     if (!call->plan || !aligned(call->plan, 16) || ((const Header *)call->plan)->magic != MAGIC)
         return fail(PYLO_BAD_ARGUMENT, "plan is not what pylo_cuda_plan() wrote");
     const Header &plan = *(const Header *)call->plan;
-    if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_APPLY)
+    if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_WRITE)
         return fail(PYLO_BAD_ARGUMENT, "stage %d is unknown", call->stage);
-    if (plan.rule.layers == 0 && (call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE))
-        return fail(PYLO_BAD_ARGUMENT, "rule: Adam has no such stage, only collect, measure and apply");
+    if (plan.rule.layers <= 0 && (call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE))
+        return fail(PYLO_BAD_ARGUMENT, "rule: without layers there is no such stage, only collect, measure, apply and write");
     if (plan.record_count == 0) return PYLO_OK;
     if (!call->device_plan || !aligned(call->device_plan, 16))
         return fail(PYLO_BAD_ARGUMENT, "device_plan is null or not aligned to 16 bytes");
@@ -81,14 +93,8 @@ int check_call(const pylo_cuda_call *call) {
     if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
         return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
     const Record *records = (const Record *)((const char *)call->plan + plan.records);
-    for (int64_t i = 0; i < plan.record_count; ++i) {
-        const pylo_step &step = call->steps[i];
-        if (int status = check_gradient(i, step, records[i].numel)) return status;
-        if (call->stage == PYLO_CUDA_APPLY)
-            if (int status = plan.rule.layers ? check_network(i, step, plan.rule) : check_corrections(i, step)) return status;
-        if (plan.rule.measures && !records[i].tensor.tensor_sums)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
-    }
+    for (int64_t i = 0; i < plan.record_count; ++i)
+        if (int status = check_step(*call, plan.rule, records[i], i)) return status;
     return PYLO_OK;
 }
 
@@ -98,7 +104,10 @@ bool is_plain(const pylo_cuda_call &call, const Header &plan) {
            });
 }
 
-Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain) {
+Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain, bool in_place) {
+    if (rule.layers == PYLO_NESTEROV) return plain ? kernels::apply_nesterov_plain : kernels::apply_nesterov;
+    if (rule.layers == 1) return plain ? kernels::apply_linear_plain : kernels::apply_linear;
+    plain = plain && in_place;
     if (rule.layers == 0) return plain ? kernels::apply_adam_plain : kernels::apply_adam;
     const int width = *std::max_element(rule.width, rule.width + rule.layers - 1);
     if (precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
@@ -116,6 +125,7 @@ Arguments arguments_of(const pylo_cuda_call &call, const Header &plan) {
     arguments.rule = plan.rule;
     arguments.matrix_count = (int32_t)plan.matrix_count;
     arguments.records = (const Record *)(tables + plan.records);
+    arguments.slices = (const Slice *)(tables + plan.slices);
     arguments.steps = call.device_steps;
     arguments.partial = (double *)(workspace + plan.partial);
     arguments.grad_squares = call.grad_squares;
@@ -156,17 +166,17 @@ int32_t pylo_cuda_plan(const pylo_call *call, void *to, int64_t plan_bytes) {
 
 int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *to) {
     if (!rule || !to) return fail(PYLO_BAD_ARGUMENT, "rule or kernels is null");
-    if (rule->layers && network_floats(*rule) == 0)
+    if (rule->layers > 0 ? network_floats(*rule) == 0 : rule->layers < PYLO_NESTEROV)
         return fail(PYLO_BAD_ARGUMENT, "rule: its network is not one that the kernels evaluate");
     if (int status = check_precision(precision)) return status;
     to->count = 0;
     const auto add = [&](const Kernel &kernel) {
         if (std::find(to->name, to->name + to->count, kernel.name) == to->name + to->count) to->name[to->count++] = kernel.name;
     };
-    for (const Kernel &kernel : {kernels::collect, kernels::merge}) add(kernel);
-    if (rule->layers)
+    for (const Kernel &kernel : {kernels::collect, kernels::merge, kernels::write}) add(kernel);
+    if (rule->layers > 0)
         for (const Kernel &kernel : {kernels::prepare, kernels::describe, kernels::describe_plain}) add(kernel);
-    for (const bool plain : {false, true}) add(apply_kernel(*rule, precision, plain));
+    for (const bool plain : {false, true}) add(apply_kernel(*rule, precision, plain, plain));
     return PYLO_OK;
 }
 
@@ -193,7 +203,10 @@ int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launches *la
             launch(is_plain(*call, plan) ? kernels::describe_plain : kernels::describe, plan.describe_count);
             break;
         case PYLO_CUDA_APPLY:
-            launch(apply_kernel(plan.rule, call->precision, is_plain(*call, plan)), plan.apply_count);
+            launch(apply_kernel(plan.rule, call->precision, is_plain(*call, plan), plan.in_place), plan.apply_count);
+            break;
+        case PYLO_CUDA_WRITE:
+            launch(kernels::write, plan.apply_count);
             break;
     }
     return PYLO_OK;

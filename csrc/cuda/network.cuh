@@ -1,4 +1,4 @@
-// The network as one tensor needs it: normalisers folded into the first layer. Every block of apply folds its own, into
+// The network as one slice needs it: normalisers folded into the first layer. Every block of apply folds its own, into
 // shared memory.
 #pragma once
 
@@ -34,18 +34,20 @@ static_assert(COL == ROW + 3 && INVERSE_ROW == COL + 3 && INVERSE_COL == INVERSE
 constexpr int MAX_INPUTS = Inputs<true>::all;
 static_assert(Inputs<false>::all <= MAX_INPUTS, "");
 
-// Calls put(input, value) for every input of an element, but for the last two if the rule does not read them.
-template <bool Factored, bool Plain, class Put>
+// Calls put(input, value) for every input of element n, but for the last two if the rule does not read them, and for those
+// of rows and columns without `statistics`.
+template <bool Factored, bool Plain, bool MaySlice = !Plain, class Put>
 __device__ __forceinline__ void inputs_of(
-    const pylo_rule &rule, const Record &record, Index<Plain> index, const Element<float> &x, Put &&put) {
+    const pylo_rule &rule, const Record &record, const Slice &slice, Index<Plain> n, const Element<float> &x, Put &&put,
+    bool statistics = true) {
     constexpr int elements = Channels<Factored>::common;
     float scale[3] = {};
     if constexpr (Factored) {
         const pylo_tensor &t = record.tensor;
-        const Entry<Plain> entry = locate<Plain>(record, index);
+        const Entry<Plain> entry = entry_of<Plain, MaySlice>(record, slice, n);
         load_scales(t, entry, scale);
 #pragma unroll
-        for (int k = 0; k < 3; ++k) {
+        for (int k = 0; k < 3 && statistics; ++k) {
             const float row = row_entry(t.row, t, k, entry), col = col_entry(t.col, t, k, entry);
             put(elements + k, row);
             put(elements + 3 + k, col);
@@ -58,17 +60,18 @@ __device__ __forceinline__ void inputs_of(
     });
 }
 
-// Weights of the first layer for one tensor.
+// Weights of the first layer for one slice.
 struct Folded {
     float scale[MAX_INPUTS];  // of every input
 
     template <bool Factored>
-    __device__ __forceinline__ void fill(const pylo_rule &rule, const pylo_tensor &t) {
+    __device__ __forceinline__ void fill(const pylo_rule &rule, const pylo_tensor &t, const Slice &slice) {
         const int input = (int)threadIdx.x;
         if (input < Inputs<Factored>::all) {
             const int slot = Inputs<Factored>::slot(input);
             const bool statistic = Factored && slot >= ROW && slot < FACTORED_MOMENTUM;
-            const double mean = statistic ? t.stat_squares[slot] : t.feature_sums[slot] / (double)t.numel;
+            const int64_t at = slice.norm * SLOTS + slot;
+            const double mean = statistic ? t.stat_squares[at] : t.feature_sums[at] / (double)(t.numel / t.norm_slices);
             scale[input] = normaliser(rule, mean);
         }
         __syncthreads();
@@ -95,16 +98,11 @@ struct PaddedLayer : Layer {
     __device__ __forceinline__ float bias(int unit) const { return unit < outputs ? biases[unit] : 0.0f; }
 };
 
-// What one element becomes.
-template <bool Plain>
+template <bool Plain, bool MayLeave = !Plain>
 __device__ __forceinline__ void finish_element(
     const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index, float param, float direction,
     float magnitude) {
-    const float proposed = proposed_step(rule, step, direction, magnitude);
-    if (!Plain && t.direction)
-        device((float *)t.direction)[index] = proposed;
-    else
-        write<Plain>(t.param, t.param_dtype, index, updated_param(step, param, proposed));
+    finish<Plain, MayLeave>(t, step, index, param, proposed_step(rule, step, direction, magnitude));
 }
 
 }  // namespace PYLO_ISA

@@ -7,7 +7,7 @@
 namespace pylo {
 
 constexpr int WARP = 32;
-constexpr int SUM_THREADS = 256;     // of a block of every kernel but apply
+constexpr int SUM_THREADS = 256;     // of a block of every kernel but apply of hidden layers
 constexpr int LANES = 1024;          // of a part of a matrix at most: neighbours in a row
 constexpr int ROWS = 512;            // of a part of a matrix at most
 constexpr int FLUSH = 64;            // numbers that are added in single precision
@@ -31,17 +31,28 @@ struct Axis {
 struct Record {
     pylo_tensor tensor;
     Axis axis[PYLO_MAX_RANK];
+    int64_t step[PYLO_MAX_RANK];      // between neighbours in memory
     int64_t numel;                    // of the box
+    int64_t prepare_slot;             // first partial sum, in doubles
     int32_t wide;                     // whether indices need 64 bits
-    int32_t describe_parts;
     int32_t row_parts, col_parts;     // of prepare, for each of the three decays
-    int64_t describe_slot, prepare_slot;  // first partial sum, in doubles
+    int32_t sliced;                   // whether there are several slices over which features are normalised
+    int32_t inner[PYLO_MAX_RANK];     // the axes within such a slice, slowest first
+    int32_t inner_axes, unused;
 };
 
-// Elements of a tensor in the order of memory.
+// The elements of a box that are normalised together: in all but convolutions and stacks of matrices, all of them.
+struct Slice {
+    int64_t memory, row, col;  // of its first element, and of that one's entries
+    int64_t norm;              // its number in the whole tensor
+    int64_t describe_slot, describe_step;  // first partial sum, and distance of the next part's, in doubles
+    int64_t describe_parts;
+};
+
+// Elements of a slice in the order of memory.
 struct FlatPart {
     int64_t begin, end, slot;
-    int32_t record, unused;
+    int32_t record, slice;
 };
 
 // Part of a matrix: one factored axis are its rows, the other its lanes. Squares are summed along both.
@@ -71,10 +82,12 @@ struct Header {
     uint64_t magic;
     int64_t bytes, workspace_bytes;
     int64_t tickets, partial;  // offsets in the workspace
-    int64_t records, matrices, measures, merges, statistics, describes, applies;
-    int64_t record_count, matrix_count, measure_count, merge_count, statistic_count, describe_count, apply_count;
-    int32_t plain;  // whether tensors and boxes are, see elements.cuh
+    int64_t records, slices, matrices, measures, merges, statistics, describes, applies;
+    int64_t record_count, slice_count, matrix_count, measure_count, merge_count, statistic_count, describe_count, apply_count;
+    int32_t plain;     // whether tensors and boxes are, see elements.cuh
+    int32_t in_place;  // whether they are whole slices and are updated where they are
     pylo_rule rule;
+    int32_t unused;
 };
 
 constexpr uint64_t MAGIC = 0x70796C6F00000000u + PYLO_ABI_VERSION;
@@ -84,9 +97,10 @@ struct Arguments {
     pylo_rule rule;
     int32_t matrix_count;
     const Record *records;
+    const Slice *slices;
     const pylo_step *steps;
     double *partial, *grad_squares;
-    int32_t *tickets;  // one per record: parts that have ended; 0 between launches
+    int32_t *tickets;  // one per slice, the first ones also one per record: parts that have ended; 0 between launches
     const MatrixPart *matrices;
     const FlatPart *measures;
     const Merge *merges;
@@ -95,7 +109,7 @@ struct Arguments {
 };
 
 // The host's compiler lays them out, the device's reads them: both must come to the same sizes.
-static_assert(sizeof(Record) == 760 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
-static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 208, "");
+static_assert(sizeof(Record) == 832 && sizeof(Slice) == 56 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
+static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 216, "");
 
 }  // namespace pylo

@@ -29,12 +29,13 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
     std::vector<Record> records;
+    std::vector<Slice> slices;
     std::vector<MatrixPart> matrices;
     std::vector<FlatPart> measures, describes, applies;
     std::vector<Merge> merges;
     std::vector<StatisticPart> statistics;
     int64_t doubles = 0;  // of partial sums; those of one stage are forgotten in the next
-    bool plain = true;
+    bool plain = true, in_place = true;
 
     explicit Plan(const pylo_call &call) {
         int64_t numel = 0;
@@ -50,16 +51,24 @@ struct Plan {
             r.wide = std::max({r.numel, 3 * t.row_numel, 3 * t.col_numel}) >= PYLO_NARROW;
             for (int axis = 0; axis < t.rank && !r.wide; ++axis)
                 r.axis[axis] = {divisor(std::max<int64_t>(t.extent[axis], 1)), (int32_t)t.row_stride[axis], (int32_t)t.col_stride[axis]};
-            plain = plain && !r.wide && !t.direction && t.param_dtype == PYLO_FLOAT32;
+            int64_t next = 1;
+            for (int axis = t.rank - 1; axis >= 0; --axis) r.step[axis] = next, next *= t.extent[axis];
+            r.sliced = call.rule->layers > 0 && t.norm_slices > 1;
+            for (int axis = 0; axis < t.rank && r.sliced; ++axis)
+                if (t.norm_stride[axis] == 0) r.inner[r.inner_axes++] = axis;
+            plain = plain && !r.wide && t.param_dtype == PYLO_FLOAT32;
+            in_place = in_place && !t.direction && !r.sliced;
             record = (int32_t)i;
             collect(call, r, collect_slots);
             if (t.d0_axis >= 0) prepare(r, prepare_slots);
-            if (call.rule->layers) {
-                r.describe_slot = describe_slots;
-                r.describe_parts = (int32_t)cut(describes, r.numel, PART, PYLO_SLOTS, describe_slots, true);
-            }
-            int64_t none = 0;
-            cut(applies, r.numel, apply_part, 0, none, false);
+            const size_t first = slices.size();
+            const int64_t each = add_slices(r), present = (int64_t)(slices.size() - first);
+            if (call.rule->layers > 0) describe(first, present, each, describe_slots);
+            // Slices beside each other, since they share cache lines.
+            for (int64_t begin = 0; begin < each; begin += apply_part)
+                for (int64_t n = 0; n < present; ++n)
+                    applies.push_back({begin, std::min(begin + apply_part, each), 0, record, (int32_t)(first + n)});
+            if (call.rule->layers > 0) add_absent_slices(r, first, present, describe_slots);
             records.push_back(r);
         }
         doubles = std::max({collect_slots, prepare_slots, describe_slots});
@@ -68,11 +77,60 @@ struct Plan {
 private:
     int32_t record = 0;
 
-    // Parts of a tensor in the order of memory; an empty one if there is nothing, where `always` something must run.
-    int64_t cut(std::vector<FlatPart> &parts, int64_t numel, int64_t size, int64_t sums, int64_t &slots, bool always) {
-        const int64_t count = std::max<int64_t>(divide_up(numel, size), always ? 1 : 0);
+    // The slices that a box reaches into; returns how many elements each of them has there.
+    int64_t add_slices(const Record &r) {
+        const pylo_tensor &t = r.tensor;
+        int64_t count = 1;
+        for (int axis = 0; axis < t.rank && r.sliced; ++axis)
+            if (t.norm_stride[axis]) count *= t.extent[axis];
+        for (int64_t n = 0; n < count; ++n) {
+            Slice slice = {0, t.row_offset, t.col_offset, r.sliced ? t.norm_offset : 0, 0, 0, 0};
+            int64_t rest = n;
+            for (int axis = t.rank - 1; axis >= 0 && r.sliced; --axis) {
+                if (t.norm_stride[axis] == 0) continue;
+                const int64_t i = rest % t.extent[axis];
+                rest /= t.extent[axis];
+                slice.memory += i * r.step[axis];
+                slice.row += i * t.row_stride[axis];
+                slice.col += i * t.col_stride[axis];
+                slice.norm += i * t.norm_stride[axis];
+            }
+            slices.push_back(slice);
+        }
+        return count ? r.numel / count : 0;
+    }
+
+    void describe(size_t first, int64_t present, int64_t each, int64_t &slots) {
+        const int64_t parts = std::max<int64_t>(divide_up(each, PART), 1);  // an empty one has sums as well
+        for (int64_t n = 0; n < present; ++n) {
+            Slice &slice = slices[first + (size_t)n];
+            slice.describe_slot = slots + n * PYLO_SLOTS;
+            slice.describe_step = present * PYLO_SLOTS;
+            slice.describe_parts = parts;
+        }
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t n = 0; n < present; ++n, slots += PYLO_SLOTS)
+                describes.push_back({part * PART, std::min((part + 1) * PART, each), slots, record, (int32_t)(first + n)});
+    }
+
+    // A box without a slice has sums of it too, which are 0.
+    void add_absent_slices(const Record &r, size_t first, int64_t present, int64_t &slots) {
+        if (!r.sliced || present == r.tensor.norm_slices) return;
+        std::vector<char> is_here((size_t)r.tensor.norm_slices);
+        for (int64_t n = 0; n < present; ++n) is_here[(size_t)slices[first + (size_t)n].norm] = 1;
+        for (int64_t norm = 0; norm < r.tensor.norm_slices; ++norm) {
+            if (is_here[(size_t)norm]) continue;
+            describes.push_back({0, 0, slots, record, (int32_t)slices.size()});
+            slices.push_back({0, 0, 0, norm, slots, PYLO_SLOTS, 1});
+            slots += PYLO_SLOTS;
+        }
+    }
+
+    // Parts of a tensor in the order of memory, for the sums of measure; returns how many.
+    int64_t cut_measures(int64_t numel, int64_t sums, int64_t &slots) {
+        const int64_t count = divide_up(numel, PART);
         for (int64_t n = 0; n < count; ++n, slots += sums)
-            parts.push_back({n * size, std::min((n + 1) * size, numel), slots, record, 0});
+            measures.push_back({n * PART, std::min((n + 1) * PART, numel), slots, record, 0});
         return count;
     }
 
@@ -101,7 +159,7 @@ private:
         slots += parts;
         if (const int sums = call.rule->measures) {
             const int64_t first = slots;
-            merge(t.tensor_sums, 1, sums, first, 1, cut(measures, r.numel, PART, sums, slots, false), sums);
+            merge(t.tensor_sums, 1, sums, first, 1, cut_measures(r.numel, sums, slots), sums);
         }
     }
 
@@ -109,8 +167,6 @@ private:
         const pylo_tensor &t = r.tensor;
         const bool whole = r.numel == t.numel;
         if (r.numel == 0) return matrices.push_back({0, 0, 0, -1, -1, -1, 0, 0, record, 1});
-        int64_t step[PYLO_MAX_RANK], next = 1;
-        for (int axis = t.rank - 1; axis >= 0; --axis) step[axis] = next, next *= t.extent[axis];
         const bool rows_vary = geometry(t).row_varies;  // along lanes
         const int lane = rows_vary ? t.d1_axis : t.d0_axis, down = rows_vary ? t.d0_axis : t.d1_axis;
         const int64_t lanes = t.extent[lane], rows = t.extent[down];
@@ -125,7 +181,7 @@ private:
         for (;;) {  // the matrices of all slices
             int64_t memory = 0, row_entry = t.row_offset, col_entry = t.col_offset;
             for (int axis = 0; axis < t.rank; ++axis) {
-                memory += index[axis] * step[axis];
+                memory += index[axis] * r.step[axis];
                 row_entry += index[axis] * t.row_stride[axis];
                 col_entry += index[axis] * t.col_stride[axis];
             }
@@ -133,7 +189,7 @@ private:
             for (int64_t i = 0; i < row_parts; ++i)
                 for (int64_t j = 0; j < lane_parts; ++j) {
                     const int64_t row = i * rows_part, first = j * lanes_part;
-                    matrices.push_back({memory + row * step[down] + first * step[lane], step[down], step[lane], 0,
+                    matrices.push_back({memory + row * r.step[down] + first * r.step[lane], r.step[down], r.step[lane], 0,
                                         row_slot + j * rows + row, lane_slot + i * lanes + first,
                                         (int32_t)std::min(rows_part, rows - row), (int32_t)std::min(lanes_part, lanes - first),
                                         record, clears});
@@ -173,6 +229,7 @@ Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
     h.magic = MAGIC;
     h.rule = rule;
     h.plain = plan.plain;
+    h.in_place = plan.in_place;
     h.bytes = (int64_t)sizeof(Header);
     const auto put = [&](const auto &table, int64_t &offset, int64_t &count) {
         h.bytes = divide_up(h.bytes, 16) * 16;
@@ -183,6 +240,7 @@ Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
         h.bytes += (int64_t)bytes;
     };
     put(plan.records, h.records, h.record_count);
+    put(plan.slices, h.slices, h.slice_count);
     put(plan.matrices, h.matrices, h.matrix_count);
     put(plan.measures, h.measures, h.measure_count);
     put(plan.merges, h.merges, h.merge_count);
@@ -190,7 +248,7 @@ Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
     put(plan.describes, h.describes, h.describe_count);
     put(plan.applies, h.applies, h.apply_count);
     h.tickets = 0;
-    h.partial = divide_up(h.record_count * (int64_t)sizeof(int32_t), 16) * 16;
+    h.partial = divide_up(std::max(h.record_count, h.slice_count) * (int64_t)sizeof(int32_t), 16) * 16;
     h.workspace_bytes = h.partial + plan.doubles * (int64_t)sizeof(double);
     if (to) std::memcpy(to, &h, sizeof h);
     return h;

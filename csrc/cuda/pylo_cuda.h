@@ -22,7 +22,7 @@ enum pylo_precision {
 };
 
 /* The stages. `collect` also does the work of `measure` if the rule asks for it. */
-enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3 };
+enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3, PYLO_CUDA_WRITE = 4 };
 
 typedef struct pylo_cuda_call {
     uint32_t abi_version; /* PYLO_ABI_VERSION */

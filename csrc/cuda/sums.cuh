@@ -159,11 +159,31 @@ __device__ __forceinline__ void measure_part(const Arguments &arguments, const F
     }
 }
 
+// Whether new gradients agree with the momentum of those before: sums of their products, and of the momentum's squares. A
+// thread adds at most FLUSH numbers in single precision.
+__device__ __forceinline__ void measure_agreement(const Arguments &arguments, const FlatPart &part, CollectShared &shared) {
+    const pylo_tensor &t = arguments.records[part.record].tensor;
+    const pylo_step &step = arguments.steps[part.record];
+    float products = 0, squares = 0;
+    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += SUM_THREADS) {
+        const float param = step.l2 != 0.0f ? read(t.param, t.param_dtype, i) : 0.0f;
+        const float grad = seen_gradient(arguments.rule, step, read(step.grad, step.grad_dtype, i), param);
+        const float momentum = t.momentum[0][i];
+        products = madd(grad, momentum, products);
+        squares = madd(momentum, momentum, squares);
+    }
+    const double total[2] = {sum_of_block((double)products, shared.scratch), sum_of_block((double)squares, shared.scratch)};
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 2; ++i) arguments.partial[part.slot + i] = total[i];
+}
+
 __device__ __forceinline__ void collect(const Arguments &arguments) {
     auto &shared = shared_memory<CollectShared>();
     const int part = (int)blockIdx.x, measure = part - arguments.matrix_count;
     if (measure < 0)
         collect_part(arguments, arguments.matrices[part], shared);
+    else if (arguments.rule.layers == PYLO_NESTEROV)
+        measure_agreement(arguments, arguments.measures[measure], shared);
     else if (arguments.rule.measures == 1)
         measure_part<false>(arguments, arguments.measures[measure], shared);
     else
@@ -225,6 +245,7 @@ __device__ __forceinline__ void prepare(const Arguments &arguments) {
     const Record &record = arguments.records[part.record];
     const pylo_tensor &t = record.tensor;
     if (!arrives_last(arguments.tickets + part.record, 3 * (record.row_parts + record.col_parts), shared)) return;
+    if (record.sliced) return;  // the caller has their means
     int64_t slot = record.prepare_slot;
     for (int statistic = 0; statistic < 2; ++statistic) {  // row, col
         const int parts_each = statistic ? record.col_parts : record.row_parts;
@@ -250,13 +271,15 @@ template <bool Factored, bool Plain>
 __device__ __forceinline__ void describe_part(const Arguments &arguments, const FlatPart &part, DescribeShared &shared) {
     constexpr int channels = Channels<Factored>::all;
     const Record &record = arguments.records[part.record];
+    const Slice &slice = arguments.slices[part.slice];
     const pylo_step &step = arguments.steps[part.record];
     const bool extra = has_extra(arguments.rule);
     float sums[channels] = {};
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
-        const Element<float> x = load_element<Factored, Plain>(arguments.rule, record.tensor, step, i);
+        const Index<Plain> index = memory_index<Plain, Factored>(record, slice, i);
+        const Element<float> x = load_element<Factored, Plain>(arguments.rule, record.tensor, step, index);
         float scale[3] = {};
-        if constexpr (Factored) load_scales(record.tensor, locate<Plain>(record, i), scale);
+        if constexpr (Factored) load_scales(record.tensor, entry_of<Plain, true>(record, slice, i), scale);
         features<Factored>(arguments.rule, extra, x, scale, [&](int channel, float f) {
             sums[channel] = madd(f, f, sums[channel]);
         });
@@ -286,9 +309,11 @@ __device__ __forceinline__ void describe(const Arguments &arguments) {
         describe_part<false, Plain>(arguments, part, shared);
     else
         describe_part<true, Plain>(arguments, part, shared);
-    if (!arrives_last(arguments.tickets + part.record, record.describe_parts, shared.merge)) return;
-    merge_partials(arguments.partial + record.describe_slot, SLOTS, 1, record.describe_parts, SLOTS, shared.merge.scratch,
-                   [&](int slot, double sum) { record.tensor.feature_sums[slot] = sum; });
+    const Slice &slice = arguments.slices[part.slice];
+    if (!arrives_last(arguments.tickets + part.slice, (int)slice.describe_parts, shared.merge)) return;
+    merge_partials(arguments.partial + slice.describe_slot, SLOTS, 1, slice.describe_parts, slice.describe_step,
+                   shared.merge.scratch,
+                   [&](int slot, double sum) { record.tensor.feature_sums[slice.norm * SLOTS + slot] = sum; });
 }
 
 }  // namespace PYLO_ISA

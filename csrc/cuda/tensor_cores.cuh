@@ -30,6 +30,7 @@ struct TensorShared {
         float2 outputs[WARP];
     } warp[TENSOR_THREADS / WARP];
     Folded folded;
+    Slice slice;
     Record record;
     pylo_step step;
 };
@@ -94,7 +95,7 @@ template <bool Plain, bool Factored>
 __device__ __forceinline__ void apply_part_on_tensor_cores(const pylo_rule &rule, const FlatPart &part, TensorShared &shared) {
     const float *const network = shared.step.network;
     const int hidden = rule.layers - 1, thread = (int)threadIdx.x, lane = thread % WARP;
-    shared.folded.template fill<Factored>(rule, shared.record.tensor);
+    shared.folded.template fill<Factored>(rule, shared.record.tensor, shared.slice);
     fill_fragments(shared.first, [&](int input, int unit) {
         return shared.folded.template weight<Factored>(rule, network, input, unit);
     });
@@ -113,14 +114,16 @@ __device__ __forceinline__ void apply_part_on_tensor_cores(const pylo_rule &rule
     const Index<Plain> end = (Index<Plain>)part.end;
     for (Index<Plain> base = (Index<Plain>)part.begin + thread / WARP * WARP; base < end; base += TENSOR_THREADS) {
         forget_memory();
-        const Index<Plain> index = smaller(base + lane, end - 1);
+        const Index<Plain> n = smaller(base + lane, end - 1);
+        const Index<Plain> index = memory_index<Plain>(shared.record, shared.slice, n);
         const bool inside = base + lane < end;
         float param;
         {
             float x[2 * STEPS * 8] = {};
             const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
             param = element.param;
-            inputs_of<Factored, Plain>(rule, shared.record, index, element, [&](int input, float value) { x[input] = value; });
+            inputs_of<Factored, Plain>(
+                rule, shared.record, shared.slice, n, element, [&](int input, float value) { x[input] = value; });
             if (inside) store_state<Factored, Plain>(shared.record.tensor, element, index);
 #pragma unroll
             for (int i = 0; i < TENSOR_WIDTH; i += 8) {
@@ -178,6 +181,7 @@ __device__ __forceinline__ void apply_on_tensor_cores(const Arguments &arguments
     auto &shared = shared_memory<TensorShared>();
     const FlatPart part = arguments.applies[blockIdx.x];
     if (threadIdx.x == 0) {
+        shared.slice = arguments.slices[part.slice];
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
     }

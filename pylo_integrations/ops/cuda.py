@@ -21,7 +21,7 @@ from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, Nativ
 from pylo_integrations.ops.nvrtc import NvrtcError
 from pylo_integrations.ops.records import STEP
 
-STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3}
+STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3, "write": 4}
 """Numbers of the stages; ``measure`` is done by ``collect``."""
 
 PRECISIONS = {"precise": 0, "exact": 1}
@@ -60,7 +60,7 @@ class _Plan:
 
     def __init__(self, host: Tensor, count: int, workspace_bytes: int, device: torch.device) -> None:
         self._host = host
-        self._device = host.to(device, copy=True)
+        self._device = host.to(device, non_blocking=True, copy=True)
         self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=device)
         self._steps = torch.empty(count, STEP.itemsize, dtype=torch.uint8, device=device)
         self._fields = self._steps.view(torch.float32)
@@ -125,7 +125,9 @@ class CudaLibrary:
         """
         plan_bytes, workspace_bytes = ctypes.c_int64(), ctypes.c_int64()
         self._cpu.call("pylo_cuda_check", call, plan_bytes, workspace_bytes)
-        host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu")
+        on_cuda = self.device.type == "cuda"
+        # Page-locked, so that nobody waits for its copy.
+        host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
         self._cpu.call("pylo_cuda_plan", call, ctypes.c_char.from_address(host.data_ptr()), plan_bytes.value)
         needed = KernelsStruct()
         self._cpu.call("pylo_cuda_kernels_of", call.rule.contents, self._precision, needed)

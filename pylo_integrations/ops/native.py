@@ -8,11 +8,11 @@ backend, so backends may change in the middle of a run.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,12 @@ from pylo_integrations.telemetry import StepRecord
 
 ZERO_NONFINITE = 1
 
-TOGETHER = 2**21
-"""Elements of whole tensors that are stepped together: many small ones make few calls, and all of it fits a cache."""
+TOGETHER = {"cpu": 2**21, "cuda": 2**28}
+"""Elements of whole tensors that are stepped together, by type of device. On a CPU many small ones make few calls, and
+all of it fits a cache; on a device their steps take 1 GiB, and few models need more than one call."""
+
+STATISTICS = ("row", "col", "inverse_row", "inverse_col")
+"""Features that are constant along rows or columns."""
 
 _MEASURED = {
     "products": slice(0, 2),
@@ -170,7 +174,7 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"layers of {list(widths)} units are more or wider than they take"
     if bucket.device.type not in ("cpu", "cuda"):
         return f"its tensors are on {bucket.device}"
-    if bucket.device.type == "cuda" and (not spec.has_cuda or len(widths) == 1):
+    if bucket.device.type == "cuda" and not spec.has_cuda:
         return f"those for CUDA do not know the rule {rule.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
@@ -260,6 +264,30 @@ class _PieceTable:
         self.grad_offsets = np.zeros(ends[-1], np.uint64)
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Whole tensors of a bucket that lie alike in memory, to be stepped as one.
+
+    Attributes:
+        index: Of the bucket.
+        rows: Their records.
+        shape: Of each.
+        strides: Of a stack of their steps.
+        device: Where they are.
+    """
+
+    index: int
+    rows: slice
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        """How many tensors."""
+        return int(self.rows.stop) - int(self.rows.start)
+
+
 class NativeStages:
     """Buckets of one rule, stepped by the native kernels.
 
@@ -296,7 +324,8 @@ class NativeStages:
             )
             for bucket in buckets
         ]
-        self._statistic_slots = {name: names.index(name) for name in ("row", "col", "inverse_row", "inverse_col")}
+        read = network.features if network else ()
+        self._statistic_slots = {name: names.index(name) for name in STATISTICS if name in read}
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
@@ -512,7 +541,7 @@ class NativeStages:
                     total.copy_(sums[name])
         first.table.run("prepare")
         for index, statistics in enumerate(self._statistics):
-            if statistics.shape[1] > 1:
+            if statistics.shape[1] > 1 and self._statistic_slots:
                 self._normalise_statistics_(index)
 
     def _normalise_statistics_(self, index: int) -> None:
@@ -522,8 +551,9 @@ class NativeStages:
         for name in ("row", "col"):
             value = bucket.stack(name).double()
             for square, feature in ((value.square(), name), ((value + 1e-8).reciprocal(), f"inverse_{name}")):
+                if (slot := self._statistic_slots.get(feature)) is None:
+                    continue
                 mean = square.mean([axis + 2 for axis in axes], keepdim=True)
-                slot = self._statistic_slots[feature]
                 of_slices = mean.expand(-1, -1, *shape).flatten(2).transpose(1, 2)
                 self._statistics[index][:, :, slot : slot + 3] = of_slices
 
@@ -566,9 +596,7 @@ class NativeStages:
             for bucket, others in zip(self._buckets, left, strict=True)
         ]
         if self._rule.finishes:
-            for index, others in enumerate(left):
-                if not others:
-                    self._step_whole_(index, contexts[index])
+            self._step_whole_([index for index, others in enumerate(left) if not others], contexts)
         elif not any(left):
             self._run("apply")
         if record is not None:
@@ -581,56 +609,75 @@ class NativeStages:
         """Whether others write a bucket's parameters."""
         if not self._rule.finishes:
             return bucket.rounds_stochastically
-        is_whole = bucket.parts == 1 and bucket.device.type == "cpu"
-        return bucket.rounds_stochastically or not is_whole or self._spec.directions is None
+        return bucket.rounds_stochastically or bucket.parts > 1 or self._spec.directions is None
 
-    def _step_whole_(self, index: int, ctx: StepContext) -> None:
+    def _step_whole_(self, indices: Sequence[int], contexts: Sequence[StepContext]) -> None:
         """Propose steps of whole tensors, have the rule finish them, and write parameters; some tensors at a time."""
-        bucket, spec = self._buckets[index], self._spec
+        for stacks in self._stacks(indices):
+            proposed = [
+                torch.empty_strided(
+                    (stack.count, *stack.shape), stack.strides, dtype=torch.float32, device=stack.device
+                )
+                for stack in stacks
+            ]
+            self._run_at("apply", stacks, proposed)
+            finished = [self._finished(stack, proposed.pop(0), contexts) for stack in stacks]
+            directions, scales = zip(*finished, strict=True)
+            self._run_at("write", stacks, directions, scales)
+
+    def _stacks(self, indices: Sequence[int]) -> Iterator[list[_Stack]]:
+        """Whole tensors of buckets, those that lie alike together, in lists of about :data:`TOGETHER` elements."""
+        stacks: list[_Stack] = []
+        room = most = TOGETHER[self._tables[0].table.device.type]
+        for index in indices:
+            bucket, first = self._buckets[index], self._tables[0].rows[index].start
+            stepped = [bucket.stepped(position) for position in range(len(bucket))]
+            for _, run in itertools.groupby(range(len(bucket)), [tensor.stride() for tensor in stepped].__getitem__):
+                alike = list(run)
+                while alike:
+                    like, numel = stepped[alike[0]], bucket.layout.numel
+                    if stacks and (room < numel or stacks[-1].rows.stop != first + alike[0]):
+                        yield stacks
+                        stacks, room = [], most
+                    count = min(len(alike), max(1, room // numel))
+                    rows = slice(first + alike[0], first + alike[0] + count)
+                    stacks.append(_Stack(index, rows, tuple(like.shape), (numel, *like.stride()), like.device))
+                    room -= count * numel
+                    del alike[:count]
+        if stacks:
+            yield stacks
+
+    def _finished(self, stack: _Stack, proposed: Tensor, contexts: Sequence[StepContext]) -> tuple[Tensor, Tensor]:
+        """What the rule makes of the proposed steps of a stack: directions that lie as these, and their scales."""
+        bucket, spec, count = self._buckets[stack.index], self._spec, stack.count
         assert spec.directions is not None, "see _is_left()"
-        count = max(1, TOGETHER // bucket.layout.numel)
-        stepped = [bucket.stepped(position) for position in range(len(bucket))]
-        for _, run in itertools.groupby(range(len(bucket)), lambda position: stepped[position].stride()):
-            alike = list(run)
-            for mine in (alike[first : first + count] for first in range(0, len(alike), count)):
-                like = stepped[mine[0]]
-                shape, strides = (len(mine), *like.shape), (like.numel(), *like.stride())
-                proposed = torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
-                with self._left_at(index, mine, proposed):
-                    self._tables[0].table.run_some("apply", self._rows(index, mine))
-                whole = proposed.view(len(mine), 1, *bucket.layout.shape)
-                made, scale = spec.directions(whole, bucket.layout, ctx)
-                if scale[0].numel() > 1 and not isinstance(spec.step, NetworkSpec):  # whose records know no slices
-                    made, scale = made * scale, scale.new_ones(len(mine), 1)
-                directions = made.reshape(shape)
-                if directions.stride() != strides:
-                    directions = directions.new_empty_strided(shape, strides).copy_(directions)
-                with self._left_at(index, mine, directions, scale.float().flatten(1).contiguous()):
-                    self._tables[0].table.run_some("write", self._rows(index, mine))
+        whole = proposed.view(count, 1, *bucket.layout.shape)
+        made, scale = spec.directions(whole, bucket.layout, contexts[stack.index])
+        if scale[0].numel() > 1 and not isinstance(spec.step, NetworkSpec):  # whose records know no slices
+            made, scale = made * scale, scale.new_ones(count, 1)
+        directions = made.reshape(proposed.shape)
+        if directions.stride() != stack.strides:
+            directions = directions.new_empty_strided(proposed.shape, stack.strides).copy_(directions)
+        return directions, scale.float().flatten(1).contiguous()
 
-    def _rows(self, index: int, positions: Sequence[int]) -> slice:
-        """Records of neighbouring whole tensors of a bucket."""
-        start = self._tables[0].rows[index].start
-        return slice(start + positions[0], start + positions[-1] + 1)
-
-    @contextlib.contextmanager
-    def _left_at(
-        self, index: int, positions: Sequence[int], directions: Tensor, scales: Tensor | None = None
-    ) -> Iterator[None]:
-        """Have records of whole tensors refer to their directions, ``(positions, ...)``, and to the scales of these."""
-        records = self._tables[0].table.tensors[self._rows(index, positions)]
-        given = {"direction": directions} if scales is None else {"direction": directions, "direction_scale": scales}
+    def _run_at(
+        self, stage: str, stacks: Sequence[_Stack], directions: Sequence[Tensor], scales: Sequence[Tensor] = ()
+    ) -> None:
+        """Run a stage over stacks of whole tensors, with records that refer to their directions and scales of these."""
+        table = self._tables[0].table
+        rows = slice(stacks[0].rows.start, stacks[-1].rows.stop)
         try:
-            records["direction_dtype"] = DTYPES[directions.dtype]
-            for name, tensor in given.items():
-                each = tensor.stride(0) * tensor.itemsize
-                records[name] = tensor.data_ptr() + each * np.arange(len(records), dtype=np.uint64)
-                records[f"{name}_bytes"] = each
-            yield
+            for name, tensors in (("direction", directions), ("direction_scale", scales)):
+                for stack, tensor in zip(stacks, tensors, strict=False):
+                    each = tensor.stride(0) * tensor.itemsize
+                    where = tensor.data_ptr() + each * np.arange(stack.count, dtype=np.uint64)
+                    table.tensors[name][stack.rows], table.tensors[f"{name}_bytes"][stack.rows] = where, each
+            for stack, tensor in zip(stacks, directions, strict=True):
+                table.tensors["direction_dtype"][stack.rows] = DTYPES[tensor.dtype]
+            table.run_some(stage, rows)
         finally:  # whatever interrupts this, the table is again the one that was checked
-            for name in ("direction", "direction_scale", "direction_dtype"):
-                records[name] = 0
-            records["direction_bytes"] = records["direction_scale_bytes"] = 0
+            for name in ("direction", "direction_scale", "direction_dtype", "direction_bytes", "direction_scale_bytes"):
+                table.tensors[name][rows] = 0
 
     def _propose_bucket_(self, index: int, networks: list[Tensor]) -> Iterator[Tensor]:
         # `networks` is memory that the table refers to: this iterator keeps it alive.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +227,7 @@ class Table:
         )
         self._entered: dict[tuple[str, int, int], float] = {}
         self._on_device: dict[tuple[str, int, int], Tensor] = {}
+        self._checked: dict[tuple[str, int, int], tuple[bytes, CallStruct]] = {}
         self.call.on_device = self._on_device
 
     def enter(self, field: str, rows: slice, value: float | np.ndarray[Any, Any] | Tensor) -> None:
@@ -267,12 +268,29 @@ class Table:
         self._library.run(stage, self.call)
 
     def run_some(self, stage: str, rows: slice) -> None:
-        """Check some records, which may have been changed, and run a stage over them that needs no workspace."""
-        call = CallStruct.from_buffer_copy(self.call)
-        call.tensors = self.tensors[rows].ctypes.data
-        call.steps = self.steps[rows].ctypes.data
-        call.count = rows.stop - rows.start
-        call.threads = torch.get_num_threads()
-        if call.count:
+        """Run a stage that needs no workspace over some records, which are checked if they have been changed."""
+        if rows.start == rows.stop:
+            return
+        key, records = (stage, rows.start, rows.stop), self.tensors[rows].tobytes()
+        known, call = self._checked.get(key, (b"", self.call))
+        if known != records:
+            call = CallStruct.from_buffer_copy(self.call)
+            call.tensors = self.tensors[rows].ctypes.data
+            call.steps = self.steps[rows].ctypes.data
+            call.count = rows.stop - rows.start
             call.token, _ = self._library.check(call)
-            self._library.run(stage, call)
+            self._checked[key] = records, call
+        call.threads = torch.get_num_threads()
+        call.on_device = dict(_within(rows, self._on_device))
+        self._library.run(stage, call)
+
+
+def _within(
+    rows: slice, on_device: Mapping[tuple[str, int, int], Tensor]
+) -> Iterator[tuple[tuple[str, int, int], Tensor]]:
+    """What a device computed for some records, counted from the first of them."""
+    for (field, first, end), value in on_device.items():
+        start, stop = max(first, rows.start), min(end, rows.stop)
+        if start < stop:
+            mine = value[start - first : stop - first] if value.numel() > 1 else value
+            yield (field, start - rows.start, stop - rows.start), mine

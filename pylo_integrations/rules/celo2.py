@@ -157,7 +157,7 @@ class Celo2Rule(MomentRule):
     def kernel_spec(self) -> KernelSpec:
         """One network for all matrices; what it proposes is finished, and scaled, by :meth:`directions`."""
         network = self.network_spec([len(bias) for bias in self.biases], self.exp_mult)
-        return KernelSpec(network, CLIP, directions=self.directions)
+        return KernelSpec(network, CLIP, directions=self.directions, has_cuda=True)
 
     @property
     def workspace(self) -> int:

@@ -128,7 +128,7 @@ class PaceRule(Rule):
     @property
     def kernel_spec(self) -> KernelSpec:
         """Momentum, which :meth:`directions` finishes."""
-        return KernelSpec(NesterovSpec(), CLIP, ("products",), ("products",), directions=self.directions)
+        return KernelSpec(NesterovSpec(), CLIP, ("products",), ("products",), directions=self.directions, has_cuda=True)
 
     def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
         """Products of gradient and momentum, and of the momentum with itself."""

@@ -24,7 +24,6 @@ from pylo_integrations import kernel_check
 from pylo_integrations.ops import cache, cuda, loader, select, self_check
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.self_check import Subject, Verdict, judge, judge_anew
-from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.small_fc import SmallFCRule
 from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.weights.bootstrap import bootstrap
@@ -272,6 +271,10 @@ CPU = torch.device("cpu")
         Subject("CeloRule", (4, 4, 2)),
         Subject("CeloAdamRule", ()),
         Subject("AdamW", ()),
+        pytest.param(Subject("Celo2", (8, 8, 3)), marks=pytest.mark.slow),
+        Subject("Celo2", (3,)),
+        Subject("Pace", ()),
+        Subject("PacedAdam", ()),
     ],
     ids=str,
 )
@@ -279,7 +282,7 @@ def test_kernels_that_are_right_are_found_so(subject):
     told: list[kernel_check.Finding] = []
     verdict = kernel_check.check(CPU, subject, told.append)
     assert verdict.right and verdict.final, verdict
-    assert len(told) == 10 and all(finding.is_right for finding in told)
+    assert len(told) == (12 if subject.widths == (3,) else 11) and all(finding.is_right for finding in told)
 
 
 def test_every_rule_with_kernels_for_cuda_can_be_checked():
@@ -288,18 +291,22 @@ def test_every_rule_with_kernels_for_cuda_can_be_checked():
         Subject("VeLORule", (4, 4, 2)),
         Subject("CeloRule", (4, 4, 2)),
         Subject("CeloAdamRule", ()),
+        Subject("Celo2", (8, 8, 3)),
+        Subject("Pace", ()),
+        Subject("Celo2", (3,)),
         Subject("AdamW", ()),
+        Subject("PacedAdam", ()),
     ]
     specs = {rule.kind: stand_in(name).rule().kernel_spec for name, rule in ARCHITECTURES.items()}
     with_kernels = {kind for kind, spec in specs.items() if spec is not None and spec.has_cuda}
     assert with_kernels == set(kernel_check.OPTIMIZERS)
-    assert AdamWRule().kernel_spec.has_cuda
+    assert all(kernel_check._rule_of_vectors(kind).kernel_spec.has_cuda for kind in kernel_check.VECTORS)
 
 
 SMALL = Subject("CeloRule", (4, 4, 2))
 
 
-ADAM = Subject("AdamW", ())
+ADAM, LINEAR, PACE = Subject("AdamW", ()), Subject("Celo2", (3,)), Subject("Pace", ())
 
 
 @pytest.mark.usefixtures("emulation")
@@ -309,6 +316,8 @@ ADAM = Subject("AdamW", ())
         *((kernel, SMALL) for kernel in ("collect", "merge", "prepare", "describe", "describe_plain")),
         *((kernel, SMALL) for kernel in ("apply_4", "apply_4_plain")),
         *((kernel, ADAM) for kernel in ("apply_adam", "apply_adam_plain")),
+        *((kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "write")),
+        *((kernel, PACE) for kernel in ("apply_nesterov", "apply_nesterov_plain")),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(monkeypatch, emulation, kernel, subject):

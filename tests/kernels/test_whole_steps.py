@@ -54,7 +54,7 @@ def test_parameters_are_those_of_torchs_functions(name, dtype):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_how_many_are_stepped_together_changes_nothing_that_counts(name, monkeypatch):
     together = trained(name, "native")
-    monkeypatch.setattr(native, "TOGETHER", 1)
+    monkeypatch.setitem(native.TOGETHER, "cpu", 1)
     for one_by_one, got, start in zip(trained(name, "native"), together, tensors(), strict=True):
         rounding = start.abs().max() * torch.finfo(torch.float32).eps
         assert (one_by_one - got).abs().max() <= 2e-5 * (got - start).abs().max() + rounding
@@ -68,7 +68,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_kernels_part(name, monkeypa
     for threads in (1, 3):
         before = torch.get_num_threads()
 
-        def with_threads(self, index, ctx, threads=threads):
+        def with_threads(self, *args, threads=threads):
             for nth in self._tables:
                 run = nth.table.run_some
 
@@ -78,7 +78,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_kernels_part(name, monkeypa
                     torch.set_num_threads(1)
 
                 monkeypatch.setattr(nth.table, "run_some", some)
-            original(self, index, ctx)
+            original(self, *args)
 
         monkeypatch.setattr(native.NativeStages, "_step_whole_", with_threads)
         torch.set_num_threads(1)
