@@ -87,7 +87,7 @@ class NetworkKeywords(ThetaKeywords, total=False):
     exp_mult: float | None
 
 
-class OrthogonalKeywords(NetworkKeywords, total=False):
+class Orthogonalising(TypedDict, total=False):
     """Of optimizers that orthogonalise.
 
     Attributes:
@@ -98,14 +98,12 @@ class OrthogonalKeywords(NetworkKeywords, total=False):
     orthogonalise: Annotated[Precision, "auto"]
 
 
-class PaceKeywords(WeightsKeywords, total=False):
-    """Of Pace.
+class OrthogonalKeywords(NetworkKeywords, Orthogonalising, total=False):
+    """Of those with a network."""
 
-    Attributes:
-        orthogonalise: As for :class:`OrthogonalKeywords`.
-    """
 
-    orthogonalise: Annotated[Precision, "auto"]
+class PaceKeywords(WeightsKeywords, Orthogonalising, total=False):
+    """Of Pace."""
 
 
 class CeloKeywords(NetworkKeywords, total=False):
@@ -160,6 +158,7 @@ __all__ = [
     "Keywords",
     "NetworkKeywords",
     "OrthogonalKeywords",
+    "Orthogonalising",
     "PaceKeywords",
     "ThetaKeywords",
     "Unpack",

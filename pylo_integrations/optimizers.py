@@ -184,7 +184,7 @@ class CELO2(ThetaOptimizer, name="celo2"):
 
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
     20 times the learning rate; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
-    :class:`ThetaOptimizer`, and ``orthogonalise`` (:class:`~pylo_integrations.keywords.OrthogonalKeywords`). The
+    :class:`ThetaOptimizer`, and ``orthogonalise`` (:class:`~pylo_integrations.keywords.Orthogonalising`). The
     default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks; the authors published
     none. They want a learning rate that falls to zero, along a line or a cosine.
     """

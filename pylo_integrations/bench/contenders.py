@@ -56,6 +56,11 @@ class Together:
         """Of all parameters."""
         return {param: state for optimizer in self._optimizers for param, state in optimizer.state.items()}
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
     def step(self) -> None:
         """Of all."""
         for optimizer in self._optimizers:

@@ -51,13 +51,13 @@ def linear_form(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Te
     Returns:
         Weights ``(outputs, inputs)`` and biases ``(outputs,)``.
     """
-    live = [torch.ones(len(weights[-1]), dtype=torch.bool)]
+    live = [torch.ones(len(weights[-1]), dtype=torch.bool, device="cpu")]
     for weight in reversed(weights[1:]):  # a unit that no live one reads does not count
         live.insert(0, weight[live[0]].ne(0).any(0))
     # Every live unit as a sum of a linear map, whose last column is the constant, and of ReLUs of such maps.
-    maps = torch.eye(weights[0].shape[1] + 1, dtype=torch.float64)
+    maps = torch.eye(weights[0].shape[1] + 1, dtype=torch.float64, device="cpu")
     sums, relus = maps.new_zeros(len(maps), 0), maps.new_empty(0, len(maps))
-    read = torch.ones(weights[0].shape[1], dtype=torch.bool)
+    read = torch.ones(weights[0].shape[1], dtype=torch.bool, device="cpu")
     for layer, (weight, bias, mine) in enumerate(zip(weights, biases, live, strict=True)):
         kept = weight.double()[mine][:, read]
         maps, sums = kept @ maps[: kept.shape[1]], kept @ sums[: kept.shape[1]]
@@ -69,7 +69,7 @@ def linear_form(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Te
             if not (linear | positive).all():
                 return None
             new = linear & ~positive
-            sums = torch.cat([sums, torch.eye(len(maps), dtype=torch.float64)[:, new]], dim=1)
+            sums = torch.cat([sums, torch.eye(len(maps), dtype=torch.float64, device="cpu")[:, new]], dim=1)
             relus = torch.cat([relus, maps[new]])
             maps[new] = 0
         read = mine

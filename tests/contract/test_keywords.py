@@ -20,10 +20,17 @@ from pylo_integrations import (
     get_optimizer_info,
     list_optimizers,
 )
-from pylo_integrations.keywords import CeloKeywords, Keywords, NetworkKeywords, ThetaKeywords
+from pylo_integrations.keywords import (
+    CeloKeywords,
+    Keywords,
+    NetworkKeywords,
+    Orthogonalising,
+    ThetaKeywords,
+    WeightsKeywords,
+)
 
 pytestmark = pytest.mark.usefixtures("small_thetas")
-DECLARATIONS = [Keywords, ThetaKeywords, NetworkKeywords, CeloKeywords]
+DECLARATIONS = [Keywords, WeightsKeywords, ThetaKeywords, NetworkKeywords, Orthogonalising, CeloKeywords]
 SPECS = [get_optimizer_info(name) for name in list_optimizers()]
 
 

@@ -29,6 +29,15 @@ def cast_states(dtype):
     return change
 
 
+WITH_SECOND_MOMENT = [name for name in distinct_rules() if name != "pace"]
+"""Rules that keep a state shaped like its parameter besides momenta."""
+
+
+def shaped(optimizer, param) -> str:
+    """A state shaped like its parameter: the second moment, or, of a rule that has none, the momentum."""
+    return "rms" if "rms" in optimizer.state[param] else "momentum_0"
+
+
 def cast_parameters(dtype):
     """As ``module.to(dtype)``."""
 
@@ -42,7 +51,9 @@ def cast_parameters(dtype):
 
 
 def cast_one_entry_in_place(params, optimizer):
-    optimizer.state[params[0]]["rms"] = optimizer.state[params[0]]["rms"].double()
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = optimizer.state[params[0]][
+        shaped(optimizer, params[0])
+    ].double()
 
 
 def cast_the_same_object(params, optimizer):
@@ -51,16 +62,18 @@ def cast_the_same_object(params, optimizer):
 
 
 def expand_a_state(params, optimizer):
-    optimizer.state[params[0]]["rms"] = torch.full((1, 1), 1e-4).expand(6, 5)
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = torch.full((1, 1), 1e-4).expand(6, 5)
 
 
 def overlapping_state(params, optimizer):
-    optimizer.state[params[0]]["rms"] = torch.rand(20).as_strided((6, 5), (1, 2))
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = torch.rand(20).as_strided((6, 5), (1, 2))
 
 
 def make_state_under_inference_mode(params, optimizer):
     with torch.inference_mode():
-        optimizer.state[params[0]]["rms"] = optimizer.state[params[0]]["rms"].clone()
+        optimizer.state[params[0]][shaped(optimizer, params[0])] = optimizer.state[params[0]][
+            shaped(optimizer, params[0])
+        ].clone()
 
 
 CASTS = {
@@ -157,31 +170,33 @@ def shrink_statistic(params, optimizer):
 
 
 def drop_entry(params, optimizer):
-    del optimizer.state[params[0]]["rms"]
+    del optimizer.state[params[0]][shaped(optimizer, params[0])]
 
 
 def rename_entry(params, optimizer):
-    optimizer.state[params[0]]["second_moment"] = optimizer.state[params[0]].pop("rms")
+    optimizer.state[params[0]]["second_moment"] = optimizer.state[params[0]].pop(shaped(optimizer, params[0]))
 
 
 def no_tensor(params, optimizer):
-    optimizer.state[params[1]]["rms"] = 0.5
+    optimizer.state[params[1]][shaped(optimizer, params[1])] = 0.5
 
 
 def list_of_numbers(params, optimizer):
-    optimizer.state[params[1]]["rms"] = [0.5] * 5
+    optimizer.state[params[1]][shaped(optimizer, params[1])] = [0.5] * 5
 
 
 def integers(params, optimizer):
-    optimizer.state[params[0]]["rms"] = torch.zeros(6, 5, dtype=torch.int64)
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = torch.zeros(6, 5, dtype=torch.int64)
 
 
 def complex_numbers(params, optimizer):
-    optimizer.state[params[0]]["rms"] = torch.zeros(6, 5, dtype=torch.complex64)
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = torch.zeros(6, 5, dtype=torch.complex64)
 
 
 def sparse(params, optimizer):
-    optimizer.state[params[0]]["rms"] = optimizer.state[params[0]]["rms"].to_sparse()
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = optimizer.state[params[0]][
+        shaped(optimizer, params[0])
+    ].to_sparse()
 
 
 def other_device(params, optimizer):
@@ -189,21 +204,21 @@ def other_device(params, optimizer):
 
 
 def one_tensor_for_two_entries(params, optimizer):
-    optimizer.state[params[0]]["rms"] = optimizer.state[params[0]]["momentum_0"]
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = optimizer.state[params[0]]["momentum_0"]
 
 
 def one_tensor_for_two_parameters(params, optimizer):
     zeros = torch.zeros(12)
-    optimizer.state[params[1]]["rms"] = zeros[:5]
-    optimizer.state[params[3]]["rms"] = zeros[4]
+    optimizer.state[params[1]][shaped(optimizer, params[1])] = zeros[:5]
+    optimizer.state[params[3]][shaped(optimizer, params[3])] = zeros[4]
 
 
 def parameter_as_state(params, optimizer):
-    optimizer.state[params[0]]["rms"] = params[0].data
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = params[0].data
 
 
 def free_state(params, optimizer):
-    optimizer.state[params[0]]["rms"].untyped_storage().resize_(4)
+    optimizer.state[params[0]][shaped(optimizer, params[0])].untyped_storage().resize_(4)
 
 
 def free_parameter(params, optimizer):
@@ -239,18 +254,22 @@ REFUSED = {
     rename_entry: "'layer.0' of group 0 has no 'rms', only .*second_moment",
     no_tensor: r"'rms' of parameter 'layer.1' of group 0 is float, expected torch.float32 of shape \(5,\)",
     list_of_numbers: r"'rms' of parameter 'layer.1' of group 0 is list, expected torch.float32",
-    integers: r"'rms' of parameter 'layer.0' of group 0 is torch.int64 .*expected torch.float32",
-    complex_numbers: r"'rms' of parameter 'layer.0' of group 0 is torch.complex64 .*expected torch.float32",
-    sparse: "'rms' of parameter 'layer.0' of group 0 is torch.sparse_coo",
+    integers: r"'(rms|momentum_0)' of parameter 'layer.0' of group 0 is torch.int64 .*expected torch.float32",
+    complex_numbers: r"'(rms|momentum_0)' of parameter 'layer.0' of group 0 is torch.complex64 .*expected torch.float32",
+    sparse: "'(rms|momentum_0)' of parameter 'layer.0' of group 0 is torch.sparse_coo",
     other_device: "'momentum_0' of parameter 'layer.0' of group 0 .* on meta, expected .* on cpu.*load_state_dict",
     one_tensor_for_two_entries: "the state '.*' of parameter 'layer.0' .*shares memory with .* 'layer.0' .*clone",
     one_tensor_for_two_parameters: "the state 'rms' of parameter 'layer.[13]' .*shares memory with .* 'layer.[13]'",
     parameter_as_state: "parameter 'layer.0' .*shares memory with .*parameter 'layer.0'",
-    free_state: "'rms' of parameter 'layer.0' .* has 4 of the 120 bytes",
+    free_state: "'(rms|momentum_0)' of parameter 'layer.0' .* has 4 of the 120 bytes",
     free_parameter: "parameter 'layer.0' .* has 0 of the 120 bytes",
     free_gradient: "gradient of parameter 'layer.0' .* has 0 of the 120 bytes",
     expand_parameter: r"parameter 'layer.0' of group 0 has elements that share memory \(strides \(0, 0\)\)",
 }
+
+
+NEEDS_TWO = (drop_entry, rename_entry, shrink_statistic, one_tensor_for_two_entries)
+"""They ask about one entry of a state beside others: a state that has lost its only one is that of a new tensor."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -258,6 +277,8 @@ REFUSED = {
 def test_the_rest_is_refused_before_anything_is_written(change, backend):
     for name in distinct_rules():
         run = Run(name, backend)
+        if change in NEEDS_TWO and len(run.optimizer.state[run.params[0]]) == 1:
+            continue
         change(run.params, run.optimizer)
         before, iteration = run.bits(), run.optimizer.iteration
         for _ in range(2):  # it does not pass for known the second time
@@ -276,7 +297,9 @@ def test_memory_that_shrank_where_it_was_is_refused(name):
         for _ in range(20):
             param.grad = torch.ones_like(param)
             optimizer.step(loss=1.0)
-            tensor = {"parameter": param, "gradient": param.grad}.get(what, optimizer.state[param]["rms"])
+            tensor = {"parameter": param, "gradient": param.grad}.get(
+                what, optimizer.state[param][shaped(optimizer, param)]
+            )
             storage, address = tensor.untyped_storage(), tensor.data_ptr()
             others += [torch.empty(tensor.nbytes, dtype=torch.uint8) for _ in range(10)]
             storage.resize_(0)
@@ -300,10 +323,11 @@ def test_after_a_refusal_the_run_goes_on(backend):
     for name in distinct_rules():
         run = Run(name, backend)
         fresh = run.fresh()
-        rms = run.optimizer.state[run.params[0]].pop("rms")
-        with pytest.raises(StateError, match="has no 'rms'"):
-            run.step()
-        run.optimizer.state[run.params[0]]["rms"] = rms
+        if len(run.optimizer.state[run.params[0]]) > 1:
+            rms = run.optimizer.state[run.params[0]].pop("rms")
+            with pytest.raises(StateError, match="has no 'rms'"):
+                run.step()
+            run.optimizer.state[run.params[0]]["rms"] = rms
         for each in (run, fresh):
             each.step()
         assert_equal_runs(run, fresh)
@@ -313,7 +337,7 @@ def test_after_a_refusal_the_run_goes_on(backend):
         del run.optimizer.state[run.params[0]]
         run.give_gradients()
         run.step()
-        assert run.optimizer.state[run.params[0]]["rms"].shape == (30, 1)
+        assert run.optimizer.state[run.params[0]][shaped(run.optimizer, run.params[0])].shape == (30, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,7 +350,7 @@ def test_parameters_without_names_are_named_by_their_place(backend):
     )
     other.grad = torch.ones(4, 3)
     optimizer.init_state()
-    optimizer.state[other]["rms"] = torch.zeros(7)
+    optimizer.state[other][shaped(optimizer, other)] = torch.zeros(7)
     with pytest.raises(StateError, match="'rms' of parameter 1 of group 1"):
         optimizer.step()
 
@@ -485,7 +509,7 @@ def half_with_overflow(params, optimizer):
 
 
 def test_a_cast_state_that_overflowed_is_refused():
-    for name in distinct_rules():
+    for name in WITH_SECOND_MOMENT:
         run = Run(name, "auto")
         half_with_overflow(run.params, run.optimizer)
         before = run.bits()
@@ -520,8 +544,10 @@ def misaligned_parameter(params, optimizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [interleaved, misaligned_gradient, misaligned_parameter])
 def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
-    for name in distinct_rules():
+    for name in WITH_SECOND_MOMENT:
         run = Run(name, backend)
+        if change in NEEDS_TWO and len(run.optimizer.state[run.params[0]]) == 1:
+            continue
         change(run.params, run.optimizer)
         fresh = run.fresh()
         for each in (run, fresh):
@@ -534,7 +560,7 @@ def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["gradient", "rms"])
 def test_subclasses_without_memory_are_refused(what, backend):
-    for name in distinct_rules():
+    for name in WITH_SECOND_MOMENT:
         run = Run(name, backend)
         param = run.params[0]
         if what == "gradient":

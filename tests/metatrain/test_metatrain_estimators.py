@@ -216,7 +216,8 @@ def test_the_linear_space_of_celo2_is_what_it_says(wide):
 
     def direction(rule):
         biases = [bias.unsqueeze(0) for bias in rule.biases]
-        return unfinished_steps(features, rule.weights, biases, exp_mult=rule.exp_mult, precise=True).flatten()
+        weights = [weight.double() for weight in rule.weights]
+        return unfinished_steps(features, weights, [b.double() for b in biases], exp_mult=rule.exp_mult).flatten()
 
     torch.testing.assert_close(direction(rule), vector.double() @ features[0, signed], rtol=1e-6, atol=1e-6)
     start = Learner.learned("celo2", space.theta(space.start), space.hyper).rule

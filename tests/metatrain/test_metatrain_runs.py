@@ -243,7 +243,7 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
         ({"optimizer": "adamw"}, r"optimizer: unknown learned optimizer 'adamw'"),
         (
             {"optimizer": "velo"},
-            r"start.weights is needed for velo: only a theta of small_fc or celo or celo2 can be constructed",
+            r"start.weights is needed for velo: only a theta of small_fc or celo or celo2 or pace can be constructed",
         ),
         ({"start": {"hidden": 2}}, r"start: hidden=2 must be at least 3"),
         ({"start": {"lstm": 20}}, r"start: .*lstm"),
