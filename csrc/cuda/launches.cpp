@@ -113,6 +113,7 @@ Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain, bool i
     if (precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
         return plain ? kernels::apply_tensor_cores_plain : kernels::apply_tensor_cores;
     if (width <= 4) return plain ? kernels::apply_4_plain : kernels::apply_4;
+    if (width <= 8) return kernels::apply_8;
     if (width <= 16) return kernels::apply_16;
     if (width <= 32) return plain ? kernels::apply_32_plain : kernels::apply_32;
     return kernels::apply_64;

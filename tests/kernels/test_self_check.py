@@ -306,7 +306,8 @@ def test_every_rule_with_kernels_for_cuda_can_be_checked():
 SMALL = Subject("CeloRule", (4, 4, 2))
 
 
-ADAM, LINEAR, PACE = Subject("AdamW", ()), Subject("Celo2", (3,)), Subject("Pace", ())
+ADAM, PACE = Subject("AdamW", ()), Subject("Pace", ())
+CELO2, LINEAR = Subject("Celo2", (8, 8, 3)), Subject("Celo2", (3,))
 
 
 @pytest.mark.usefixtures("emulation")
@@ -316,6 +317,7 @@ ADAM, LINEAR, PACE = Subject("AdamW", ()), Subject("Celo2", (3,)), Subject("Pace
         *((kernel, SMALL) for kernel in ("collect", "merge", "prepare", "describe", "describe_plain")),
         *((kernel, SMALL) for kernel in ("apply_4", "apply_4_plain")),
         *((kernel, ADAM) for kernel in ("apply_adam", "apply_adam_plain")),
+        ("apply_8", CELO2),
         *((kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "write")),
         *((kernel, PACE) for kernel in ("apply_nesterov", "apply_nesterov_plain")),
     ],
