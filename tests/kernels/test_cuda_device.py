@@ -48,7 +48,7 @@ def take_steps(optimizer, params, count: int, first: int = 0, **options) -> None
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo", "celo_adam"])
+@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo", "velo", "celo", "celo_adam", "celo2_base"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_steps_on_the_device_are_those_of_the_reference(name, dtype):
     """The reference's steps in float32 on the CPU; of half-precision parameters, before they are rounded."""
@@ -87,20 +87,26 @@ def test_a_second_run_has_the_same_bits():
     assert_equal_bits(*results)
 
 
-def stages_and_step(params):
+def stages_and_step(params, name="small_fc_lopt"):
     """Native stages after two ordinary steps, and a function that runs them once more on the same gradients."""
-    optimizer = SmallFCLOpt(params, weights=theta(), backend="native")
+    weights = theta() if name == "small_fc_lopt" else f"builtin:{name}"
+    optimizer = create(params, name, weights=weights, backend="native")
     take_steps(optimizer, params, 2)
     (stages,) = native_parts(optimizer)
     buckets = stages._buckets
     for bucket in buckets:
         bucket.grads = [p.grad for p in bucket.params]
     context = StepContext(2, None, None, constants=optimizer.rule.constants(params[0].device, torch.float32))
-    controls = optimizer.rule.control(buckets, [{}] * len(buckets), context)
+    if name == "pace":
+        context.memory.update(
+            {key: value.to(params[0].device) for key, value in optimizer.rule.initial_memory().items()}
+        )
 
     def step() -> None:
         contexts = [context] * len(buckets)
-        stages.prepare_(stages.collect(contexts), contexts)
+        collected = stages.collect(contexts)
+        stages.prepare_(collected, contexts)
+        controls = optimizer.rule.control(buckets, collected, context)
         stages.describe_(contexts)
         stages.step_(controls, contexts, [(1.0, 1.0)] * len(buckets), None, range(len(buckets)))
 
@@ -109,8 +115,9 @@ def stages_and_step(params):
 
 @on_gpu
 @pytest.mark.gpu
-def test_stages_wait_for_nothing_and_allocate_nothing_new():
-    _, step = stages_and_step(on_device(parameters(SHAPES)))
+@pytest.mark.parametrize("name", ["small_fc_lopt", "celo2", "pace"])
+def test_stages_wait_for_nothing_and_allocate_nothing_new(name):
+    _, step = stages_and_step(on_device(parameters([shape for shape in SHAPES if len(shape) > 1])), name)
     step()
     torch.cuda.synchronize()
     allocations = torch.cuda.memory_stats()["num_device_alloc"]
