@@ -77,10 +77,10 @@ __device__ __forceinline__ Entry<Plain> locate(const Record &record, Index<Plain
     return {(Index<Plain>)row, (Index<Plain>)col};
 }
 
-// Where element n of a slice is in memory. `May`: whether there may be slices that are not whole tensors.
-template <bool Plain, bool May = !Plain>
+// Where element n of a slice is in memory. `Plain` has no slices but whole tensors.
+template <bool Plain>
 __device__ __forceinline__ Index<Plain> memory_index(const Record &record, const Slice &slice, Index<Plain> n) {
-    if (!May || !record.sliced) return n;
+    if (Plain || !record.sliced) return n;
     Index<Plain> memory = (Index<Plain>)slice.memory, rest = n;
 #pragma unroll 1
     for (int j = record.inner_axes - 1; j >= 0; --j) {
@@ -93,9 +93,9 @@ __device__ __forceinline__ Index<Plain> memory_index(const Record &record, const
 }
 
 // The same for the element's entries.
-template <bool Plain, bool May = !Plain>
+template <bool Plain>
 __device__ __forceinline__ Entry<Plain> entry_of(const Record &record, const Slice &slice, Index<Plain> n) {
-    if (!May || !record.sliced) return locate<Plain>(record, n);
+    if (Plain || !record.sliced) return locate<Plain>(record, n);
     const pylo_tensor &t = record.tensor;
     Index<Plain> row = (Index<Plain>)slice.row, col = (Index<Plain>)slice.col, rest = n;
 #pragma unroll 1

@@ -29,14 +29,14 @@ __device__ __forceinline__ void apply_part_linearly(const pylo_rule &rule, const
     __syncthreads();
     for (Index<Plain> n = (Index<Plain>)part.begin + thread; n < (Index<Plain>)part.end; n += SUM_THREADS) {
         forget_memory();
-        const Index<Plain> index = memory_index<Plain, Factored>(shared.record, shared.slice, n);
+        const Index<Plain> index = memory_index<Plain>(shared.record, shared.slice, n);
         const Element<float> x = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
         float direction = bias.x, magnitude = bias.y;
         const auto add = [&](int input, float value) {
             direction = madd(value, shared.weights[input].x, direction);
             magnitude = madd(value, shared.weights[input].y, magnitude);
         };
-        inputs_of<Factored, Plain, true>(rule, shared.record, shared.slice, n, x, add, statistics);
+        inputs_of<Factored, Plain>(rule, shared.record, shared.slice, n, x, add, statistics);
         store_state<Factored, Plain>(shared.record.tensor, x, index);
         finish_element<Plain, true>(rule, shared.record.tensor, shared.step, index, x.param, direction, magnitude);
     }
@@ -55,6 +55,8 @@ __device__ __forceinline__ void apply_linearly(const Arguments &arguments) {
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)
         apply_part_linearly<Plain, false>(arguments.rule, part, shared);
+    else if (shared.record.sliced)
+        apply_part_linearly<false, true>(arguments.rule, part, shared);
     else
         apply_part_linearly<Plain, true>(arguments.rule, part, shared);
 }

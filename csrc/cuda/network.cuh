@@ -36,7 +36,7 @@ static_assert(Inputs<false>::all <= MAX_INPUTS, "");
 
 // Calls put(input, value) for every input of element n, but for the last two if the rule does not read them, and for those
 // of rows and columns without `statistics`.
-template <bool Factored, bool Plain, bool MaySlice = !Plain, class Put>
+template <bool Factored, bool Plain, class Put>
 __device__ __forceinline__ void inputs_of(
     const pylo_rule &rule, const Record &record, const Slice &slice, Index<Plain> n, const Element<float> &x, Put &&put,
     bool statistics = true) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void inputs_of(
     float scale[3] = {};
     if constexpr (Factored) {
         const pylo_tensor &t = record.tensor;
-        const Entry<Plain> entry = entry_of<Plain, MaySlice>(record, slice, n);
+        const Entry<Plain> entry = entry_of<Plain>(record, slice, n);
         load_scales(t, entry, scale);
 #pragma unroll
         for (int k = 0; k < 3 && statistics; ++k) {

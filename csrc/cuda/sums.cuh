@@ -276,10 +276,10 @@ __device__ __forceinline__ void describe_part(const Arguments &arguments, const 
     const bool extra = has_extra(arguments.rule);
     float sums[channels] = {};
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
-        const Index<Plain> index = memory_index<Plain, Factored>(record, slice, i);
+        const Index<Plain> index = memory_index<Plain>(record, slice, i);
         const Element<float> x = load_element<Factored, Plain>(arguments.rule, record.tensor, step, index);
         float scale[3] = {};
-        if constexpr (Factored) load_scales(record.tensor, entry_of<Plain, true>(record, slice, i), scale);
+        if constexpr (Factored) load_scales(record.tensor, entry_of<Plain>(record, slice, i), scale);
         features<Factored>(arguments.rule, extra, x, scale, [&](int channel, float f) {
             sums[channel] = madd(f, f, sums[channel]);
         });
@@ -307,6 +307,8 @@ __device__ __forceinline__ void describe(const Arguments &arguments) {
     const Record &record = arguments.records[part.record];
     if (record.tensor.d0_axis < 0)
         describe_part<false, Plain>(arguments, part, shared);
+    else if (record.sliced)
+        describe_part<true, false>(arguments, part, shared);
     else
         describe_part<true, Plain>(arguments, part, shared);
     const Slice &slice = arguments.slices[part.slice];
