@@ -59,6 +59,11 @@ class OptimizerSpec:
         return self.cls.rule_type.needs_horizon
 
     @property
+    def anneals(self) -> bool:
+        """Whether the optimizer lets its steps fall by itself, over a horizon that it need not know."""
+        return (profile := self._profile) is not None and profile.anneals
+
+    @property
     def wants_schedule(self) -> bool:
         """Whether a run ends well only under a learning rate that falls to zero, which the caller has to bring."""
         return self.cls.wants_schedule_with(self.defaults)

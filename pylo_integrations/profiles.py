@@ -62,6 +62,7 @@ class Profile:
         weight_decay: Where none is given.
         max_grad_norm: Where none is given.
         wants_schedule: Whether a run ends well only under a learning rate that falls to zero.
+        anneals: Whether it lets its steps fall by itself over a horizon that it need not know.
         adamw_embeddings: Whether groups made from a model leave its embeddings to AdamW.
         constants: Of the rule; they make it this optimizer, whatever theta.
         hyper: Constants that belong to the published weights, where they are not the rule's own defaults.
@@ -79,6 +80,7 @@ class Profile:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     wants_schedule: bool = False
+    anneals: bool = False
     adamw_embeddings: bool = False
     constants: Mapping[str, Any] = field(default_factory=dict)
     hyper: Mapping[str, float] = field(default_factory=dict)
@@ -169,6 +171,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 description="orthogonalised momentum at a learned and self-correcting step size, Adam for vectors",
                 architecture="pace",
                 weights="builtin:pace",
+                anneals=True,
                 adamw_embeddings=True,
             ),
             Profile(

@@ -39,7 +39,7 @@ def _choose_rate_and_schedule(
     if lr == defaults["learning_rate"]:
         notes.append(f"lr {spec.lr:g} in place of the default {lr:g}, since lr multiplies the learned update")
         lr = spec.lr
-    anneals = spec.needs_horizon and not spec.cls.wants_schedule_with({**spec.defaults, **options})
+    anneals = (spec.needs_horizon or spec.anneals) and not spec.cls.wants_schedule_with({**spec.defaults, **options})
     if schedule is None and anneals and kind == defaults["lr_scheduler_type"]:
         chosen = SchedulerType.CONSTANT_WITH_WARMUP
         notes.append(f"schedule {chosen.value} in place of the default {kind.value}, since the rule anneals by itself")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, linear_form, mlp, read_mlp
-from pylo_integrations.rules.newton_schulz import inverse_rms, orthogonalise
+from pylo_integrations.rules.newton_schulz import check_precision, inverse_rms, orthogonalise
 from pylo_integrations.sharding.blocks import Block, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -92,10 +92,7 @@ class Celo2Rule(MomentRule):
                 which.
         """
         check_mults(exp_mult=exp_mult, step_mult=step_mult)
-        if orthogonalise not in get_args(Orthogonalise):
-            raise ValueError(
-                f"orthogonalise={orthogonalise!r} is unknown; choose one of {list(get_args(Orthogonalise))}"
-            )
+        check_precision(orthogonalise, "never")
         rest = dict(arrays)
         first: list[Tensor] = []
         for index, channels in enumerate(channel_counts(cls.features)):

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ _SMALL = 128
 
 _BATCHED = 2**17
 """Elements of a matrix from which on a CPU multiplies one by one faster than as a batch."""
+
+
+def check_precision(precision: str, *others: str) -> None:
+    """Raise ValueError unless ``precision`` is a :data:`Precision`, or one of ``others``."""
+    if precision not in (known := [*get_args(Precision), *others]):
+        raise ValueError(f"orthogonalise={precision!r} is unknown; choose one of {known}")
 
 
 def orthogonalise(matrices: Tensor, precision: Precision = "float32") -> Tensor:

@@ -27,7 +27,7 @@ from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.arrays import check_arrays
 from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.kernel_spec import KernelSpec, NesterovSpec
-from pylo_integrations.rules.newton_schulz import Precision, inverse_rms, orthogonalise
+from pylo_integrations.rules.newton_schulz import Precision, check_precision, inverse_rms, orthogonalise
 from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -48,10 +48,16 @@ NUMBERS = (
 WIDTH, HORIZON = 256.0, 1000.0
 """Long side of a matrix, and steps of a run, at which the law is 1."""
 
+NARROWEST = 16
+"""Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
+
 LONGEST = 100_000
 """Steps up to which the law of the horizon is followed."""
 
 LARGEST_LOG_PACE = math.log(32)
+
+LARGEST_NUMBER = 20
+"""Of theta: most are logarithms."""
 
 _MOMENTUM = ("momentum_0",)
 
@@ -84,10 +90,24 @@ class PaceRule(Rule):
             orthogonalise: Precision of the products.
 
         Raises:
-            ValueError: A name is missing or unknown, or the shape does not fit.
+            ValueError: A name is missing or unknown, the shape does not fit, or the precision is unknown.
         """
         check_arrays("pace", arrays, {"numbers": (len(NUMBERS),)})
+        check_precision(orthogonalise)
         return cls(arrays["numbers"], orthogonalise)
+
+    def reduced(self) -> PaceRule:
+        """This rule, if its numbers can be meant: what is not meta-trained, and so is data, is checked here.
+
+        Raises:
+            ValueError: A number is so large that its exponential overflows within a run.
+        """
+        for name, number in zip(NUMBERS, self.numbers.tolist(), strict=True):
+            if not abs(number) <= LARGEST_NUMBER:
+                raise ValueError(
+                    f"pace theta: {name}={number:g} must be between -{LARGEST_NUMBER} and {LARGEST_NUMBER}"
+                )
+        return self
 
     @property
     def choices(self) -> tuple[RuleChoice, ...]:
@@ -95,8 +115,9 @@ class PaceRule(Rule):
         return "learned", "adamw"
 
     def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
-        """This rule for matrices; Adam at its pace for others."""
-        return self.adam if group["rule"] == "adamw" or len(layout.shape) < 2 else self
+        """This rule for matrices; Adam at its pace for others, class tokens of shape (1, 1, n) among them."""
+        is_matrix = len(layout.shape) > 1 and max(layout.shape[axis] for axis in layout.order[-2:]) > 1
+        return self if is_matrix and group["rule"] != "adamw" else self.adam
 
     @cached_property
     def adam(self) -> PacedAdamRule:
@@ -139,8 +160,9 @@ class PaceRule(Rule):
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Agreement of all matrices, and the pace that follows from it."""
         c = ctx.constants
-        ratios = torch.cat([total["products"].flatten(2).sum(2) for total in sums])
-        known = ratios[:, 1] > 0
+        ratios = torch.cat([total["products"].flatten(2).sum(2).to(c["momentum"].device) for total in sums])
+        # Without a gradient there is nothing to agree with, and the momentum of one that was takes long to vanish.
+        known = (ratios[:, 1] > 0) & (ratios[:, 0] != 0)
         filled = 1 - torch.sigmoid(c["momentum"]) ** ctx.iteration  # what of the momentum's weights has met a gradient
         agreement = torch.where(known, filled * ratios[:, 0] / ratios[:, 1].clamp_min(1e-38), 0).clamp(-2, 2)
         seen = known.sum()
@@ -149,6 +171,7 @@ class PaceRule(Rule):
         average = before["agreement"].to(mean)
         # An average of as many steps as there were, until there were enough.
         weight = 1 / torch.minimum(c["log_memory"].exp(), torch.full_like(mean, max(1.0, float(ctx.iteration))))
+        weight = weight.clamp_max(1)
         average = torch.where(seen > 0, average + weight * (mean - average), average)
         change = c["log_gain"].exp() * (average - c["target"]) * _activity(ctx)
         pace = before["log_pace"].to(mean) + torch.where(seen > 0, change, 0)
@@ -174,7 +197,7 @@ class PaceRule(Rule):
     def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Two factors of the finished steps of whole tensors; see :class:`~pylo_integrations.rules.celo2.Celo2Rule`."""
         axes = [axis + 2 for axis in layout.order[-2:]]
-        long = max(steps.shape[axis] for axis in axes)
+        long = max(NARROWEST, *(steps.shape[axis] for axis in axes))
         width = torch.exp(ctx.constants["width_exponent"] * math.log(long / WIDTH))
         size = torch.exp(ctx.constants["log_step"]) * width * pace_of(ctx)
         directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes)
