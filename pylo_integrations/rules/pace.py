@@ -51,6 +51,9 @@ WIDTH, HORIZON = 256.0, 1000.0
 NARROWEST = 16
 """Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
 
+FEEDBACK, SHORTEST = 134.0, 60
+"""Steps of a run in which the gain is as theta has it, the geometric mean of those of meta-training, and of its shortest."""
+
 LONGEST = 100_000
 """Steps up to which the law of the horizon is followed."""
 
@@ -246,11 +249,15 @@ def _vector_step(ctx: StepContext) -> Tensor:
 
 
 def _activity(ctx: StepContext) -> float | Tensor:
-    """How much of the feedback's gain there is: less and less until a part of the run, and then nothing."""
+    """How much of the feedback's gain there is: less and less until a part of the run, and then nothing.
+
+    It is of the run, not of its steps: over a long one, a bias as small as that of noise would add up.
+    """
     if ctx.num_steps is None:
-        return 1 / (1 + ctx.iteration / HORIZON)
+        return FEEDBACK / (HORIZON + ctx.iteration)
     part = ctx.constants["fade"].exp()
-    return (1 - ctx.iteration / ctx.num_steps / part).clamp_min(0)
+    left = (1 - ctx.iteration / ctx.num_steps / part).clamp_min(0)
+    return left * FEEDBACK / max(ctx.num_steps, SHORTEST)
 
 
 def pace_of(ctx: StepContext) -> Tensor:
