@@ -52,7 +52,7 @@ NARROWEST = 16
 """Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
 
 FEEDBACK, SHORTEST = 134.0, 60
-"""Steps of a run in which the gain is as theta has it, the geometric mean of those of meta-training, and of its shortest."""
+"""Steps of a run in which the gain is as theta has it, those of meta-training in the mean, and of its shortest run."""
 
 LONGEST = 100_000
 """Steps up to which the law of the horizon is followed."""
