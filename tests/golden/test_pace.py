@@ -1,0 +1,102 @@
+"""Does pace step as docs/mathematics.md says, written down once more, tensor by tensor in float64?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from native_library import library_or_skip
+from torch import nn
+
+from pylo_integrations import Pace
+from pylo_integrations.rules.pace import NUMBERS
+from pylo_integrations.weights.sources import load_theta
+
+SHAPES = [(12, 20), (20, 12), (40, 3), (6, 5, 3, 3), (9,), (1, 1, 30), ()]
+STEPS = 8
+
+
+def numbers() -> dict[str, float]:
+    array = load_theta("builtin:pace", "pace").arrays["numbers"]
+    return dict(zip(NUMBERS, array.double().tolist(), strict=True))
+
+
+def orthogonal(d: torch.Tensor) -> torch.Tensor:
+    """Of matrices ``(..., in, out)``, by their singular values; divided by its root mean square."""
+    left, values, right = torch.linalg.svd(d, full_matrices=False)
+    values = values / (torch.linalg.matrix_norm(d)[..., None] + 1e-8)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    u = left * values[..., None, :] @ right
+    return u / (u.square().mean((-2, -1), keepdim=True) + 1e-9).sqrt()
+
+
+def expected(starts, grads, horizon):
+    """Parameters after every step."""
+    c = numbers()
+    b = 1 / (1 + math.exp(-c["momentum"]))
+    params = [start.double() for start in starts]
+    m = [torch.zeros_like(p) for p in params]
+    v = [torch.zeros_like(p) for p in params]
+    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 for p in params]
+    average = log_pace = 0.0
+    for t in range(STEPS):
+        g = [each.double() for each in grads[t]]
+        ratios = [
+            min(max((1 - b**t) * float((x * y).sum() / (y * y).sum()), -2), 2)
+            for x, y, matrix in zip(g, m, is_matrix, strict=True)
+            if matrix and float((y * y).sum()) > 0
+        ]
+        left = 1.0 if horizon is None else 1 - t / horizon
+        if ratios:
+            average += (sum(ratios) / len(ratios) - average) * min(1, 1 / min(math.exp(c["log_memory"]), max(t, 1)))
+            if horizon is None:
+                activity = 134 / (1000 + t)
+            else:
+                activity = 134 / max(horizon, 60) * max(0, 1 - t / horizon / math.exp(c["fade"]))
+            log_pace += math.exp(c["log_gain"]) * activity * (average - c["target"])
+        pace = math.exp(log_pace)
+        if horizon is not None:
+            pace *= (horizon / 1000) ** c["horizon_exponent"] * left ** math.exp(c["power"])
+        for i, matrix in enumerate(is_matrix):
+            if matrix:
+                m[i] = b * m[i] + (1 - b) * g[i]
+                d = b * m[i] + (1 - b) * g[i]
+                moved = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
+                u = orthogonal(moved).movedim((-1, -2), (0, 1))
+                size = math.exp(c["log_step"]) * (max(16, *params[i].shape[:2]) / 256) ** c["width_exponent"]
+                params[i] = params[i] - size * pace * u
+            else:
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
+                adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+                params[i] = params[i] - math.exp(c["log_vector_step"]) * pace * adam
+        yield [p.clone() for p in params]
+
+
+@pytest.mark.parametrize("horizon", [10, 500, None])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", torch.float64), ("reference", torch.float32), ("native", torch.float32)]
+)
+def test_steps_are_the_formulas(backend, dtype, horizon):
+    """In float32 the iteration multiplies what is rounded off."""
+    if backend == "native":
+        library_or_skip()
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    drift = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    grads = [
+        [(d + torch.randn(d.shape, generator=generator, dtype=torch.float64)).to(dtype) for d in drift]
+        for _ in range(STEPS)
+    ]
+    params = [nn.Parameter(start.clone()) for start in starts]
+    optimizer = Pace(params, backend=backend, num_steps=horizon)
+    for t, want in enumerate(expected(starts, grads, horizon)):
+        for param, grad in zip(params, grads[t], strict=True):
+            param.grad = grad
+        optimizer.step()
+        for param, target, start in zip(params, want, starts, strict=True):
+            moved = (target - start.double()).abs().max()
+            tolerance = 1e-6 if dtype == torch.float64 else 1e-3  # theta's decays are rounded to float32
+            assert (param.double() - target).abs().max() <= tolerance * moved + 1e-6, (t, tuple(param.shape))
+    assert float(optimizer._progress.memory["log_pace"]) != 0, "the feedback was asked"
