@@ -13,7 +13,7 @@ from pylo_integrations import list_optimizers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 
-BATCHES, SESSIONS = 4, 36
+BATCHES, SESSIONS = 4, 40
 
 
 @pytest.fixture

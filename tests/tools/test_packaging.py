@@ -161,7 +161,7 @@ def test_extras_and_dependencies(wheel_metadata):
     assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
     requirements = wheel_metadata.get_all("Requires-Dist")
     core = {canonicalize_name(Requirement(line).name) for line in requirements if "extra ==" not in line}
-    assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging"}
+    assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging", "typing-extensions"}
     assert not [line for line in requirements if "<" in line.partition(";")[0] or "==" in line.partition(";")[0]]
 
 
