@@ -422,7 +422,7 @@ def state_cloned(s: Session) -> None:
 @action
 def state_of_other_form(s: Session) -> None:
     state = s.state_of(s.one())
-    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
+    tensors = [name for name, value in state.items() if isinstance(value, Tensor) and value.layout == torch.strided]
     if not tensors:
         return
     name = s.random.choice(tensors)
