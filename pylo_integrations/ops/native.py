@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_span
-from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH, NESTEROV, SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
+from pylo_integrations.fitting import is_aligned
+from pylo_integrations.ops.loader import SLOTS, TENSOR_SUMS, NativeLibrary
 from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
+from pylo_integrations.ops.packing import PackedNetwork, layers_of, norm_axes_of, pack, rule_struct, slots_of, spec_of
 from pylo_integrations.ops.records import (
     DTYPES,
     Table,
@@ -35,10 +36,9 @@ from pylo_integrations.ops.records import (
     strides,
 )
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
-from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
+from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
-from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import local_part
 from pylo_integrations.telemetry import StepRecord
 
@@ -60,169 +60,9 @@ _MEASURED = {
 """Sums over gradients, parameters, momenta and second moment before the step, by the names that rules know them by."""
 
 
-# -- rules as the library sees them ------------------------------------------------------------------------------------
-
-
-def _spec_of(rule: Rule) -> KernelSpec:
-    spec = rule.kernel_spec
-    assert spec is not None, "see obstacle()"
-    return spec
-
-
 def _measured(spec: KernelSpec, bucket: Bucket) -> tuple[str, ...]:
     """Which of :data:`_MEASURED` a rule asks for."""
     return spec.sums_with_l2 if l2_penalty(bucket.group) else spec.sums
-
-
-def _norm_axes(spec: KernelSpec, layout: TensorLayout) -> list[int]:
-    """Axes over which features are normalised; of Adam's step, which has none, all."""
-    return list(spec.step.norm_axes(layout) if isinstance(spec.step, NetworkSpec) else range(len(layout.shape)))
-
-
-def _rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
-    """A rule as the library reads it; ``names`` are the library's slots."""
-    constants, spec = rule.constants(torch.device("cpu"), torch.float32), _spec_of(rule)
-    struct = RuleStruct(grad_clip=spec.clip, grad_limit=LARGEST_GRADIENT)
-    for kind in ("momentum", "factored"):
-        weights = constants.get(f"{kind}_weight", torch.empty(0, device="cpu"))
-        getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
-        getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
-    if isinstance(spec.step, NesterovSpec):
-        struct.layers, struct.measures = NESTEROV, 2 if spec.sums else 0
-        return struct
-    rms = constants["rms_weight"]
-    struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()
-    asked = spec.sums or spec.sums_with_l2
-    struct.measures = TENSOR_SUMS if len(asked) > 1 else len(asked)
-    if isinstance(spec.step, AdamSpec):
-        struct.adam_eps, struct.adam_eps_root = spec.step.eps, spec.step.eps_root
-        return struct
-    network = spec.step
-    struct.layers = len(network.widths)
-    struct.width[: len(network.widths)] = network.widths
-    struct.features = sum(1 << slot for slot in _slots(network.features, names))
-    for name in ("rms_eps", "vector_momentum_eps", "norm_eps", "exp_mult"):
-        setattr(struct, name, getattr(network, name))
-    return struct
-
-
-def _slots(features: Sequence[str], names: Sequence[str]) -> list[int]:
-    """The slot of every input of a network, in the order of its weights."""
-    return [slot for feature in features for slot, name in enumerate(names) if name == feature]
-
-
-def _pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
-    """Networks as the library reads them, float32 ``(networks, floats)``.
-
-    Args:
-        layers: Weights ``(networks, outputs, inputs)`` and biases ``(networks, outputs)``; of a single network, the
-            first axis may be missing.
-        slots: Of the inputs of the first layer, int64; inputs beyond them are left out.
-    """
-    parts = []
-    for index, (weight, bias) in enumerate(layers):
-        weight, bias = weight if weight.dim() == 3 else weight[None], bias if bias.dim() == 2 else bias[None]
-        matrix = weight.float().transpose(1, 2)
-        if index == 0:
-            spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
-            matrix = spread.index_copy_(1, slots, matrix[:, : len(slots)])
-        rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
-        parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
-    return torch.cat(parts, dim=1).contiguous()
-
-
-class _Network:
-    """A packed network, and what it was packed from."""
-
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], packed: Tensor) -> None:
-        self._layers = layers
-        self.packed = packed
-        self._biases: list[Tensor] = []
-        end = 0
-        for index, (weight, _) in enumerate(layers):
-            outputs, inputs = weight.shape[-2:]
-            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
-            end = start + outputs + -outputs % 4
-            self._biases.append(packed[:, start : start + outputs])
-
-    def has_weights_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Whether other layers differ at most in their biases; then so does the packed network."""
-        return all(new is old for (new, _), (old, _) in zip(layers, self._layers, strict=True))
-
-    def enter_biases(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Overwrite the biases, where they are others."""
-        for place, (_, bias), (_, old) in zip(self._biases, layers, self._layers, strict=True):
-            if bias is not old:
-                place.copy_(bias)
-        self._layers = layers
-
-
-def _layers(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Tensor, Tensor]]:
-    """The network of a bucket's tensors; decisions of this step go before what theta fixes."""
-    known = {**constants, **control}
-    depth = next(layer for layer in itertools.count() if f"w{layer}" not in known)
-    return [(known[f"w{layer}"], known[f"b{layer}"]) for layer in range(depth)]
-
-
-def obstacle(rule: Rule, bucket: Bucket) -> str | None:
-    """Why the native kernels cannot step a bucket, on any rank, in words; None if they can."""
-    spec = rule.kernel_spec
-    if spec is None:
-        return f"they do not know the rule {rule.kind}"
-    widths = spec.step.widths if isinstance(spec.step, NetworkSpec) else ()
-    if widths and (len(widths) > MAX_LAYERS or max(widths) > MAX_WIDTH):
-        return f"layers of {list(widths)} units are more or wider than they take"
-    if bucket.device.type not in ("cpu", "cuda"):
-        return f"its tensors are on {bucket.device}"
-    if bucket.device.type == "cuda" and not spec.has_cuda:
-        return f"those for CUDA do not know the rule {rule.kind}"
-    dtype = bucket.params[0].dtype
-    return None if dtype in DTYPES else f"its parameters are {dtype}"
-
-
-def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
-    """Why they cannot step what this process holds of it, which may lie in memory otherwise than on other ranks."""
-    spec = _spec_of(rule)
-    for position, state in enumerate(bucket.states):
-        local = bucket.stepped(position)
-        for piece in pieces_of(bucket, position):
-            order = piece_order(piece, local)
-            if order is None:
-                return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
-            axes = _norm_axes(spec, bucket.layout)
-            if isinstance(spec.step, NetworkSpec) and record_axes(bucket.layout, order, piece.box, axes) is None:
-                return f"its shape {bucket.layout.shape} has too many axes of different roles"
-        if not is_aligned(local):
-            return f"a parameter is at address {local.data_ptr()}, which is not aligned"
-        if is_lazy(local):
-            return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
-        for name, shape in rule.state_shapes(bucket.layout).items():
-            value = local_part(state[name])
-            fits = not local.numel() or same_format(value, local) if shape is None else value.is_contiguous()
-            if not fits or not is_aligned(value):
-                return f"the state {name} of a parameter of shape {tuple(local.shape)} has another memory format"
-    return None
-
-
-def entangled_buckets(buckets: Sequence[Bucket]) -> set[int]:
-    """Indices of those with a parameter that shares memory with another: the kernels step all at once, in any order."""
-    spans = []
-    for index, bucket in enumerate(buckets):
-        for local in map(bucket.stepped, range(len(bucket))):
-            if has_memory(local) and local.numel():
-                start = local.data_ptr()
-                spans.append((str(local.device), start, start + memory_span(local) * local.itemsize, index))
-    spans.sort()
-    found: set[int] = set()
-    furthest = ("", 0, 0, 0)
-    for span in spans:
-        if span[0] == furthest[0] and span[1] < furthest[2]:
-            found |= {span[3], furthest[3]}
-        furthest = max(furthest, span, key=lambda each: (each[0], each[2]))
-    return found
-
-
-# -- stages ------------------------------------------------------------------------------------------------------------
 
 
 class _PieceTable:
@@ -308,17 +148,17 @@ class NativeStages:
     def __init__(self, library: NativeLibrary, rule: Rule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
         names = library.feature_names()
         self._rule = rule
-        self._spec = spec = _spec_of(rule)
+        self._spec = spec = spec_of(rule)
         network = spec.step if isinstance(spec.step, NetworkSpec) else None
         self._buckets = buckets
-        self._struct = _rule_struct(rule, names)
-        self._norm_axes = [_norm_axes(spec, bucket.layout) for bucket in buckets]
+        self._struct = rule_struct(rule, names)
+        self._norm_axes = [norm_axes_of(spec, bucket.layout) for bucket in buckets]
         slices = [
             math.prod(norm_shape(bucket.layout, axes)) for bucket, axes in zip(buckets, self._norm_axes, strict=True)
         ]
         self._slots = [
             torch.tensor(
-                _slots(network.features_of(bucket.layout), names) if network else [],
+                slots_of(network.features_of(bucket.layout), names) if network else [],
                 dtype=torch.int64,
                 device=library.device,
             )
@@ -365,7 +205,7 @@ class NativeStages:
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_rooms: tuple[list[int], list[int]] = [], []
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
-        self._networks: list[_Network] = []
+        self._networks: list[PackedNetwork] = []
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -710,15 +550,15 @@ class NativeStages:
         A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
         """
         if number == len(self._networks):
-            self._networks.append(_Network(layers, _pack(layers, slots)))
+            self._networks.append(PackedNetwork(layers, pack(layers, slots)))
         network = self._networks[number]
         if network.has_weights_of(layers):
             network.enter_biases(layers)
         else:
-            packed = _pack(layers, slots)
+            packed = pack(layers, slots)
             if network.packed.shape == packed.shape:
                 packed = network.packed.copy_(packed)
-            self._networks[number] = _Network(layers, packed)
+            self._networks[number] = PackedNetwork(layers, packed)
         return self._networks[number].packed
 
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
@@ -729,7 +569,7 @@ class NativeStages:
             if isinstance(self._spec.step, AdamSpec):
                 values["momentum_correction"], values["rms_correction"] = self._spec.step.corrections(ctx.iteration)
             elif isinstance(self._spec.step, NetworkSpec):
-                layers = _layers(ctx.constants, control)
+                layers = layers_of(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
                     networks[key] = self._network(len(networks), layers, self._slots[index])

@@ -10,7 +10,8 @@ import torch
 from pylo_integrations.ops import cuda, loader, self_check
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import NativeLibrary
-from pylo_integrations.ops.native import NativeStages, entangled_buckets, local_obstacle, obstacle
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.ops.obstacles import entangled_buckets, local_obstacle, obstacle
 from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.rounds import Ranks

@@ -102,7 +102,11 @@ class Rule(ABC):
             cls.kind = cls.__name__
 
     def reduced(self) -> Rule:
-        """An equal rule without what its weights never use; this one, unless a subclass knows better."""
+        """An equal rule without what its weights never use, for theta that is final; by default this one.
+
+        Raises:
+            ValueError: Weights are such as no training makes; the message says which.
+        """
         return self
 
     @classmethod

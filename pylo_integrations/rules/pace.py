@@ -71,11 +71,11 @@ class PaceRule(Rule):
 
     Attributes:
         numbers: ``(10,)``, those of :data:`NUMBERS`.
-        precision: Of the products that orthogonalise.
+        orthogonalise: Precision of the products that orthogonalise.
     """
 
     numbers: Tensor
-    precision: Precision = "float32"
+    orthogonalise: Precision = "float32"
 
     kind: ClassVar[str] = "Pace"
     finishes: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class PaceRule(Rule):
         return cls(arrays["numbers"], orthogonalise)
 
     def reduced(self) -> PaceRule:
-        """This rule, if its numbers can be meant: what is not meta-trained, and so is data, is checked here.
+        """This rule, which uses all of its numbers. They are checked here: now they are a file's, not meta-training's.
 
         Raises:
             ValueError: A number is so large that its exponential overflows within a run.
@@ -146,7 +146,7 @@ class PaceRule(Rule):
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
-        numbers = dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
+        numbers = by_name(self.numbers.to(device, dtype))
         return numbers | {"momentum_weight": torch.sigmoid(-numbers["momentum"]).unsqueeze(-1)}
 
     @property
@@ -203,7 +203,7 @@ class PaceRule(Rule):
         long = max(NARROWEST, *(steps.shape[axis] for axis in axes))
         width = torch.exp(ctx.constants["width_exponent"] * math.log(long / WIDTH))
         size = torch.exp(ctx.constants["log_step"]) * width * pace_of(ctx)
-        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.precision).movedim((-2, -1), axes)
+        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
         scale = inverse_rms(directions, axes, self.norm_eps)
         return directions, scale * size.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
 
@@ -235,13 +235,17 @@ class PacedAdamRule(AdamWRule):
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of both."""
-        numbers = dict(zip(NUMBERS, self.numbers.to(device, dtype).unbind(-1), strict=True))
-        return super().constants(device, dtype) | numbers
+        return super().constants(device, dtype) | by_name(self.numbers.to(device, dtype))
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """The momentum over the root of the second moment, as far as schedule and feedback say."""
         step = super().propose(block, prepared, sums, control, ctx)
         return step * _vector_step(ctx).reshape(-1, *(1,) * (step.dim() - 1))
+
+
+def by_name(numbers: Tensor) -> dict[str, Tensor]:
+    """Those of :data:`NUMBERS`, 0-d."""
+    return dict(zip(NUMBERS, numbers.unbind(-1), strict=True))
 
 
 def _vector_step(ctx: StepContext) -> Tensor:

@@ -25,7 +25,8 @@ from torch import nn
 from pylo_integrations.ops import loader, native
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.loader import Library, NativeError
-from pylo_integrations.ops.native import NativeStages, obstacle
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.ops.obstacles import obstacle
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.layout import Box, TensorLayout

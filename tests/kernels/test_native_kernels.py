@@ -24,7 +24,8 @@ from torch import nn
 from pylo_integrations import SmallFCLOpt, Theta
 from pylo_integrations.ops import loader, records
 from pylo_integrations.ops.loader import ABI_VERSION, ISAS, CallStruct, Library, NativeError, RuleStruct
-from pylo_integrations.ops.native import NativeStages, local_obstacle, obstacle
+from pylo_integrations.ops.native import NativeStages
+from pylo_integrations.ops.obstacles import local_obstacle, obstacle
 from pylo_integrations.ops.records import Table, memory_order, record_axes
 from pylo_integrations.rules.base import StepContext
 from pylo_integrations.rules.features import channel_count
