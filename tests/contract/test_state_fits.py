@@ -29,10 +29,6 @@ def cast_states(dtype):
     return change
 
 
-WITH_SECOND_MOMENT = [name for name in distinct_rules() if name != "pace"]
-"""Rules that keep a state shaped like its parameter besides momenta."""
-
-
 def shaped(optimizer, param) -> str:
     """A state shaped like its parameter: the second moment, or, of a rule that has none, the momentum."""
     return "rms" if "rms" in optimizer.state[param] else "momentum_0"
@@ -504,16 +500,15 @@ def test_formats_are_equal_only_for_equal_shapes():
 
 
 def half_with_overflow(params, optimizer):
-    state = optimizer.state[params[0]]
-    state["rms"] = torch.full((6, 5), 1e9).half()
+    optimizer.state[params[0]][shaped(optimizer, params[0])] = torch.full((6, 5), 1e9).half()
 
 
 def test_a_cast_state_that_overflowed_is_refused():
-    for name in WITH_SECOND_MOMENT:
+    for name in distinct_rules():
         run = Run(name, "auto")
         half_with_overflow(run.params, run.optimizer)
         before = run.bits()
-        with pytest.raises(StateError, match="'rms' of parameter 'layer.0' .*float16 with values that are not finite"):
+        with pytest.raises(StateError, match="'(rms|momentum_0)' of parameter 'layer.0' .*float16 with values that"):
             run.step()
         assert run.bits() == before
 
@@ -526,8 +521,8 @@ def interleaved(params, optimizer):
     buffer = torch.zeros(6, 10)
     state = optimizer.state[params[0]]
     buffer[:, ::2] = state["momentum_0"].abs()
-    state["momentum_0"] = buffer[:, ::2]
-    state["rms"] = buffer[:, ::2]
+    for name in {"momentum_0", shaped(optimizer, params[0])}:
+        state[name] = buffer[:, ::2]
 
 
 def misaligned_gradient(params, optimizer):
@@ -544,10 +539,8 @@ def misaligned_parameter(params, optimizer):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [interleaved, misaligned_gradient, misaligned_parameter])
 def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
-    for name in WITH_SECOND_MOMENT:
+    for name in distinct_rules():
         run = Run(name, backend)
-        if change in NEEDS_TWO and len(run.optimizer.state[run.params[0]]) == 1:
-            continue
         change(run.params, run.optimizer)
         fresh = run.fresh()
         for each in (run, fresh):
@@ -558,18 +551,18 @@ def test_memory_of_odd_forms_is_stepped_as_any(change, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("what", ["gradient", "rms"])
+@pytest.mark.parametrize("what", ["gradient", "state"])
 def test_subclasses_without_memory_are_refused(what, backend):
-    for name in WITH_SECOND_MOMENT:
+    for name in distinct_rules():
         run = Run(name, backend)
         param = run.params[0]
         if what == "gradient":
             param.grad = param.grad.as_subclass(Described)
             param.grad.untyped_storage().resize_(0)
         else:
-            state = run.optimizer.state[param]
-            state["rms"] = state["rms"].as_subclass(Described)
-            state["rms"].untyped_storage().resize_(0)
+            state, key = run.optimizer.state[param], shaped(run.optimizer, param)
+            state[key] = state[key].as_subclass(Described)
+            state[key].untyped_storage().resize_(0)
         with pytest.raises(StateError, match="has 0 of the 120 bytes"):
             run.step()
 
