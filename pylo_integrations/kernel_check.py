@@ -230,7 +230,7 @@ def _rule_of_vectors(kind: str) -> Rule:
         return AdamWRule()
     pace = _shipped("pace").rule()
     assert isinstance(pace, PaceRule)
-    return pace.adam
+    return pace.vectors
 
 
 def _theta_of(subject: Subject) -> Theta:

@@ -64,7 +64,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of meta-training. One iteration unrolls every group of every family by one truncation.
+    """A part of meta-training. One iteration unrolls every group of its families by one truncation.
 
     Attributes:
         iterations: How many.
@@ -73,6 +73,7 @@ class Stage:
         estimator: See :mod:`pylo_integrations.metatrain.estimators`.
         pairs: Antithetic pairs in a group; members, for ``backprop``.
         groups: Of each family, in different phases of their episodes.
+        families: Drawn at random for every iteration; None for all of them, every time.
         truncation: Steps.
         horizon: Least and greatest length of an episode; lengths are log-uniform between.
         sigma: Standard deviation of perturbations.
@@ -88,6 +89,7 @@ class Stage:
     estimator: Literal["pes", "es", "backprop"] = "pes"
     pairs: int = 8
     groups: int = 1
+    families: int | None = None
     truncation: int = 20
     horizon: tuple[int, int] = (100, 1000)
     sigma: float = 0.03
@@ -175,7 +177,12 @@ class Config:
             value = getattr(self, entry.name)
             if entry.name in ("train", "selection", "held_out"):
                 value = [
-                    {"kind": family.kind, "name": family.name, **{k: list(v) for k, v in family.options.items()}}
+                    {
+                        "kind": family.kind,
+                        "name": family.name,
+                        "weight": family.weight,
+                        **{k: list(v) for k, v in family.options.items()},
+                    }
                     for family in value
                 ]
             elif isinstance(value, tuple):
@@ -373,8 +380,10 @@ def _check(config: Config) -> None:
     positive |= {name: value for name in ("lr", "base_width") if (value := getattr(config, name)) is not None}
     for index, stage in enumerate(config.stages):
         where = f"stages[{index}]"
-        names = ("iterations", "pairs", "groups", "truncation", "sigma", "clip", "lr")
-        positive |= {f"{where}.{name}": getattr(stage, name) for name in names}
+        names = ("iterations", "pairs", "groups", "families", "truncation", "sigma", "clip", "lr")
+        positive |= {f"{where}.{name}": value for name in names if (value := getattr(stage, name)) is not None}
+        if stage.families is not None and stage.families > len(config.train):
+            raise ConfigError(f"{where}.families={stage.families} must be at most those of train, {len(config.train)}")
         low, high = stage.horizon
         if not 1 <= low <= high <= LARGEST_COUNT:
             raise ConfigError(f"{where}.horizon={[low, high]} must be the least and the greatest length, both positive")

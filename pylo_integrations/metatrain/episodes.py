@@ -26,7 +26,7 @@ from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
 from pylo_integrations.step.stages import Part, ReferenceStages, run_stages
 
-SplitName = Literal["train", "validation"]
+SplitName = Literal["train", "validation", "both"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Objective:
     The ratio is cut at ``ceiling``, which also stands for a loss that is not finite.
 
     Attributes:
-        split: Whether the loss is that of the training batch, before the step, or of a validation batch.
+        split: Whether the loss is that of the training batch, before the step, or of a validation batch, or both
+            count, by half each.
         floor: Losses below this fraction of the first do not count for much.
         ceiling: Losses above this multiple of the first count as this.
         tail: Steps before this part of the horizon do not count; 0 for all, near 1 for where the run ends.
@@ -296,17 +297,19 @@ class Episode:
 
     def _step(self, constants: Mapping[str, Tensor], tiled: Sequence[Mapping[str, Tensor]]) -> Tensor:
         now = self._now
-        grads, losses = self._gradients(now.params, self._scales, self._batch("train", self.iteration, False))
-        measured = losses
-        if self.objective.split == "validation":
-            batch = self._batch("validation", self.iteration, True)
-            measured = self._losses(now.params, self._scales, batch)
-        if now.first is None:
-            now.first = measured.detach()
-        self._update(grads, losses, constants, tiled)
         counts = self.iteration >= self.objective.tail * self.horizon
+        grads, losses = self._gradients(now.params, self._scales, self._batch("train", self.iteration, False))
+        measured = [losses] if self.objective.split != "validation" else []
+        if self.objective.split != "train":
+            # What does not count is not computed, but for the first, which all are divided by.
+            seen = counts or now.first is None
+            batch = self._batch("validation", self.iteration, True) if seen else None
+            measured.append(losses if batch is None else self._losses(now.params, self._scales, batch))
+        if now.first is None:
+            now.first = torch.stack(measured).mean(0).detach()
+        self._update(grads, losses, constants, tiled)
         self.iteration += 1
-        return self.objective(measured, now.first) * counts
+        return torch.stack([self.objective(each, now.first) for each in measured]).mean(0) * counts
 
     def _update(
         self,

@@ -163,7 +163,10 @@ class TruncatedBackprop(Estimator):
         return Estimate(gradient, float(objective.detach().mean()), objective.numel())
 
 
-def mean_gradient(estimates: Mapping[str, list[Estimate]]) -> Tensor:
-    """The mean over families of the mean over each family's groups, so that families count alike."""
-    means = [torch.stack([estimate.gradient for estimate in mine]).mean(0) for mine in estimates.values()]
+def mean_gradient(estimates: Mapping[str, list[Estimate]], weights: Mapping[str, float]) -> Tensor:
+    """The mean over families, each times its weight, of the mean over each family's groups."""
+    means = [
+        weights[name] * torch.stack([estimate.gradient for estimate in mine]).mean(0)
+        for name, mine in estimates.items()
+    ]
     return torch.stack(means).mean(0)

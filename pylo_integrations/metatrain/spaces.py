@@ -351,7 +351,7 @@ class Celo2Linear(LinearSpace):
 
 
 class PaceNumbers(LinearSpace):
-    """For Pace: all of its numbers, from steps that are Muon's on small networks and a feedback that is slow.
+    """For Pace: all of its numbers, from about where a first meta-training, of short runs, had come to.
 
     Args:
         step: Root mean square of a step of a matrix.
@@ -359,27 +359,39 @@ class PaceNumbers(LinearSpace):
     """
 
     _START: Mapping[str, float] = {
-        "log_vector_step": math.log(6e-3),
-        "momentum": math.log(0.95 / 0.05),
-        "target": 0.1,
-        "log_gain": math.log(0.1),
+        "log_table_step": math.log(8e-3),
+        "log_vector_step": math.log(8e-3),
+        "width_exponent": -0.4,
+        "horizon_exponent": -0.25,
+        "vector_horizon_exponent": -0.25,
+        "momentum": math.log(0.7 / 0.3),
+        "log_warmup": math.log(0.02),
+        "target": -0.2,
+        "log_gain": math.log(0.02),
         "log_memory": math.log(10),
-        "fade": math.log(0.5),
+        "log_fade": math.log(0.5),
     }
     _UNITS: Mapping[str, float] = {
-        "log_step": 0.5,
+        "log_step": 0.3,
+        "log_table_step": 0.5,
         "log_vector_step": 0.5,
-        "width_exponent": 0.2,
-        "horizon_exponent": 0.2,
-        "momentum": 0.5,
-        "target": 0.05,
+        "width_exponent": 0.15,
+        "aspect_exponent": 0.15,
+        "horizon_exponent": 0.15,
+        "vector_horizon_exponent": 0.2,
+        "momentum": 0.4,
+        "momentum_horizon": 0.2,
+        "log_warmup": 0.5,
+        "log_power": 0.3,
+        "flatness": 0.4,
+        "quiet": 0.1,
+        "target": 0.1,
         "log_gain": 0.5,
         "log_memory": 0.3,
-        "fade": 0.3,
-        "power": 0.3,
+        "log_fade": 0.3,
     }
 
-    def __init__(self, *, step: float = 2e-3, seed: int = 0) -> None:
+    def __init__(self, *, step: float = 5e-3, seed: int = 0) -> None:
         super().__init__(step)
         start = {**self._START, "log_step": math.log(step)}
         self._template = torch.tensor([start.get(name, 0.0) for name in NUMBERS])

@@ -226,21 +226,36 @@ class MetaTrainer:
     def _iterate(self, bar: Any) -> None:
         progress, stage = self._progress, self._stage
         began, estimates = time.process_time(), dict[str, list[Estimate]]()
-        for (name, _), estimate in self._processes.all_of(
-            list(self._groups), lambda key: self._estimator.estimate(self._outer.vector, self._groups[key])
-        ).items():
-            estimates.setdefault(name, []).append(estimate)
-        gradient = mean_gradient(estimates)
+        drawn = self._drawn()
+
+        def estimate(key: tuple[str, int]) -> Estimate | None:
+            if key[0] not in drawn:
+                return None
+            return self._estimator.estimate(self._outer.vector, self._groups[key])
+
+        # Of all groups, so that each stays on its rank.
+        for (name, _), found in self._processes.all_of(list(self._groups), estimate).items():
+            if found is not None:
+                estimates.setdefault(name, []).append(found)
+        gradient = mean_gradient(estimates, {family.name: family.weight for family in self.config.train})
         rate = stage.lr * (stage.lr_end + (1 - stage.lr_end) * cosine(progress.done / stage.iterations))
         self._outer.step_(gradient, rate, stage.average)
         progress.done += 1
         progress.iteration += 1
-        progress.inner_steps += sum(estimate.steps for mine in estimates.values() for estimate in mine)
+        progress.inner_steps += sum(each.steps for mine in estimates.values() for each in mine)
         progress.training_seconds += self._processes.sum(time.process_time() - began)
         self._account()
         for name, mine in estimates.items():
-            progress.window.setdefault(name, []).append(fmean(estimate.objective for estimate in mine))
+            progress.window.setdefault(name, []).append(fmean(each.objective for each in mine))
         bar.set_postfix({name: f"{fmean(values):.3f}" for name, values in progress.window.items()}, refresh=False)
+
+    def _drawn(self) -> set[str]:
+        """Names of the families of this iteration."""
+        names, count = [family.name for family in self.config.train], self._stage.families
+        if count is None:
+            return set(names)
+        generator = generator_of("families", self.config.seed, self._progress.iteration)
+        return {names[int(index)] for index in torch.randperm(len(names), generator=generator)[:count]}
 
     def steps_per_cpu_second(self) -> float:
         """Throughput: optimizer steps of single networks in training episodes, per second of CPU time."""
@@ -362,7 +377,9 @@ class MetaTrainer:
         """Score the average of theta; keep it if it is the best so far."""
         progress, current = self._progress, self._current()
         scores = self._score(current)
-        selection = [scores[f"selection_loss_{family.name}"].objective for family in self.config.selection]
+        selection = [
+            family.weight * scores[f"selection_loss_{family.name}"].objective for family in self.config.selection
+        ]
         score = fmean(selection) if selection else None
         objectives = {name: found.objective for name, found in scores.items()}
         progress.curve.append({"iteration": progress.iteration, "score": score, **objectives})

@@ -1,14 +1,24 @@
-r"""Pace: orthogonalised momentum whose step size follows a law and is then corrected by what the run shows.
+r"""Pace: orthogonalised momentum whose step size follows laws, and is then corrected by what the run shows.
 
-The direction of a matrix is Nesterov's momentum, orthogonalised, with root mean square 1. What is learned is how far to
-go: numbers of a law (shape, horizon), of a schedule over the run, and of a feedback. Momentum points to where recent
-gradients agreed. If a new gradient still agrees with it, steps are too short; if it turns against it, they overshoot:
+The direction of a matrix is Nesterov's momentum :math:`u`, orthogonalised to :math:`d` with root mean square 1. What is
+learned is how far to go, by role (matrix, table of embeddings, vector), shape, horizon and part of the run, and by
+
+.. math:: \nu = \langle u, d \rangle / (|u|\,|d|),
+
+the *flatness* of the momentum's spectrum: 1 if all singular values are equal, and the less the fewer of them matter.
+Two numbers of the whole model correct the step as the run goes. Momentum points to where recent gradients agreed. If a
+new gradient still agrees with it, steps are too short; if it turns against it, they overshoot:
 
 .. math:: a_t = \operatorname{mean} \langle g_t, m_{t-1} \rangle / \langle m_{t-1}, m_{t-1} \rangle
     \qquad \log \mathrm{pace} \mathrel{+}= \mathrm{gain} \cdot (\bar a_t - \mathrm{target})
 
-The mean is over matrices, and :math:`\bar a` an average over some steps. Feedback is active in the first part of the
-run, and fades. Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
+And where gradients have become small, as on examples that are known by heart, steps become smaller too:
+
+.. math:: \mathrm{quiet} \cdot (\bar s_t - \max_{k \le t} \bar s_k), \qquad
+    s_t = \operatorname{mean} \log |m_{t-1}|
+
+The means are over matrices, and bars averages over some steps. Vectors, scalars and the tensors of groups marked
+``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
@@ -33,15 +43,22 @@ from pylo_integrations.sharding.layout import TensorLayout
 
 NUMBERS = (
     "log_step",
+    "log_table_step",
     "log_vector_step",
     "width_exponent",
+    "aspect_exponent",
     "horizon_exponent",
+    "vector_horizon_exponent",
     "momentum",
+    "momentum_horizon",
+    "log_warmup",
+    "log_power",
+    "flatness",
+    "quiet",
     "target",
     "log_gain",
     "log_memory",
-    "fade",
-    "power",
+    "log_fade",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
@@ -59,6 +76,12 @@ LONGEST = 100_000
 
 LARGEST_LOG_PACE = math.log(32)
 
+LEAST_FLATNESS = 0.05
+"""From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
+
+UNSEEN = -100.0
+"""Logarithm of the size of gradients before there were any."""
+
 LARGEST_NUMBER = 20
 """Of theta: most are logarithms."""
 
@@ -70,7 +93,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(10,)``, those of :data:`NUMBERS`.
+        numbers: ``(17,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
     """
 
@@ -86,10 +109,13 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(10,)``: logarithms of the root mean square of a step of a matrix, and of Adam's
-                rate; exponents of the law in width and horizon; logit of the momentum's decay; what agreement is
-                brought to; logarithms of the feedback's gain per step and of the steps that it averages over;
-                logarithm of the part of the run in which it is active; logarithm of the schedule's exponent.
+            arrays: ``numbers``, ``(17,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+                for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
+                and in the horizon, for matrices and for others; logit of the momentum's decay, and its slope in the
+                logarithm of the horizon; logarithms of the part of the run that warms up and of the exponent of what
+                is left; exponents of flatness and of the size of gradients; what agreement is brought to; logarithms
+                of the feedback's gain per step, of the steps that averages are over, and of the part of the run in
+                which the gain falls to zero.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -119,13 +145,19 @@ class PaceRule(Rule):
 
     def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """This rule for matrices; Adam at its pace for others, class tokens of shape (1, 1, n) among them."""
-        is_matrix = len(layout.shape) > 1 and max(layout.shape[axis] for axis in layout.order[-2:]) > 1
-        return self if is_matrix and group["rule"] != "adamw" else self.adam
+        if len(layout.shape) < 2 or max(layout.shape[axis] for axis in layout.order[-2:]) < 2:
+            return self.vectors
+        return self.tables if group["rule"] == "adamw" else self
 
     @cached_property
-    def adam(self) -> PacedAdamRule:
-        """Who steps what is no matrix."""
-        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers)
+    def tables(self) -> PacedAdamRule:
+        """Who steps embeddings, and other matrices that are not to be orthogonalised."""
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, step="log_table_step")
+
+    @cached_property
+    def vectors(self) -> PacedAdamRule:
+        """Who steps biases, gains and scalars."""
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, step="log_vector_step")
 
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """What is left of the run, to a learned power."""
@@ -141,13 +173,13 @@ class PaceRule(Rule):
         return dict.fromkeys(_MOMENTUM)
 
     def initial_memory(self) -> dict[str, Tensor]:
-        """No feedback yet."""
-        return {name: torch.zeros((), dtype=torch.float32, device="cpu") for name in ("log_pace", "agreement")}
+        """Nothing has been seen."""
+        start = {"log_pace": 0.0, "agreement": 0.0, "size": 0.0, "largest": UNSEEN}
+        return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in start.items()}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
-        numbers = by_name(self.numbers.to(device, dtype))
-        return numbers | {"momentum_weight": torch.sigmoid(-numbers["momentum"]).unsqueeze(-1)}
+        """The numbers, each 0-d by its name."""
+        return by_name(self.numbers.to(device, dtype))
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -163,34 +195,41 @@ class PaceRule(Rule):
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Agreement of all matrices, and the pace that follows from it."""
         c = ctx.constants
-        ratios = torch.cat([total["products"].flatten(2).sum(2).to(c["momentum"].device) for total in sums])
+        weight = momentum_weight(ctx)
+        products = torch.cat([total["products"].flatten(2).sum(2).to(weight.device) for total in sums])
         # Without a gradient there is nothing to agree with, and the momentum of one that was takes long to vanish.
-        known = (ratios[:, 1] > 0) & (ratios[:, 0] != 0)
-        filled = 1 - torch.sigmoid(c["momentum"]) ** ctx.iteration  # what of the momentum's weights has met a gradient
-        agreement = torch.where(known, filled * ratios[:, 0] / ratios[:, 1].clamp_min(1e-38), 0).clamp(-2, 2)
-        seen = known.sum()
-        mean = agreement.sum() / seen.clamp_min(1)
-        before = {name: ctx.memory.get(name, value) for name, value in self.initial_memory().items()}
-        average = before["agreement"].to(mean)
-        # An average of as many steps as there were, until there were enough.
-        weight = 1 / torch.minimum(c["log_memory"].exp(), torch.full_like(mean, max(1.0, float(ctx.iteration))))
-        weight = weight.clamp_max(1)
-        average = torch.where(seen > 0, average + weight * (mean - average), average)
-        change = c["log_gain"].exp() * (average - c["target"]) * _activity(ctx)
-        pace = before["log_pace"].to(mean) + torch.where(seen > 0, change, 0)
-        pace = pace.clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE)
-        ctx.memory.update(log_pace=pace.float(), agreement=average.float())
+        known = (products[:, 1] > 0) & (products[:, 0] != 0)
+        squares = products[:, 1].clamp_min(1e-38)
+        filled = 1 - (1 - weight) ** ctx.iteration  # what of the momentum's weights has met a gradient
+        agreement = (filled * products[:, 0] / squares).clamp(-2, 2)
+        size = squares.log() / 2 - filled.clamp_min(1e-6).log()
+        seen = known.any()
+        before = {name: ctx.memory.get(name, value).to(weight) for name, value in self.initial_memory().items()}
+        # An average of as many steps as there were, until there were enough; the first is what it is.
+        share = 1 / c["log_memory"].exp().clamp(1, max(1, ctx.iteration))
+        share = torch.where(before["largest"] > UNSEEN, share, 1)
+
+        def averaged(name: str, values: Tensor) -> Tensor:
+            mean = torch.where(known, values, 0).sum() / known.sum().clamp_min(1)
+            return before[name] + torch.where(seen, share * (mean - before[name]), 0)
+
+        after = {"agreement": averaged("agreement", agreement), "size": averaged("size", size)}
+        after["largest"] = torch.where(seen, torch.maximum(before["largest"], after["size"]), before["largest"])
+        change = c["log_gain"].exp() * (after["agreement"] - c["target"]) * _activity(ctx)
+        after["log_pace"] = before["log_pace"] + torch.where(seen, change, 0)
+        after["log_pace"] = after["log_pace"].clamp(-LARGEST_LOG_PACE, LARGEST_LOG_PACE)
+        ctx.memory.update({name: value.float() for name, value in after.items()})
         return [{}] * len(buckets)
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the momentum."""
-        weight = ctx.constants["momentum_weight"]
+        weight = momentum_weight(ctx).unsqueeze(-1)
         block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
         return {}
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Nesterov's momentum."""
-        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), ctx.constants["momentum_weight"])
+        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), momentum_weight(ctx).unsqueeze(-1))
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise, and go as far as law, schedule and feedback say."""
@@ -199,18 +238,27 @@ class PaceRule(Rule):
 
     def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Two factors of the finished steps of whole tensors; see :class:`~pylo_integrations.rules.celo2.Celo2Rule`."""
+        c = ctx.constants
         axes = [axis + 2 for axis in layout.order[-2:]]
-        long = max(NARROWEST, *(steps.shape[axis] for axis in axes))
-        width = torch.exp(ctx.constants["width_exponent"] * math.log(long / WIDTH))
-        size = torch.exp(ctx.constants["log_step"]) * width * pace_of(ctx)
-        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
+        inputs, outputs = (steps.shape[axis] for axis in axes)
+        law = c["width_exponent"] * math.log(max(NARROWEST, inputs, outputs) / WIDTH)
+        law = torch.exp(c["log_step"] + law + c["aspect_exponent"] * math.log(outputs / inputs)) * pace_of(ctx)
+        momentum = steps.movedim(axes, (-2, -1))
+        directions = orthogonalise(momentum, self.orthogonalise)
+        products = (momentum * directions).sum((-2, -1), keepdim=True, dtype=torch.float32)
+        norms = [torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.float32) for x in (momentum, directions)]
+        flatness = (products / (norms[0] * norms[1]).clamp_min(1e-30)).clamp(LEAST_FLATNESS, 1)
+        flatness, directions = (x.movedim((-2, -1), axes) for x in (flatness, directions))
         scale = inverse_rms(directions, axes, self.norm_eps)
-        return directions, scale * size.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
+        law, exponent = (x.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale) for x in (law, c["flatness"]))
+        return directions, scale * law * flatness.to(scale) ** exponent
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The feedback's factor on steps, and the agreement that it follows."""
-        told = {name: memory[name] for name in ("log_pace", "agreement") if name in memory}
-        return {"pace": told["log_pace"].exp(), "agreement": told["agreement"]} if told else {}
+        """The feedback's factor on steps, the agreement that it follows, and how much smaller gradients became."""
+        if "log_pace" not in memory:
+            return {}
+        pace = torch.exp(memory["log_pace"] + self.numbers[NUMBERS.index("quiet")] * _quiet(memory))
+        return {"pace": pace, "agreement": memory["agreement"], "quiet": _quiet(memory)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,15 +267,17 @@ class PacedAdamRule(AdamWRule):
 
     Attributes:
         numbers: As there.
+        step: Which of them is the logarithm of the rate.
     """
 
     kind: ClassVar[str] = "PacedAdam"
     numbers: Tensor = torch.empty(0)
+    step: str = "log_vector_step"
 
     @property
     def kernel_spec(self) -> KernelSpec:
         """Adam's step, scaled by the pace."""
-        return replace(super().kernel_spec, factor=_vector_step)
+        return replace(super().kernel_spec, factor=self._size)
 
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """As that of the rule for matrices."""
@@ -240,7 +290,10 @@ class PacedAdamRule(AdamWRule):
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """The momentum over the root of the second moment, as far as schedule and feedback say."""
         step = super().propose(block, prepared, sums, control, ctx)
-        return step * _vector_step(ctx).reshape(-1, *(1,) * (step.dim() - 1))
+        return step * self._size(ctx).reshape(-1, *(1,) * (step.dim() - 1))
+
+    def _size(self, ctx: StepContext) -> Tensor:
+        return torch.exp(ctx.constants[self.step]) * pace_of(ctx, "vector_horizon_exponent")
 
 
 def by_name(numbers: Tensor) -> dict[str, Tensor]:
@@ -248,8 +301,14 @@ def by_name(numbers: Tensor) -> dict[str, Tensor]:
     return dict(zip(NUMBERS, numbers.unbind(-1), strict=True))
 
 
-def _vector_step(ctx: StepContext) -> Tensor:
-    return torch.exp(ctx.constants["log_vector_step"]) * pace_of(ctx)
+def momentum_weight(ctx: StepContext) -> Tensor:
+    """The weight of a new gradient in the momentum, 0-d; where the horizon is not known, that of 1000 steps."""
+    slope = math.log(_known_horizon(ctx) / HORIZON)
+    return torch.sigmoid(-ctx.constants["momentum"] - slope * ctx.constants["momentum_horizon"])
+
+
+def _known_horizon(ctx: StepContext) -> float:
+    return HORIZON if ctx.num_steps is None else float(min(ctx.num_steps, LONGEST))
 
 
 def _activity(ctx: StepContext) -> float | Tensor:
@@ -259,24 +318,35 @@ def _activity(ctx: StepContext) -> float | Tensor:
     """
     if ctx.num_steps is None:
         return FEEDBACK / (HORIZON + ctx.iteration)
-    part = ctx.constants["fade"].exp()
+    part = ctx.constants["log_fade"].exp()
     left = (1 - ctx.iteration / ctx.num_steps / part).clamp_min(0)
     return left * FEEDBACK / max(ctx.num_steps, SHORTEST)
 
 
-def pace_of(ctx: StepContext) -> Tensor:
+def _quiet(memory: Mapping[str, Tensor]) -> Tensor:
+    """Logarithm of the size of gradients, of the largest that it was; at most 0."""
+    return torch.where(memory["largest"] > UNSEEN, memory["size"] - memory["largest"], 0)
+
+
+def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Tensor:
     """Factor on the steps of all tensors: of the feedback, the horizon and the schedule."""
-    c = ctx.constants
-    pace = torch.exp(ctx.memory["log_pace"].to(c["power"])) if "log_pace" in ctx.memory else torch.ones_like(c["power"])
+    c, log_pace = ctx.constants, torch.zeros_like(ctx.constants["log_power"])
+    if "log_pace" in ctx.memory:
+        log_pace = ctx.memory["log_pace"].to(log_pace) + c["quiet"] * _quiet(ctx.memory).to(log_pace)
+    log_pace = log_pace + c[horizon_exponent] * math.log(_known_horizon(ctx) / HORIZON)
     if ctx.num_steps is None:
-        return pace
-    horizon = torch.exp(c["horizon_exponent"] * math.log(min(ctx.num_steps, LONGEST) / HORIZON))
+        return log_pace.exp()
     left = 1 - ctx.iteration / ctx.num_steps
-    return pace * horizon * (torch.exp(c["power"].exp() * math.log(left)) if left > 0 else 0)
+    if left <= 0:
+        return torch.zeros_like(log_pace)
+    warm = ((ctx.iteration + 1) / (c["log_warmup"].exp() * ctx.num_steps)).clamp_max(1)
+    return warm * torch.exp(log_pace + c["log_power"].exp() * math.log(left))
 
 
 def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float:
-    """The schedule alone, as :func:`pace_of` has it: a power of what is left of the run."""
+    """The schedule alone, as :func:`pace_of` has it: a warm-up, and a power of what is left of the run."""
     if num_steps is None:
         return 1.0
-    return float(max(0.0, 1 - iteration / num_steps) ** math.exp(numbers[NUMBERS.index("power")]))
+    warmup, power = (math.exp(numbers[NUMBERS.index(name)]) for name in ("log_warmup", "log_power"))
+    left = max(0.0, 1 - iteration / num_steps)
+    return float(min(1.0, (iteration + 1) / (warmup * num_steps)) * left**power)

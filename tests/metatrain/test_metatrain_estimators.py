@@ -94,7 +94,9 @@ def test_clipping_bounds_what_a_pair_says():
 
 def test_families_count_alike_whatever_their_groups():
     ones, twos = (Estimate(torch.full((2,), value), 0.0, 1) for value in (1.0, 2.0))
-    assert mean_gradient({"a": [ones, ones, ones], "b": [twos]}).tolist() == [1.5, 1.5]
+    estimates = {"a": [ones, ones, ones], "b": [twos]}
+    assert mean_gradient(estimates, {"a": 1.0, "b": 1.0}).tolist() == [1.5, 1.5]
+    assert mean_gradient(estimates, {"a": 1.0, "b": 3.0}).tolist() == [3.5, 3.5]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
