@@ -32,45 +32,57 @@ def orthogonal(d: torch.Tensor) -> torch.Tensor:
     return u / (u.square().mean((-2, -1), keepdim=True) + 1e-9).sqrt()
 
 
+def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    cosine = (d * u).sum((-2, -1)) / torch.linalg.matrix_norm(d) / torch.linalg.matrix_norm(u)
+    return cosine.clamp(0.05, 1)[..., None, None]
+
+
 def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
-    b = 1 / (1 + math.exp(-c["momentum"]))
+    known = horizon or 1000
+    b = 1 / (1 + math.exp(-c["momentum"] - c["momentum_horizon"] * math.log(known / 1000)))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 for p in params]
-    average = log_pace = 0.0
+    agreement = size = log_pace = 0.0
+    largest = None
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
-        ratios = [
-            min(max((1 - b**t) * float((x * y).sum() / (y * y).sum()), -2), 2)
-            for x, y, matrix in zip(g, m, is_matrix, strict=True)
-            if matrix and float((y * y).sum()) > 0
-        ]
+        seen = [(x, y) for x, y, matrix in zip(g, m, is_matrix, strict=True) if matrix and float((y * y).sum()) > 0]
         left = 1.0 if horizon is None else 1 - t / horizon
-        if ratios:
-            average += (sum(ratios) / len(ratios) - average) * min(1, 1 / min(math.exp(c["log_memory"]), max(t, 1)))
+        if seen:
+            ratios = [min(max((1 - b**t) * float((x * y).sum() / (y * y).sum()), -2), 2) for x, y in seen]
+            sizes = [math.log(float(y.norm()) / (1 - b**t)) for _, y in seen]
+            share = 1.0 if largest is None else 1 / min(max(math.exp(c["log_memory"]), 1), max(t, 1))
+            agreement += (sum(ratios) / len(ratios) - agreement) * share
+            size += (sum(sizes) / len(sizes) - size) * share
+            largest = size if largest is None else max(largest, size)
             if horizon is None:
                 activity = 134 / (1000 + t)
             else:
-                activity = 134 / max(horizon, 60) * max(0, 1 - t / horizon / math.exp(c["fade"]))
-            log_pace += math.exp(c["log_gain"]) * activity * (average - c["target"])
-        pace = math.exp(log_pace)
+                activity = 134 / max(horizon, 60) * max(0, 1 - t / horizon / math.exp(c["log_fade"]))
+            log_pace += math.exp(c["log_gain"]) * activity * (agreement - c["target"])
+        pace = math.exp(log_pace + c["quiet"] * (0 if largest is None else size - largest))
         if horizon is not None:
-            pace *= (horizon / 1000) ** c["horizon_exponent"] * left ** math.exp(c["power"])
+            pace *= min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon)) * left ** math.exp(c["log_power"])
         for i, matrix in enumerate(is_matrix):
             if matrix:
                 m[i] = b * m[i] + (1 - b) * g[i]
                 d = b * m[i] + (1 - b) * g[i]
-                moved = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
-                u = orthogonal(moved).movedim((-1, -2), (0, 1))
-                size = math.exp(c["log_step"]) * (max(16, *params[i].shape[:2]) / 256) ** c["width_exponent"]
-                params[i] = params[i] - size * pace * u
+                d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
+                u = orthogonal(d)
+                u = (u * flatness(d, u) ** c["flatness"]).movedim((-1, -2), (0, 1))
+                outputs, inputs = params[i].shape[:2]
+                length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
+                length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
+                params[i] = params[i] - length * pace * u
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
                 adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
-                params[i] = params[i] - math.exp(c["log_vector_step"]) * pace * adam
+                length = math.exp(c["log_vector_step"]) * (known / 1000) ** c["vector_horizon_exponent"]
+                params[i] = params[i] - length * pace * adam
         yield [p.clone() for p in params]
 
 
