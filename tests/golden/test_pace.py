@@ -13,7 +13,9 @@ from pylo_integrations import Pace
 from pylo_integrations.rules.pace import NUMBERS
 from pylo_integrations.weights.sources import load_theta
 
-SHAPES = [(12, 20), (20, 12), (40, 3), (6, 5, 3, 3), (9,), (1, 1, 30), ()]
+SHAPES = [(12, 20), (20, 12), (40, 3), (6, 5, 3, 3), (9,), (1, 1, 30), (), (7, 5)]
+TABLE = len(SHAPES) - 1
+"""The one that is in a group of ``rule="adamw"``, as embeddings are."""
 STEPS = 8
 
 
@@ -45,7 +47,7 @@ def expected(starts, grads, horizon):
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
-    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 for p in params]
+    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i != TABLE for i, p in enumerate(params)]
     agreement = size = log_pace = 0.0
     largest = None
     for t in range(STEPS):
@@ -81,7 +83,7 @@ def expected(starts, grads, horizon):
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
                 adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
-                length = math.exp(c["log_vector_step"]) * (known / 1000) ** c["vector_horizon_exponent"]
+                length = math.exp(c["log_table_step" if i == TABLE else "log_vector_step"]) * (known / 1000) ** c["vector_horizon_exponent"]
                 params[i] = params[i] - length * pace * adam
         yield [p.clone() for p in params]
 
@@ -102,7 +104,8 @@ def test_steps_are_the_formulas(backend, dtype, horizon):
         for _ in range(STEPS)
     ]
     params = [nn.Parameter(start.clone()) for start in starts]
-    optimizer = Pace(params, backend=backend, num_steps=horizon)
+    groups = [{"params": params[:TABLE]}, {"params": params[TABLE:], "rule": "adamw"}]
+    optimizer = Pace(groups, backend=backend, num_steps=horizon)
     for t, want in enumerate(expected(starts, grads, horizon)):
         for param, grad in zip(params, grads[t], strict=True):
             param.grad = grad
