@@ -31,7 +31,7 @@ def install() -> None:
     """Make ``TrainingArguments(optim="name")`` work with the stock ``transformers.Trainer`` and its subclasses.
 
     This changes transformers and accelerate for the whole process until :func:`uninstall`: the names of the catalogue
-    join ``OptimizerNames``, ``Trainer.get_optimizer_cls_and_kwargs`` knows them, new Trainers get one more callback and
+    join ``OptimizerNames``, Trainers find them as they find their own, new Trainers get one more callback and
     ``Accelerator.backward`` reports its loss to the learned optimizer that a Trainer is training.
 
     Names registered later work too, but an ``HfArgumentParser`` lists its choices when it is built: call this again
@@ -90,6 +90,8 @@ def _add_name(name: str, undo: ExitStack) -> OptimizerNames:
     by_name[label] = by_value[name] = member
     OptimizerNames._member_names_.append(label)
     _added.add(member)
+    if _undo is not None and (handlers := _handlers()) is not None:  # else install() adds all of them
+        _add_handler(member, handlers, undo)
 
     def remove() -> None:
         del by_name[label], by_value[name]
@@ -118,19 +120,40 @@ def _accept_later_names(undo: ExitStack) -> None:
     _replace(OptimizerNames, "_missing_", classmethod(look_in_catalog), undo)
 
 
+def _choose(name: str, args: transformers.TrainingArguments, model: Any) -> tuple[Any, dict[str, Any]]:
+    """What a Trainer asks about an optimizer: who makes it, and with which keywords."""
+    # Trainer.create_scheduler, which comes next, reads the arguments.
+    kwargs, args.lr_scheduler_type = describe(get_optimizer_info(name), args, model)
+    return FromGroups, kwargs
+
+
 def _offer_to_trainers(undo: ExitStack) -> None:
+    """By transformers' own table of handlers, from 5 on; before, by the method that had the choice."""
+    if (handlers := _handlers()) is not None:
+        for member in _added:
+            _add_handler(member, handlers, undo)
+        return
     original = transformers.Trainer.get_optimizer_cls_and_kwargs
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: transformers.TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         if args.optim not in _added:
             return original(args, model)
-        spec = get_optimizer_info(OptimizerNames(args.optim).value)
-        # Trainer.create_scheduler, which comes next, reads the arguments.
-        kwargs, args.lr_scheduler_type = describe(spec, args, model)
-        return FromGroups, kwargs
+        return _choose(OptimizerNames(args.optim).value, args, model)
 
     _replace(transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(get_optimizer_cls_and_kwargs), undo)
+
+
+def _handlers() -> dict[Any, Callable[[Any], tuple[Any, Any]]] | None:
+    """Who knows optimizers by name, in this transformers; None if it has no such table."""
+    return getattr(sys.modules[transformers.Trainer.__module__], "_OPTIMIZER_HANDLERS", None)
+
+
+def _add_handler(
+    member: OptimizerNames, handlers: dict[Any, Callable[[Any], tuple[Any, Any]]], undo: ExitStack
+) -> None:
+    handlers[member] = lambda context: _choose(member.value, context.args, context.model)
+    undo.callback(handlers.pop, member, None)
 
 
 def _add_callback(undo: ExitStack) -> None:

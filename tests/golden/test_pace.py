@@ -83,7 +83,10 @@ def expected(starts, grads, horizon):
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
                 adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
-                length = math.exp(c["log_table_step" if i == TABLE else "log_vector_step"]) * (known / 1000) ** c["vector_horizon_exponent"]
+                length = (
+                    math.exp(c["log_table_step" if i == TABLE else "log_vector_step"])
+                    * (known / 1000) ** c["vector_horizon_exponent"]
+                )
                 params[i] = params[i] - length * pace * adam
         yield [p.clone() for p in params]
 
