@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
+WARM_UP = 0.05
+"""Part of the run in which :func:`warmed_up` rises."""
+
 Shape: TypeAlias = Literal["constant", "linear", "cosine"]
 """How a learning rate falls: not at all, or to zero as a line or half a cosine does."""
 
@@ -23,6 +26,11 @@ def linear(done: float) -> float:
 def cosine(done: float) -> float:
     """From 1 to 0 along half a cosine."""
     return (1 + math.cos(math.pi * done)) / 2
+
+
+def warmed_up(done: float) -> float:
+    """From nearly 0 to 1 along a line in the first twentieth, then to 0 along half a cosine."""
+    return max(done, 1e-3) / WARM_UP if done < WARM_UP else cosine((done - WARM_UP) / (1 - WARM_UP))
 
 
 SHAPES: Mapping[Shape, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

@@ -8,7 +8,7 @@ from concurrent.futures import BrokenExecutor
 
 import torch
 
-from pylo_integrations.cli import bench, catalog, doctor, evaluate, metatrain, plot, recipe, weights
+from pylo_integrations.cli import bench, catalog, comparison, doctor, evaluate, metatrain, plot, recipe, weights
 from pylo_integrations.cli.output import OutputClosed, writing_to_stdout
 from pylo_integrations.cli.parser import Command, Family, make_parser
 
@@ -26,6 +26,9 @@ COMMANDS: Mapping[str, Command | Family] = {
         },
     ),
     "doctor": Command("versions, backends, weights, devices: does it work here?", doctor.run, doctor.add_arguments),
+    "try": Command(
+        "your own training function, with AdamW and with learned optimizers", comparison.run, comparison.add_arguments
+    ),
     "recipe": Command("train a real model on real data", recipe.run, recipe.add_arguments),
     "metatrain": Command(
         "train the weights of a learned optimizer on families of tasks", metatrain.run, metatrain.add_arguments

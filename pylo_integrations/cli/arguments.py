@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def natural(text: str) -> int:
 def counts(text: str, most: int = 2**31 - 1) -> list[int]:
     """Parse comma-separated positive integers."""
     return list(dict.fromkeys(map(at_most(most), text.split(","))))
+
+
+def rates(text: str) -> list[float]:
+    """Parse comma-separated positive numbers."""
+    try:
+        found = list(dict.fromkeys(map(float, text.split(","))))
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < math.inf for rate in found):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a comma-separated list of positive numbers")
+    return found
 
 
 def new_file(text: str) -> Path:

@@ -24,7 +24,7 @@ def plot_curves(panels: Sequence[tuple[str, str, Mapping[str, Series]]], output:
         PlotError: matplotlib is not installed or does not know the format.
     """
     figure = make_figure(figsize=(9, 4))
-    for axes, (title, meaning, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (title, meaning, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_lines(axes, curves, title, marker="o")
         axes.set_xscale("log")
         axes.set_xlabel(meaning)
