@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_shim import Shim, compile_kernels
+from cuda_shim import Shim
 from test_cuda_device import stages_and_step
 from test_native_kernels import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,14 +29,9 @@ WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Operations whose result is a number or a shape that only the device knows."""
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return compile_kernels(tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.fixture
-def shim(path, monkeypatch) -> Shim:
-    library = Shim(path)
+def shim(compiled_kernels, monkeypatch) -> Shim:
+    library = Shim(compiled_kernels)
     monkeypatch.setattr(loader, "load", lambda: library)
     return library
 
