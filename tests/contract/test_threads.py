@@ -208,7 +208,7 @@ print(optimizer.iteration)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "auto"])
 def test_the_child_of_a_fork_does_not_wait_for_threads_of_its_parent(interpreter, backend):
     done = interpreter.run(f"BACKEND = {backend!r}\n{SCRIPT}")
     assert done.returncode == 0 and done.stdout.strip() == "2", done.stderr[-2000:]
