@@ -21,7 +21,7 @@ NAMES = distinct_rules()
 SHAPES = [(24, 20), (20,), (16, 16)]
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.slow), "native"])
 def backend(request):
     if request.param == "native":
         library_or_skip()
@@ -229,6 +229,7 @@ print(optimizer.iteration)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_training_with_forked_loaders(interpreter):
     done = interpreter.run(LOADER)
