@@ -359,17 +359,14 @@ class PaceNumbers(LinearSpace):
     """
 
     _START: Mapping[str, float] = {
-        "log_table_step": math.log(8e-3),
-        "log_vector_step": math.log(8e-3),
+        "log_table_step": math.log(2e-2),
+        "log_vector_step": math.log(1e-2),
         "width_exponent": -0.4,
-        "horizon_exponent": -0.25,
-        "vector_horizon_exponent": -0.25,
+        "horizon_exponent": -0.3,
+        "vector_horizon_exponent": -0.4,
         "momentum": math.log(0.7 / 0.3),
         "log_warmup": math.log(0.02),
-        "target": -0.2,
-        "log_gain": math.log(0.02),
-        "log_memory": math.log(10),
-        "log_fade": math.log(0.5),
+        "flatness": 0.7,
     }
     _UNITS: Mapping[str, float] = {
         "log_step": 0.3,
@@ -380,15 +377,9 @@ class PaceNumbers(LinearSpace):
         "horizon_exponent": 0.15,
         "vector_horizon_exponent": 0.2,
         "momentum": 0.4,
-        "momentum_horizon": 0.2,
         "log_warmup": 0.5,
         "log_power": 0.3,
         "flatness": 0.4,
-        "quiet": 0.1,
-        "target": 0.1,
-        "log_gain": 0.5,
-        "log_memory": 0.3,
-        "log_fade": 0.3,
     }
 
     def __init__(self, *, step: float = 5e-3, seed: int = 0) -> None:
