@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
 from pylo_integrations.catalog import list_optimizers
-from pylo_integrations.cli.arguments import names_of, new_file, positive, rates
+from pylo_integrations.cli.arguments import names_of, natural, new_file, positive, rates
 
 _SMOOTHED = 50
 """Points of a curve in the picture, each a mean."""
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="AdamW's learning rates, a run for each (default: 0.001)",
     )
     parser.add_argument("--weight-decay", type=float, default=0.01, help="of all optimizers (default: 0.01)")
-    parser.add_argument("--seed", type=int, default=0, help="of every run (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of every run (default: 0)")
     parser.add_argument("--plot", type=new_file, metavar="FILE", help="also draw the losses")
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Run, print the comparison and draw it; the exit code is 0 whoever won."""
     from pylo_integrations import comparison, plot
 
-    if args.weight_decay < 0:
+    if not 0 <= args.weight_decay < math.inf:
         args.parser.error(f"--weight-decay={args.weight_decay:g} must be at least 0")
     train = comparison.find_function(args.function)
     trials = []

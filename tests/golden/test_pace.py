@@ -43,32 +43,17 @@ def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
     known = horizon or 1000
-    b = 1 / (1 + math.exp(-c["momentum"] - c["momentum_horizon"] * math.log(known / 1000)))
+    b = 1 / (1 + math.exp(-c["momentum"]))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i != TABLE for i, p in enumerate(params)]
-    agreement = size = log_pace = 0.0
-    largest = None
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
-        seen = [(x, y) for x, y, matrix in zip(g, m, is_matrix, strict=True) if matrix and float((y * y).sum()) > 0]
-        left = 1.0 if horizon is None else 1 - t / horizon
-        if seen:
-            ratios = [min(max((1 - b**t) * float((x * y).sum() / (y * y).sum()), -2), 2) for x, y in seen]
-            sizes = [math.log(float(y.norm()) / (1 - b**t)) for _, y in seen]
-            share = 1.0 if largest is None else 1 / min(max(math.exp(c["log_memory"]), 1), max(t, 1))
-            agreement += (sum(ratios) / len(ratios) - agreement) * share
-            size += (sum(sizes) / len(sizes) - size) * share
-            largest = size if largest is None else max(largest, size)
-            if horizon is None:
-                activity = 134 / (1000 + t)
-            else:
-                activity = 134 / max(horizon, 60) * max(0, 1 - t / horizon / math.exp(c["log_fade"]))
-            log_pace += math.exp(c["log_gain"]) * activity * (agreement - c["target"])
-        pace = math.exp(log_pace + c["quiet"] * (0 if largest is None else size - largest))
+        pace = 1.0
         if horizon is not None:
-            pace *= min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon)) * left ** math.exp(c["log_power"])
+            warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
+            pace = warm * (1 - t / horizon) ** math.exp(c["log_power"])
         for i, matrix in enumerate(is_matrix):
             if matrix:
                 m[i] = b * m[i] + (1 - b) * g[i]
@@ -117,4 +102,3 @@ def test_steps_are_the_formulas(backend, dtype, horizon):
             moved = (target - start.double()).abs().max()
             tolerance = 1e-6 if dtype == torch.float64 else 1e-3  # theta's decays are rounded to float32
             assert (param.double() - target).abs().max() <= tolerance * moved + 1e-6, (t, tuple(param.shape))
-    assert float(optimizer._progress.memory["log_pace"]) != 0, "the feedback was asked"

@@ -84,6 +84,7 @@ READERS = {
         "x.safetensors",
         lambda path, to: ["evaluate", "--optimizers", f"celo:{path}", "--output", to / "out", "--tasks", "friedman"],
     ),
+    "try": ("x.py", lambda path, to: ["try", f"{path}:train", "--plot", to / "out.png"]),
     "evaluate --report": ("runs.jsonl", lambda path, to: ["evaluate", "--report", "--output", path.parent]),
 }
 
@@ -380,6 +381,8 @@ def test_runs_of_an_evaluation_that_are_damaged(change, refused, tmp_path):
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 COUNTS = [
+    ["try", "x.py:train", "--steps"],
+    ["try", "x.py:train", "--seed"],
     ["bench", "--threads"],
     ["bench", "--repeats"],
     ["bench", "--distributed", "simulate", "--ranks"],
@@ -414,6 +417,9 @@ def test_counts_that_are_none(argv, value, refused, tmp_path, monkeypatch):
         ["evaluate", "--optimizers", "celo@@"],
         ["evaluate", "--optimizers", "celo:builtin:"],
         ["evaluate", "--optimizers", "celo:hub:x"],
+        ["try", "\0:\x1b"],
+        ["try", "x.py:train", "--adamw", "nan"],
+        ["try", "x.py:train", "--weight-decay", "nan"],
         ["bench", "--shapes", ""],
         ["bench", "--device", "meta"],
         ["bench", "--device", "\0"],
@@ -449,6 +455,7 @@ WRITERS = {
     "bench --json": lambda to, log: ["bench", "--json", to / "x.json"],
     "bench --figures": lambda to, log: ["bench", "--figures", "--json", to / "x.json"],
     "bench --plot": lambda to, log: ["bench", "--distributed", "simulate", "--plot", to / "x.png"],
+    "try": lambda to, log: ["try", "math:floor", "--plot", to / "x.png"],
     "metatrain": lambda to, log: ["metatrain", _config(log.parent), "--output", to / "x"],
     "evaluate": lambda to, log: ["evaluate", "--output", to / "x", "--tasks", "friedman"],
 }
@@ -483,9 +490,9 @@ def _closed(to, name):
 # What a command makes by itself, or replaces, is no obstacle.
 OBSTACLES = {
     _in_a_file: set(WRITERS),
-    _in_no_folder: {"plot", "bench --json", "bench --figures", "bench --plot"},
-    _over_a_folder: {"plot", "weights convert", "bench --json", "bench --figures", "bench --plot"},
-    _over_a_fifo: {"plot", "bench --json", "bench --figures", "bench --plot", "metatrain", "evaluate"},
+    _in_no_folder: {"plot", "try", "bench --json", "bench --figures", "bench --plot"},
+    _over_a_folder: {"plot", "try", "weights convert", "bench --json", "bench --figures", "bench --plot"},
+    _over_a_fifo: {"plot", "try", "bench --json", "bench --figures", "bench --plot", "metatrain", "evaluate"},
     _over_a_file: {"metatrain", "evaluate"},
     _closed: set(WRITERS),
 }

@@ -103,7 +103,7 @@ def test_tables_fit_a_terminal(argv, monkeypatch):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["bench"], ["plot"], ["evaluate"], ["metatrain"], ["weights"], ["info"], ["weights", "convert"]],
+    [[], ["bench"], ["plot"], ["try"], ["evaluate"], ["metatrain"], ["weights"], ["info"], ["weights", "convert"]],
     ids=str,
 )
 def test_help_is_plain_text_of_80_columns(argv, capsys, monkeypatch):
