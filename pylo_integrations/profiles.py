@@ -168,7 +168,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="pace",
-                description="orthogonalised momentum at a learned and self-correcting step size, Adam for vectors",
+                description="orthogonalised momentum whose step size is learned, Adam for vectors",
                 architecture="pace",
                 weights="builtin:pace",
                 anneals=True,

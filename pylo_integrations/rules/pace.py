@@ -165,7 +165,7 @@ class PaceRule(Rule):
         return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), ctx.constants["momentum_weight"])
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
-        """Orthogonalise, and go as far as law, schedule and feedback say."""
+        """Orthogonalise, and go as far as laws and schedule say."""
         directions, scale = self.directions(steps, layout, ctx)
         return directions * scale
 
@@ -214,7 +214,7 @@ class PacedAdamRule(AdamWRule):
         return super().constants(device, dtype) | by_name(self.numbers.to(device, dtype))
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
-        """The momentum over the root of the second moment, as far as schedule and feedback say."""
+        """The momentum over the root of the second moment, as far as laws and schedule say."""
         step = super().propose(block, prepared, sums, control, ctx)
         return step * self._size(ctx).reshape(-1, *(1,) * (step.dim() - 1))
 
