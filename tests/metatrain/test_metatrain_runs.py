@@ -20,6 +20,8 @@ from tiny_metatrain import SMALL, TINY, tiny
 from pylo_integrations import Theta, cli, create_optimizer
 from pylo_integrations.cli.metatrain import configs
 from pylo_integrations.metatrain import ConfigError, Family, MetaTrainer, ResumeError, load_config, read_config
+from pylo_integrations.metatrain.episodes import Episode, Objective
+from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.tasks import FAMILIES, Task
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +228,37 @@ def test_other_estimators_and_objectives_run(tmp_path):
     assert theta.training["inner_steps"] > 0
 
 
+def test_an_iteration_trains_the_families_that_it_draws(tmp_path):
+    stages = [{"iterations": 12, "families": 1, "pairs": 2, "truncation": 3, "horizon": [3, 6]}]
+    _, one = run(tmp_path / "one", stages=stages)
+    trained = [{name for name in ("teacher", "regression") if row[f"loss_{name}"]} for row in rows(tmp_path / "one")]
+    assert set.union(*trained) == {"teacher", "regression"}, "one each time, but not always the same"
+    _, both = run(tmp_path / "both", stages=[{**stages[0], "families": None}])
+    assert one.training["inner_steps"] < 0.7 * both.training["inner_steps"]
+
+
+@pytest.mark.parametrize(("split", "share"), [("train", 0.0), ("validation", 1.0), ("both", 0.5)])
+def test_the_objective_is_of_the_batches_that_it_names(split, share):
+    found = [losses_of_a_constant_network(name) for name in ("train", "validation", split)]
+    expected = (1 - share) * found[0] + share * found[1]
+    torch.testing.assert_close(found[2], expected, rtol=0, atol=1e-6)
+
+
+def losses_of_a_constant_network(split):
+    """The objective of an episode whose training and validation losses are far apart, and never change."""
+
+    def batches(generator, count, validation):
+        return (torch.full((count, 2), 3.0 if validation else 1.0),)
+
+    def loss(model, batch):
+        return batch[0].mean() + 0 * model(batch[0][:, None]).sum()
+
+    task = Task(lambda: torch.nn.Linear(1, 1), loss, batches)
+    episode = Episode(Learner.adamw(0.0), task, Objective(split), 4, [0])
+    episode._now.first = torch.tensor([2.0])
+    return episode.unroll({}, 4)
+
+
 def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
     weights = theta_for("celo").save(tmp_path / "celo.safetensors")
     stage = {"iterations": 2, "pairs": 2, "truncation": 3, "horizon": [4, 8], "scales": {"lstm*": 0.5}}
@@ -260,6 +293,11 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
         ({"stages": []}, r"stages needs at least one stage"),
         ({"stages": [{}]}, r"entry stages\[0\].iterations is missing"),
         ({"stages": [{"iterations": "many"}]}, r"stages\[0\].iterations='many' must be of type int"),
+        ({"stages": [{"iterations": 1, "families": 3}]}, r"stages\[0\].families=3 must be at most those of train, 2"),
+        (
+            {"train": [{"kind": "teacher", "weight": 0}]},
+            r"train\[0\]: task family teacher: weight=0 must be a positive",
+        ),
         ({"stages": [{"iterations": 1, "sigma": 0}]}, r"stages\[0\].sigma=0.0 must be positive"),
         ({"stages": [{"iterations": 1, "sigma": ".nan"}]}, r"stages\[0\].sigma='.nan' must be a finite number"),
         ({"stages": [{"iterations": 1, "space": "half"}]}, r"stages\[0\].space='half' is unknown; choose one of"),
