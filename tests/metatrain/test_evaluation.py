@@ -330,7 +330,7 @@ def refused(capsys, tmp_path):
 def test_misuse_is_refused_in_one_line(refused, tmp_path, whole):
     assert "'mulp'; did you mean 'mulo'" in refused("--optimizers", "mulp")
     assert "schedule 'cosin'" in refused("--optimizers", "small_fc_lopt@cosin")
-    assert "celo2_base has no default weights; give some: celo2_base:WEIGHTS" in refused("--optimizers", "celo2_base")
+    assert "hub:amoudgl/celo2-base" in refused("--optimizers", "celo2_base"), "its weights are not here"
     assert "these weights are for small_fc" in refused("--optimizers", "velo:builtin:small_fc_bootstrap")
     assert "nowhere.safetensors" in refused("--optimizers", f"mulo:{tmp_path}/nowhere.safetensors@linear")
     assert "held-out task 'iris' is unknown; there are digits_mlp_256" in refused("--tasks", "iris")
