@@ -158,7 +158,8 @@ def test_version_has_one_source(wheel_metadata):
 
 @pytest.mark.slow
 def test_extras_and_dependencies(wheel_metadata):
-    assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
+    extras = {"hf", "lightning", "accelerate", "recipes", "evaluation", "dev", "docs"}
+    assert set(wheel_metadata.get_all("Provides-Extra")) == extras
     requirements = wheel_metadata.get_all("Requires-Dist")
     core = {canonicalize_name(Requirement(line).name) for line in requirements if "extra ==" not in line}
     assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging", "typing-extensions"}
