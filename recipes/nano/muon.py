@@ -1,4 +1,4 @@
-"""torch's Muon for hidden matrices and AdamW for all else, under 5 % warm-up and a cosine to zero."""
+"""torch's Muon for hidden matrices and AdamW for all else, under 5 % warm-up and a cosine to zero; not tuned."""
 
 from torch.optim import AdamW, Muon
 
