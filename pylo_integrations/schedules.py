@@ -29,8 +29,8 @@ def cosine(done: float) -> float:
 
 
 def warmed_up(done: float) -> float:
-    """From nearly 0 to 1 along a line in the first twentieth, then to 0 along half a cosine."""
-    return max(done, 1e-3) / WARM_UP if done < WARM_UP else cosine((done - WARM_UP) / (1 - WARM_UP))
+    """From 0 to 1 along a line in the first twentieth, then to 0 along half a cosine."""
+    return done / WARM_UP if done < WARM_UP else cosine((done - WARM_UP) / (1 - WARM_UP))
 
 
 SHAPES: Mapping[Shape, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}

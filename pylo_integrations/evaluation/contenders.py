@@ -15,21 +15,10 @@ from pylo_integrations.evaluation.baselines import BASELINES
 from pylo_integrations.evaluation.tasks import HeldOutTask
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizers import MuLO
-from pylo_integrations.schedules import constant, cosine, linear
+from pylo_integrations.schedules import constant, linear, warmed_up
 from pylo_integrations.weights import Theta, load_theta
 
-WARM_UP = 0.05
-"""Part of the run in which the cosine schedule rises."""
-
-MUP_BASE_WIDTH = 16
-"""Of a theta that is for muP and has no record of its meta-training."""
-
-
-def _warmed_up(progress: float) -> float:
-    return progress / WARM_UP if progress < WARM_UP else cosine((progress - WARM_UP) / (1 - WARM_UP))
-
-
-SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosine": _warmed_up, "linear": linear}
+SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosine": warmed_up, "linear": linear}
 """Factors on the learning rate by name, from the part of the run that is over: constant; linear warm-up and a cosine to
 zero; linear to zero, the default of the Hugging Face Trainer."""
 
