@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
-from pylo_integrations.metatrain.tasks import Readout
+from pylo_integrations.metatrain.tasks.networks import Readout
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ from pylo_integrations.optimizers import MuLO
 from pylo_integrations.schedules import constant, linear, warmed_up
 from pylo_integrations.weights import Theta, load_theta
 
+MUP_BASE_WIDTH = 16
+"""Of a theta that is for muP and has no record of its meta-training."""
+
+
 SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosine": warmed_up, "linear": linear}
 """Factors on the learning rate by name, from the part of the run that is over: constant; linear warm-up and a cosine to
 zero; linear to zero, the default of the Hugging Face Trainer."""

@@ -176,13 +176,12 @@ class PaceRule(Rule):
         inputs, outputs = (steps.shape[axis] for axis in axes)
         law = c["width_exponent"] * math.log(max(NARROWEST, inputs, outputs) / WIDTH)
         law = torch.exp(c["log_step"] + law + c["aspect_exponent"] * math.log(outputs / inputs)) * pace_of(ctx)
-        momentum = steps.movedim(axes, (-2, -1))
-        directions = orthogonalise(momentum, self.orthogonalise)
-        products = (momentum * directions).sum((-2, -1), keepdim=True, dtype=torch.float32)
-        norms = [torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.float32) for x in (momentum, directions)]
-        flatness = (products / (norms[0] * norms[1]).clamp_min(1e-30)).clamp(LEAST_FLATNESS, 1)
-        flatness, directions = (x.movedim((-2, -1), axes) for x in (flatness, directions))
+        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
         scale = inverse_rms(directions, axes, self.norm_eps)
+        wide = torch.promote_types(steps.dtype, torch.float32)
+        products = (steps * directions).mean(axes, keepdim=True, dtype=wide)
+        squares = steps.square().mean(axes, keepdim=True, dtype=wide)
+        flatness = (products * scale * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
         law, exponent = (x.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale) for x in (law, c["flatness"]))
         return directions, scale * law * flatness.to(scale) ** exponent
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, standardised
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.tasks import Readout
+from pylo_integrations.metatrain.tasks.networks import Readout
 
 _USERS, _ITEMS, _CHOICES = 400, 300, 8
 _WORDS, _NEGATIVES = 1000, 7

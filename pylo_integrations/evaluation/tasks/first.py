@@ -14,7 +14,7 @@ from pylo_integrations.evaluation.tasks import base
 from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, loss_of
 from pylo_integrations.metatrain import DataError, data
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
-from pylo_integrations.metatrain.tasks import Readout, mlp
+from pylo_integrations.metatrain.tasks.networks import Readout, mlp
 
 # -- data ------------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, first_images
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.tasks import Readout
+from pylo_integrations.metatrain.tasks.networks import Readout
 
 _CODE = 8
 

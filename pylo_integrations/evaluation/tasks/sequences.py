@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, standardised
 from pylo_integrations.metatrain import data
 from pylo_integrations.metatrain.seeds import generator_of
-from pylo_integrations.metatrain.tasks import Positions, Readout
+from pylo_integrations.metatrain.tasks.networks import Positions, Readout
 
 _COPIED, _DELAY, _SYMBOLS = 4, 6, 8
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pylo_integrations.evaluation.tasks import base
 from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, first_images
 from pylo_integrations.metatrain import data
-from pylo_integrations.metatrain.tasks import Positions, Readout, mlp
+from pylo_integrations.metatrain.tasks.networks import Positions, Readout, mlp
 
 _LENGTH, _RANK = 24, 8
 _ADAPTERS = (".down", ".up")

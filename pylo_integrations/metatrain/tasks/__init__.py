@@ -24,12 +24,11 @@ from pylo_integrations.metatrain.tasks.images import (
     ImagePatches,
     ImageResidual,
 )
-from pylo_integrations.metatrain.tasks.networks import Readout, mlp
 from pylo_integrations.metatrain.tasks.tables import Factorisation, Modular, Recall
 from pylo_integrations.metatrain.tasks.texts import TextAttention, TextGRU, TextMLP, TextRNN
 from pylo_integrations.paths import check_file
 
-__all__ = ["FAMILIES", "Batch", "Family", "Model", "Readout", "Task", "find_family", "mlp"]
+__all__ = ["FAMILIES", "Batch", "Family", "Model", "Task", "find_family"]
 
 FAMILIES: Mapping[str, type[Family]] = {
     family.kind: family
