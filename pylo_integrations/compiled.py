@@ -119,6 +119,8 @@ class CompiledSteps:
 
     def allows(self, groups: Groups, state: States) -> bool:
         """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
+        if any(group["state_dtype"] != "float32" for group in groups):
+            return False
         stepped = [param for group in groups for param in group["params"] if param.grad is not None]
         states = [(param, state.get(param, {})) for param in stepped]
         if any(set(self._names).isdisjoint(own) for _, own in states):

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.decay import check_decay, check_decay_policy
+from pylo_integrations.formats import StateDtype
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder
 
-OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule")
+OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule", "state_dtype")
 """What every parameter group has."""
+
+OURS = ("state_dtype",)
+"""Those of them that are of this optimizer and not of the run: checkpoints need not have them, and do not set them."""
 
 MOMENTUM = "momentum"
 """A default that nothing reads, and that groups have only once something writes it. It stands there because schedulers
@@ -88,6 +92,8 @@ def _read_options(
         raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
     if group["rule"] not in choices:
         raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(choices)}")
+    if group["state_dtype"] not in get_args(StateDtype):
+        raise ValueError(f"state_dtype={group['state_dtype']!r} is unknown; choose one of {list(get_args(StateDtype))}")
     return numbers
 
 

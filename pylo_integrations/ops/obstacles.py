@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_span
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH
 from pylo_integrations.ops.packing import norm_axes_of, spec_of
 from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, same_format
@@ -26,6 +27,8 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"its tensors are on {bucket.device}"
     if bucket.device.type == "cuda" and not spec.has_cuda:
         return f"those for CUDA do not know the rule {rule.kind}"
+    if bucket.form is not FLOAT32:
+        return f"they do not know state stored in {bucket.form.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 

@@ -262,7 +262,7 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     """
     contract = {**common, "parameter groups": str(len(groups))}
     for index, group in enumerate(groups):
-        contract |= {f"{option} of group {index}": repr(group[option]) for option in ("axes", "rule")}
+        contract |= {f"{option} of group {index}": repr(group[option]) for option in ("axes", "rule", "state_dtype")}
     for index, position, name, param in compared(groups, holdings):
         contract[f"parameter {position} of group {index}"] = _describe(param, name, holdings)
     return contract

@@ -56,6 +56,8 @@ BAD = [
     ("axes", None),
     ("rule", "sgd"),
     ("rule", None),
+    ("state_dtype", "int4"),
+    ("state_dtype", torch.int8),
     ("base_lr", math.nan),
     ("base_lr", "1"),
     ("base_lr", torch.ones(1).to_sparse()),
@@ -111,7 +113,9 @@ def test_what_is_set_later_is_checked_before_anything_moves(name, backend):
     assert optimizer.iteration == 3
 
 
-@pytest.mark.parametrize("option", ["lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule"])
+@pytest.mark.parametrize(
+    "option", ["lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule", "state_dtype"]
+)
 def test_an_option_that_is_gone_is_named(option):
     params, optimizer = make("celo2")
     before = everything(optimizer, params)
@@ -272,7 +276,7 @@ def test_what_is_on_a_device_is_read_when_it_is_put_there_and_no_more():
     rule = create([nn.Parameter(torch.ones(2, 2))], "celo2").rule
     check, Elsewhere.read = OptionCheck(rule, 1.0), 0
     group = {"lr": torch.tensor(0.1).as_subclass(Elsewhere), "weight_decay": 0.1, "weight_decay_policy": "adamw"}
-    group |= {"maximize": False, "axes": "out_in", "rule": "learned", "base_lr": 0.1}
+    group |= {"maximize": False, "axes": "out_in", "rule": "learned", "state_dtype": "float32", "base_lr": 0.1}
     for step in range(5):
         group["weight_decay"] = 0.1 / (1 + step)  # as a schedule sets it
         check.check([group])

@@ -191,6 +191,7 @@ SPOILT: dict[str, tuple[Callable[[Any, nn.Module], Undo], tuple[str, ...]]] = {
     "maximize": (option("maximize", True), ("maximize of group 0: ", "True on rank")),
     "base_lr": (option("base_lr", 3.0), ("base_lr of group 0: ", "3.0 on rank")),
     "axes": (option("axes", "in_out"), ("axes of group 0: ", "'in_out' on rank")),
+    "state_dtype": (option("state_dtype", "bfloat16"), ("state_dtype of group 0: ", "'bfloat16' on rank")),
     "max_grad_norm": (attribute("max_grad_norm", 0.25), ("max_grad_norm: ", "0.25 on rank")),
     "on_nonfinite": (attribute("on_nonfinite", "error"), ("on_nonfinite: ", "'error' on rank")),
     "num_steps": (horizon, ("num_steps: ", "77 on rank", "100 on rank")),
