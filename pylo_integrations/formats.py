@@ -142,14 +142,16 @@ class Int8(Format):
         return {name + CODE: Stored(None, code), name + SCALE: Stored(None, torch.float32, True)}
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """Codes on their curve, times scales."""
+        """Codes on their curve, times scales; the largest code is exactly its scale.
+
+        Divisors are tensors: CUDA multiplies by the reciprocal of a number, which for the largest code is not exactly 1.
+        """
         codes, scales = parts
         code = codes.float()
         if codes.dtype == torch.uint8:
-            square = code.square_().div_(_TOP**2)
-            curve = square.square_()
+            curve = code.square_().div_(code.new_full((1,), _TOP**2)).square_()
         else:
-            curve = code.mul_(code.abs()).div_(_MOST**2)
+            curve = code.mul_(code.abs()).div_(code.new_full((1,), _MOST**2))
         return _unblocked(_blocked(curve).mul_(scales.unsqueeze(-1)), codes.shape)
 
     def encode(self, values: Tensor, is_square: bool, noise: Tensor | None) -> list[Tensor]:

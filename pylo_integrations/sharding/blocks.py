@@ -89,6 +89,11 @@ class Bucket:
     def __len__(self) -> int:
         return len(self.params)
 
+    def parts_of(self, name: str, shape: Sequence[int] | None) -> Mapping[str, Stored]:
+        """The entries of :attr:`states` that hold a state, given the shape that the rule says it has."""
+        known = self.stored.get(name)
+        return {name: Stored(None if shape is None else tuple(shape), self.dtype)} if known is None else known
+
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """The entries of :attr:`states` that hold the states of these names."""
         return [part for name in names for part in self.stored.get(name, (name,))]
