@@ -485,8 +485,8 @@ def read_states(
             converted[kinds] += kinds[0] != kinds[1]
         if others:
             states[number] = {**states.get(number, {}), **_copied(others, entry.param.device)}
-    if told := ", ".join(f"from {old} to {new} of {count}" for (old, new), count in converted.items() if count):
-        logger.info("states are stored otherwise here than in the checkpoint, and were converted: %s parameters", told)
+    if told := "; ".join(f"{old} to {new}, {count} parameters" for (old, new), count in converted.items() if count):
+        logger.info("states are stored otherwise here than in the checkpoint, and were converted: %s", told)
     return states
 
 

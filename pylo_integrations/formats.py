@@ -144,7 +144,7 @@ class Int8(Format):
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """Codes on their curve, times scales; the largest code is exactly its scale.
 
-        Divisors are tensors: CUDA multiplies by the reciprocal of a number, which for the largest code is not exactly 1.
+        Divisors are tensors: CUDA multiplies by the reciprocal of a number, and would not get 1 for the largest code.
         """
         codes, scales = parts
         code = codes.float()
