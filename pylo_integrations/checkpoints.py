@@ -31,7 +31,7 @@ from pylo_integrations import sealed
 from pylo_integrations.fitting import missing_memory
 from pylo_integrations.formats import CODE, CODES, FLOAT32, FORMATS, SCALE, Format, decoded, encoded, scale_shape
 from pylo_integrations.ledger import Entry, Ledger
-from pylo_integrations.options import OPTIONS, OURS, check_group
+from pylo_integrations.options import OPTIONS, check_group
 from pylo_integrations.progress import COUNTS, FLOATS, INTEGERS, LARGEST_COUNT, Progress, fault_of, flaw_of
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
@@ -217,7 +217,7 @@ def check_form(state_dict: Mapping[str, Any]) -> None:
     indices = [index for index in state if isinstance(index, (int, str))]
     if wrong := [index for index in indices if not isinstance(state[index], Mapping | None)]:
         raise CheckpointError(f"the states of parameters {wrong[:10]} are not dicts")
-    if lacking := [name for name in OPTIONS if name not in OURS and any(name not in group for group in groups)]:
+    if lacking := [option for option in OPTIONS if any(option not in group for group in groups)]:
         names = sorted({str(name) for own in state.values() if isinstance(own, Mapping) for name in own})
         raise CheckpointError(
             f"its groups have no {lacking}, and its states are {names[:10]}: another kind of optimizer wrote it. "

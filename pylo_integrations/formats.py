@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -202,6 +202,12 @@ FLOAT32, BFLOAT16, INT8 = Format(), BFloat16(), Int8()
 
 FORMATS: dict[StateDtype, Format] = {each.kind: each for each in (FLOAT32, BFLOAT16, INT8)}
 """Formats by their name."""
+
+
+def wanted_format(group: Mapping[str, Any]) -> StateDtype:
+    """The format that a parameter group wants for its state."""
+    wanted: StateDtype = group.get("state_dtype", "float32")
+    return wanted
 
 
 def format_of(kind: StateDtype, shape: Shape, dtype: torch.dtype) -> Format:

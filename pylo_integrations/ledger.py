@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pylo_integrations.formats import FORMATS, Format, Stored, format_of, stored_parts
+from pylo_integrations.formats import FORMATS, Format, Stored, format_of, stored_parts, wanted_format
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import may_step
@@ -117,7 +117,7 @@ class Ledger:
         rule = self.rule.rule_for(layout, group)
         flat = self.holdings.flat_slices.get(param)
         name = flat.name if flat else name
-        form = format_of(group["state_dtype"], shape, dtype)
+        form = format_of(wanted_format(group), shape, dtype)
         if form.per_block:
             self.holdings.check_blocks(param)
         return Entry(param, name, layout, held, rule, rule.state_shapes(layout), dtype, flat is not None, form)

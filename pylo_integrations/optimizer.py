@@ -23,7 +23,7 @@ from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.naming import name_all
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
+from pylo_integrations.options import MOMENTUM, USUAL, OptionCheck, check_group
 from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss, check_horizon
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
@@ -404,6 +404,9 @@ class LearnedOptimizer(Optimizer):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        for option, usual in USUAL.items():
+            if group[option] == usual:
+                del group[option]
         group.setdefault("base_lr", float(group["lr"]))
         if not has_momentum:
             del group[MOMENTUM]

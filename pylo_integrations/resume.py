@@ -35,7 +35,7 @@ from pylo_integrations.checkpoints import (
     split_run,
 )
 from pylo_integrations.ledger import Ledger, States, state_dtype
-from pylo_integrations.options import OURS, OptionCheck
+from pylo_integrations.options import USUAL, OptionCheck, check_state_dtype
 from pylo_integrations.progress import Progress
 from pylo_integrations.weights.theta import Theta
 
@@ -146,6 +146,8 @@ class Resumption:
         try:
             check_form(state_dict)
             check_keys(state_dict, self._ledger.names)
+            for group in state_dict["param_groups"]:
+                check_state_dtype(group)
             saved = _with_ours(state_dict["param_groups"], groups)
             indices = [index for group in saved for index in group["params"]]
             there = {i: state_dict["state"][i] for i in indices if i in state_dict["state"]}
@@ -293,5 +295,6 @@ class Resumption:
 
 def _with_ours(saved: Sequence[Mapping[str, Any]], groups: Groups) -> list[dict[str, Any]]:
     """Saved groups with those options that are of the optimizer that loads them."""
-    paired = itertools.zip_longest(map(dict, saved), groups[: len(saved)], fillvalue=dict[str, Any]())
-    return [{**theirs, **{name: mine[name] for name in OURS if name in mine}} for theirs, mine in paired]
+    of_run = [{name: value for name, value in theirs.items() if name not in USUAL} for theirs in saved]
+    paired = itertools.zip_longest(of_run, groups[: len(saved)], fillvalue=dict[str, Any]())
+    return [{**theirs, **{name: mine[name] for name in USUAL if name in mine}} for theirs, mine in paired]

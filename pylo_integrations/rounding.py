@@ -16,8 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pylo_integrations.sharding.layout import Box
-
 _LOW = 0xFFFF
 _WORD = 0xFFFFFFFF
 
@@ -34,17 +32,24 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 
-def box_noise(box: Box, shape: Sequence[int], keys: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Noise for :func:`round_stochastically`, int32 ``(keys, *box)``.
+def box_noise(
+    start: Sequence[int],
+    extent: Sequence[int],
+    shape: Sequence[int],
+    keys: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> Tensor:
+    """Noise for :func:`round_stochastically`, int32 ``(keys, *extent)``.
 
     Args:
-        box: Of the whole tensors, what is rounded.
+        start: Where, in the whole tensors, the box begins that is rounded.
+        extent: Shape of the box.
         shape: Of the whole tensors.
         keys: Of each, see :func:`noise_keys`.
         device: Where to make it.
     """
-    words = torch.tensor(keys, device=device).view(-1, 2, *(1,) * len(box.shape))
-    index = _element_numbers(box, shape, device)
+    words = torch.tensor(keys, device=device).view(-1, 2, *(1,) * len(extent))
+    index = _element_numbers(start, extent, shape, device)
     noise = _hash((index & _WORD) ^ words[:, 0])
     return (_hash(noise ^ (index >> 32) ^ words[:, 1]) & _LOW).to(torch.int32)
 
@@ -61,12 +66,12 @@ def noise_keys(iteration: int, number: int, state: str = "") -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _element_numbers(box: Box, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Positions of a box's elements in the whole tensor, row-major, int64 ``(1, *box)``."""
-    index = torch.zeros((1,) * (1 + len(box.shape)), dtype=torch.int64, device=device)
-    for axis, (start, extent) in enumerate(zip(box.start, box.shape, strict=True)):
-        along = torch.arange(start, start + extent, device=device)
-        index = index * shape[axis] + along.view(-1, *(1,) * (len(box.shape) - 1 - axis))
+def _element_numbers(start: Sequence[int], extent: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Positions of a box's elements in the whole tensor, row-major, int64 ``(1, *extent)``."""
+    index = torch.zeros((1,) * (1 + len(extent)), dtype=torch.int64, device=device)
+    for axis, (first, count) in enumerate(zip(start, extent, strict=True)):
+        along = torch.arange(first, first + count, device=device)
+        index = index * shape[axis] + along.view(-1, *(1,) * (len(extent) - 1 - axis))
     return index
 
 

@@ -43,7 +43,7 @@ from pylo_integrations import sealed
 from pylo_integrations.checkpoints import PROGRESS, CheckpointError, check_groups, foreign_names, whole_states
 from pylo_integrations.ledger import Entry
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
-from pylo_integrations.options import OURS
+from pylo_integrations.options import USUAL
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 
@@ -245,13 +245,13 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group that are plain values; tensors of one element become numbers."""
     numbers = {key: value.item() for key, value in group.items() if isinstance(value, Tensor) and value.numel() == 1}
     plain = {key: value for key, value in {**group, **numbers}.items() if isinstance(value, _PLAIN)}
-    return {key: value for key, value in plain.items() if key not in OURS}
+    return {key: value for key, value in plain.items() if key not in USUAL}
 
 
 def _saved_options(group: Mapping[str, Any], names: Mapping[Tensor, str], saved: Any) -> dict[str, Any]:
     """What the saved groups say about the options of a group; numbers take the form that they have here."""
     mine = {names[param] for param in group["params"]}
-    left_out = {"params", *OURS}
+    left_out = {"params", *USUAL}
     matching = [{k: v for k, v in other.items() if k not in left_out} for other in saved if mine & set(other["params"])]
     if any(options != matching[0] for options in matching):
         differing = sorted(key for key in matching[0] if any(other.get(key) != matching[0][key] for other in matching))

@@ -16,9 +16,9 @@ void adam(const Job &job) {
     const bool moved = is_moved(job);
     alignas(64) float buffer[5][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
-        const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
         float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = load_state(job, RMS_STATE, run, buffer[2]);
         float *momentum = load_state(job, 0, run, buffer[3]);
+        const float *grad = moved ? param : run.load(step.grad, step.grad_dtype, buffer[0]);  // no more needed then
         float *direction = t.direction ? buffer[4] : nullptr;
         for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec p = Vec::load(param + lane);

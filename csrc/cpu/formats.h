@@ -1,5 +1,9 @@
 // Parameter-shaped state as it is stored: floats, their upper halves, or codes with a scale for every block. The formulas
 // are those of pylo_integrations/formats.py, operation by operation.
+//
+// Loops over a block are functions of their own, without branches and with pointers that are told to be distinct: codes are
+// bytes, which may be anything's, and in a larger function compilers give up on vectors. A call costs nothing beside 256
+// elements.
 #pragma once
 
 #include "kernels.h"
@@ -48,6 +52,11 @@ PYLO_FN int code_at(const void *codes, int64_t element) {
 }
 
 template <bool Square>
+__attribute__((noinline)) void decode_codes(const void *codes, int64_t first, int count, float scale, float *__restrict values) {
+    for (int i = 0; i < count; ++i) values[i] = decoded<Square>(code_at<Square>(codes, first + i)) * scale;
+}
+
+template <bool Square>
 PYLO_FN void decode(const pylo_stored &stored, const void *codes, const float *scales, const Run &run, float *values) {
     const Blocks blocks(stored);
     if (run.step == 1) {
@@ -55,8 +64,7 @@ PYLO_FN void decode(const pylo_stored &stored, const void *codes, const float *s
             const int64_t element = run.index + first;
             const int64_t left = run.count - first, here = blocks.end(element) - element;
             const int count = (int)(here < left ? here : left);
-            const float scale = scales[blocks.of(element)];
-            for (int i = 0; i < count; ++i) values[first + i] = decoded<Square>(code_at<Square>(codes, element + i)) * scale;
+            decode_codes<Square>(codes, element, count, scales[blocks.of(element)], values + first);
             first += count;
         }
         return;
@@ -87,20 +95,24 @@ PYLO_FN uint32_t mixed(uint32_t x) {
     return (x >> 16) ^ x;
 }
 
+__attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict noise) {
+    for (int i = 0; i < count; ++i) noise[i] = mixed(mixed((first + (uint32_t)i) ^ key) ^ other) & 0xFFFFu;
+}
+
 // Noise of 16 bits for `count` elements of the whole tensor from `first` on.
 PYLO_FN void make_noise(const uint32_t (&keys)[2], uint64_t first, int count, uint32_t *noise) {
     for (int done = 0; done < count;) {  // once, but where the upper word changes
-        const uint32_t low = (uint32_t)(first + (uint64_t)done), high = (uint32_t)((first + (uint64_t)done) >> 32) ^ keys[1];
-        const uint64_t left = (uint64_t)1 << 32;
-        const int here = (uint64_t)low + (uint64_t)(count - done) > left ? (int)(left - low) : count - done;
-        for (int i = 0; i < here; ++i) noise[done + i] = mixed(mixed((low + (uint32_t)i) ^ keys[0]) ^ high) & 0xFFFFu;
+        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 32) - (at & 0xFFFFFFFFu);
+        const int here = left < (uint64_t)(count - done) ? (int)left : count - done;
+        mix(keys[0], (uint32_t)(at >> 32) ^ keys[1], (uint32_t)at, here, noise + done);
         done += here;
     }
 }
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-PYLO_FN void encode_halves(const float *values, const uint32_t *noise, int count, uint16_t *to) {
+__attribute__((noinline)) void encode_halves(
+    const float *__restrict values, const uint32_t *__restrict noise, int count, uint16_t *__restrict to) {
     for (int i = 0; i < count; ++i) {
         const uint32_t bits = to_bits(values[i]);
         const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
@@ -110,7 +122,7 @@ PYLO_FN void encode_halves(const float *values, const uint32_t *noise, int count
 }
 
 // Largest magnitude of a block, NaN if there is one: these are ordered as integers.
-PYLO_FN float largest_magnitude(const float *values, int count) {
+__attribute__((noinline)) float largest_magnitude(const float *values, int count) {
     uint32_t most = 0;
     for (int i = 0; i < count; ++i) {
         const uint32_t size = to_bits(values[i]) & 0x7FFFFFFFu;
@@ -122,6 +134,7 @@ PYLO_FN float largest_magnitude(const float *values, int count) {
 
 PYLO_FN float whole_part(float x) { return (float)(int)x; }  // of small numbers that are not negative
 
+// The code of a number of magnitude at most 1, which nothing rounds beyond the largest.
 template <bool Square>
 PYLO_FN int encoded(float part, float chance) {
     if constexpr (Square) {
@@ -129,27 +142,22 @@ PYLO_FN int encoded(float part, float chance) {
         const float lower = whole_part(root(root(above)) * 255.0f);
         const float low = lower * lower / 65025.0f, high = (lower + 1) * (lower + 1) / 65025.0f;
         const float code = lower + ((part - low * low) / (high * high - low * low) > chance ? 1.0f : 0.0f);
-        const float least = part > 0 ? 1.0f : 0.0f, most = code < 255.0f ? code : 255.0f;
-        return (int)(most > least ? most : least);
+        const float least = part > 0 ? 1.0f : 0.0f;
+        return (int)(code > least ? code : least);
     }
     const float distance = __builtin_fabsf(part) * 16129.0f;
     const float lower = whole_part(root(distance));
     const float code = lower + ((distance - lower * lower) / (lower + lower + 1) > chance ? 1.0f : 0.0f);
-    const int size = (int)(code < 127.0f ? code : 127.0f);
-    return part < 0 ? -size : size;
+    return (int)__builtin_copysignf(code, part);
 }
 
 template <bool Square>
-PYLO_FN void encode_codes(const float *values, const uint32_t *noise, int count, void *codes, float &scale) {
-    scale = largest_magnitude(values, count);
-    const float unit = scale > 0 ? scale : __builtin_inff();
+__attribute__((noinline)) void encode_codes(
+    const float *__restrict values, const uint32_t *__restrict noise, int count, float unit, int8_t *__restrict codes) {
     for (int i = 0; i < count; ++i) {
         const float part = values[i] / unit;
-        const int code = encoded<Square>(part == part ? part : 0.0f, ((float)noise[i] + 0.5f) / 65536.0f);
-        if constexpr (Square)
-            ((uint8_t *)codes)[i] = (uint8_t)code;
-        else
-            ((int8_t *)codes)[i] = (int8_t)code;
+        const int code = encoded<Square>(part, ((float)(int)noise[i] + 0.5f) / 65536.0f);
+        codes[i] = (int8_t)code;
     }
 }
 
@@ -161,12 +169,13 @@ PYLO_FN void store_block(const Job &job, int which, const Run &block, const floa
     make_noise(stored.noise[which], (uint64_t)(stored.first + block.index), block.count, noise);
     if (t.state_dtype == PYLO_BFLOAT16)
         return encode_halves(values, noise, block.count, (uint16_t *)state_of(t, which) + block.index);
-    float &scale = stored.scale[which][Blocks(stored).of(block.index)];
-    char *codes = (char *)state_of(t, which) + block.index;
+    const float scale = largest_magnitude(values, block.count), unit = scale > 0 ? scale : __builtin_inff();
+    stored.scale[which][Blocks(stored).of(block.index)] = scale;
+    int8_t *codes = (int8_t *)state_of(t, which) + block.index;
     if (which == RMS_STATE)
-        encode_codes<true>(values, noise, block.count, codes, scale);
+        encode_codes<true>(values, noise, block.count, unit, codes);
     else
-        encode_codes<false>(values, noise, block.count, codes, scale);
+        encode_codes<false>(values, noise, block.count, unit, codes);
 }
 
 // Whether advance() has moved a record's state on, so that apply only reads it.

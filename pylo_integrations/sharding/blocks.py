@@ -193,7 +193,7 @@ class Block:
             parts = self.bucket.stored[name]
             is_square = any(part.dtype == torch.uint8 for part in parts.values())
             keys = [noise_keys(self.bucket.iteration, number, name) for number in self.bucket.numbers[self.tensors]]
-            noise = box_noise(self.box, self.layout.shape, keys, values.device)
+            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device)
             encoded = self.bucket.form.encode(values, is_square, noise)
             for (part, stored), new in zip(parts.items(), encoded, strict=True):
                 torch._foreach_copy_(self._stored([part], stored.per_block), list(new.unbind()))

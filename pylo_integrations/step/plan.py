@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
+from pylo_integrations.formats import wanted_format
 from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.memory import identities_of
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages
@@ -183,7 +184,7 @@ class Planner:
         agreed: Agreed,
     ) -> tuple[Any, ...]:
         options = [
-            (id(group), group["axes"], group["rule"], group["state_dtype"], len(group["params"])) for group in groups
+            (id(group), group["axes"], group["rule"], wanted_format(group), len(group["params"])) for group in groups
         ]
         kinds = list(map(type, grads))
         absent = kinds.count(type(None)) > 0

@@ -103,5 +103,5 @@ def _rounded(values: Tensor, block: Block, ctx: StepContext) -> Tensor:
     if not block.bucket.rounds_stochastically:
         return values
     keys = [noise_keys(ctx.iteration, number) for number in block.bucket.numbers[block.tensors]]
-    noise = box_noise(block.box, block.layout.shape, keys, block.bucket.device)
+    noise = box_noise(block.box.start, block.box.shape, block.layout.shape, keys, block.bucket.device)
     return round_stochastically(values, noise.unsqueeze(1))

@@ -16,6 +16,7 @@ from pylo_integrations.formats import BFLOAT16, FORMATS, INT8, TINY, decoded, en
 from pylo_integrations.state import from_canonical, to_canonical
 
 KINDS = ["bfloat16", "int8"]
+LINE = "states are stored otherwise here than in the checkpoint, and were converted"
 X = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
 
 
@@ -135,6 +136,23 @@ def test_blocks_of_another_size_store_the_same_bits(kind):
     assert same(*found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_averages_forget_what_is_no_longer_there(kind):
+    """To the nearest, they would stand still once what a step takes away is less than half the way to a neighbour."""
+    params = [nn.Parameter(torch.zeros(64, 256)) for _ in range(2)]
+    start = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    optimizers = [create([p], "small_fc_lopt", state_dtype=k) for p, k in zip(params, ("float32", kind), strict=True)]
+    for step in range(200):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = start if step == 0 else torch.zeros_like(start)
+            optimizer.step()
+    wanted, found = (to_canonical(o, nn.ParameterList([p])) for o, p in zip(optimizers, params, strict=True))
+    slow = [canonical["state"]["0"]["momentum_2"] for canonical in (wanted, found)]  # 0.999
+    assert 0.8 < slow[0].norm() / (0.001 * start.norm()) < 0.83
+    along = [(value * start).sum() for value in slow]
+    assert abs(along[1] / along[0] - 1) < 0.01
+
+
 def test_groups_may_store_their_state_in_ways_of_their_own():
     model = model_of()
     first, last = model[0].weight, model[2].weight
@@ -188,13 +206,9 @@ def test_a_checkpoint_of_another_format_is_converted_and_the_log_says_so(of, to,
     with caplog.at_level(logging.INFO, "pylo_integrations.checkpoints"):
         reader.load_state_dict(optimizer.state_dict())
     assert [record.getMessage() for record in caplog.records] == (
-        [
-            f"states are stored otherwise here than in the checkpoint, and were converted: from {of} to {to} of 2 parameters"
-        ]
-        if of != to
-        else []
+        [f"{LINE}: {of} to {to}, 2 parameters"] if of != to else []
     )
-    assert {group["state_dtype"] for group in reader.param_groups} == {to}
+    assert {group.get("state_dtype", "float32") for group in reader.param_groups} == {to}
     before, after = (to_canonical(*pair)["state"] for pair in ((optimizer, model), (reader, other)))
     for param, states in before.items():
         for name, value in states.items():
@@ -220,18 +234,18 @@ def test_damaged_codes_are_refused_by_name():
         optimizer_of(model_of(), "celo2", "int8").load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def test_checkpoints_from_before_there_were_formats_load():
+def test_groups_say_nothing_of_float32_so_that_checkpoints_are_those_of_before():
     model = model_of()
-    optimizer = optimizer_of(model, "pace", "float32")
-    train(model, optimizer, 2)
-    saved = optimizer.state_dict()
-    for group in saved["param_groups"]:
-        del group["state_dtype"]
-    other = model_of()
-    reader = optimizer_of(other, "pace", "float32")
-    reader.load_state_dict(saved)
-    assert reader.param_groups[0]["state_dtype"] == "float32" and reader.iteration == 2
-    train(other, reader, 1)
+    plain, coded = (optimizer_of(model, "pace", kind) for kind in ("float32", "int8"))
+    assert not any("state_dtype" in group for group in plain.param_groups)
+    assert all(group["state_dtype"] == "int8" for group in coded.param_groups)
+    train(model, plain, 2)
+    coded.load_state_dict(plain.state_dict())
+    assert coded.param_groups[0]["state_dtype"] == "int8" and coded.iteration == 2
+    saved = coded.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "int4"
+    with pytest.raises(CheckpointError, match="state_dtype='int4' is unknown"):
+        plain.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("name", distinct_rules())

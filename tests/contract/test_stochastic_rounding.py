@@ -11,14 +11,12 @@ from thetas import create
 from torch import nn
 
 from pylo_integrations.rounding import box_noise, noise_keys, round_stochastically
-from pylo_integrations.sharding.layout import Box
 
 SHAPES = [(12, 9), (7,), (4, 3, 3, 3), ()]
 
 
 def noise_of(shape, start, extent, number=3, iteration=5):
-    box = Box(tuple(start), tuple(extent))
-    return box_noise(box, shape, [noise_keys(iteration, number)], torch.device("cpu"))[0]
+    return box_noise(start, extent, shape, [noise_keys(iteration, number)], torch.device("cpu"))[0]
 
 
 def test_noise_is_uniform_and_of_each_bit():
