@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from native_library import library_or_skip
-from plans import is_native
+from plans import is_native, native_parts
 from thetas import create
 from torch import nn
 
+from pylo_integrations.ops.loader import NativeError
 from pylo_integrations.ops.records import run_start
 from pylo_integrations.sharding.layout import Box
 
@@ -95,3 +96,42 @@ def test_a_parameter_that_is_no_run_in_memory_goes_to_the_reference(kind):
     with pytest.raises(RuntimeError, match=r"backend='native' cannot .* run of elements"):
         other = create([param], "pace", num_steps=10, state_dtype=kind, backend="native")
         other.step()
+
+
+def damage_row(stored):
+    stored["row"][0] = 7
+
+
+def damage_first(stored):
+    stored["first"][0] = -1
+
+
+def damage_scale(stored):
+    stored["scale"][0, 0] = 0
+
+
+def damage_room(stored):
+    stored["scale_bytes"][0, 0] -= 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damage_row, "first and row are not those of a run of rows"),
+        (damage_first, "first and row are not those of a run of rows"),
+        (damage_scale, "scale 0 is null or misaligned"),
+        (damage_room, "scale 0 has [0-9]+ bytes, must have"),
+    ],
+)
+def test_a_description_of_codes_that_does_not_fit_is_refused(spoil, message):
+    library_or_skip()
+    param = nn.Parameter(torch.randn(64, 96))
+    param.grad = torch.randn(64, 96)
+    optimizer = create([param], "pace", num_steps=10, state_dtype="int8", backend="native")
+    optimizer.step()
+    (stages,) = native_parts(optimizer)
+    before = [value.clone() for value in (param.detach(), *optimizer.state[param].values())]
+    spoil(stages._tables[0].table.stored)
+    with pytest.raises(NativeError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, (param.detach(), *optimizer.state[param].values())))
