@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from pylo_integrations.formats import BLOCK, scale_shape
-from pylo_integrations.sharding.pieces import FlatSlice, Held, ShardingError, is_sharded, local_part, locate
+from pylo_integrations.sharding.pieces import (
+    FlatSlice,
+    Held,
+    ShardingError,
+    is_sharded,
+    local_part,
+    locate,
+    parameter_names,
+    read_flat_slices,
+)
 from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.sharding.shares import share_of, shared_rows, zero_state
 
@@ -29,6 +40,29 @@ class Holdings:
     ranks: Ranks = field(default_factory=Ranks)
     flat_slices: dict[Tensor, FlatSlice] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
+
+    def bind(self, model: nn.Module, ours: Collection[Tensor], process_group: ProcessGroup | None) -> bool:
+        """Learn what parameters do not tell of themselves, anew.
+
+        Args:
+            model: As wrapped for training.
+            ours: The parameters of the optimizer.
+            process_group: The ranks that train together; None for those of the last call, else all.
+
+        Returns:
+            Whether some of ours are slices of FSDP1.
+
+        Raises:
+            ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
+            ValueError: This process is not in ``process_group``.
+        """
+        slices = read_flat_slices(model)
+        self.ranks.bind(process_group)
+        self.flat_slices.clear()
+        self.flat_slices.update(slices)
+        self.names.clear()
+        self.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
+        return not slices.keys().isdisjoint(ours)
 
     def shares(self, param: Tensor) -> bool:
         """Whether ranks share the work of a parameter's step: not of one that is sharded anyway, nor of a scalar."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_cases import promised
-from thetas import distinct_rules
+from thetas import distinct_rules, slow_unless
 
 from pylo_integrations import cli
 from pylo_integrations.bench import BASELINES, SHAPES
@@ -106,8 +106,10 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
     assert sum(found["celo_adam:reference"]["state_bytes"] for found in by_rank) == 2 * 4 * numel
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(24, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strategy", SIMULABLE)
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [slow_unless((s, n) in [("fsdp2", 4), ("tp", 4), ("shard_step", 4)], s, n) for s in SIMULABLE for n in (4, 24)],
+)
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()
     for name, costs in dry_run(shapes, strategy, ranks, distinct_rules()).items():
