@@ -14,6 +14,7 @@ from thetas import theta_for
 from torch import Tensor, nn
 
 from pylo_integrations import DisagreementError, Theta
+from pylo_integrations.options import USUAL
 
 LAYOUTS = ["shard_step", "ddp", "fsdp2", "fsdp1"]
 """Of ``ddp``, the rule sees the loss; otherwise such ranks have nothing to exchange."""
@@ -97,7 +98,7 @@ Undo = Callable[[], None]
 def option(name: str, value: Any) -> Callable[[Any, nn.Module], Undo]:
     def spoil(optimizer: Any, model: nn.Module) -> Undo:
         group = optimizer.param_groups[0]
-        before = group[name]
+        before = group.get(name, USUAL.get(name))
         group[name] = value
         return lambda: group.__setitem__(name, before)
 
