@@ -24,7 +24,7 @@ from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.naming import name_new
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
+from pylo_integrations.options import MOMENTUM, USUAL, OptionCheck, check_group
 from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
@@ -39,15 +39,17 @@ class LearnedOptimizer(Informed):
     """A torch optimizer whose update is a learned rule.
 
     Subclasses only choose the rule; all behaviour is here. State is created lazily (:meth:`init_state`), in float32
-    (float64 for float64 parameters), shaped like its parameter but for small row and column statistics.
+    unless ``state_dtype`` says otherwise (float64 for float64 parameters), shaped like its parameter but for small row
+    and column statistics.
 
     What else it takes, and its subclasses do, is in :class:`~pylo_integrations.keywords.Keywords`.
 
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
-            ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
-            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
-            ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
+            ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
+            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the
+            optimizer has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See
+            :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -122,6 +124,7 @@ class LearnedOptimizer(Informed):
             "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
+            "state_dtype": keywords["state_dtype"],
             MOMENTUM: 0.0,
         }
         self._is_made = False  # until then, groups of which some have names are an error, as in torch
@@ -279,6 +282,9 @@ class LearnedOptimizer(Informed):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        for option, usual in USUAL.items():
+            if group[option] == usual:
+                del group[option]
         group.setdefault("base_lr", float(group["lr"]))
         if not has_momentum:
             del group[MOMENTUM]

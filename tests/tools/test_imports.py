@@ -15,10 +15,12 @@ PACKAGE = ROOT.name
 
 # Each layer may import those before it.
 LAYERS = [
+    {"rounding"},
+    {"formats"},
     {"sharding", "files", "paths", "steplock", "schedules"},
     {"rules", "sealed", "fitting", "naming"},
     {"profiles"},
-    {"weights", "decay", "progress", "rounding", "telemetry"},
+    {"weights", "decay", "progress", "telemetry"},
     {"ops", "options", "hints", "ledger"},
     {"step", "checkpoints", "advice"},
     {"engine", "resume", "keywords"},
