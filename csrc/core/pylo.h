@@ -148,8 +148,8 @@ typedef struct pylo_rule {
     float grad_clip;                 /* bound on gradient elements, infinity for none */
     float grad_limit;                /* largest gradient element that PYLO_ZERO_NONFINITE keeps */
     float adam_eps, adam_eps_root;   /* step = m / (sqrt(r + eps_root) + eps), m and r corrected */
-    int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called;
-                                      * for PYLO_NESTEROV 2, which are of gradient times momentum and momentum squared */
+    int32_t measures;                /* how many of the PYLO_TENSOR_SUMS measure makes: 1 or all, 0 if it is not called, as for
+                                      * PYLO_NESTEROV */
 } pylo_rule;
 
 typedef struct pylo_call {

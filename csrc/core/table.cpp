@@ -170,9 +170,8 @@ int check_rule(const pylo_rule &rule) {
                     "rule: %d layers; there may be 1 to %d, hidden ones of 1 to %d units and 2 to 4 outputs", rule.layers,
                     PYLO_MAX_LAYERS, PYLO_MAX_WIDTH);
     if (rule.features >> PYLO_SLOTS) return fail(PYLO_BAD_ARGUMENT, "rule: features names slots beyond %d", PYLO_SLOTS);
-    if (nesterov && rule.measures != 0 && rule.measures != 2)
-        return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0 or 2 for momentum");
-    if (!nesterov && rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))
+    if (nesterov && rule.measures != 0) return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0 for momentum");
+    if (rule.measures != 0 && rule.measures != 1 && (rule.measures != PYLO_TENSOR_SUMS || adam))
         return fail(PYLO_BAD_ARGUMENT, "rule: measures must be 0, 1 or, but for Adam, %d", PYLO_TENSOR_SUMS);
     if (!(rule.grad_clip > 0)) return fail(PYLO_BAD_ARGUMENT, "rule: grad_clip must be positive, or infinity for none");
     return PYLO_OK;

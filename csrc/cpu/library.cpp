@@ -11,9 +11,7 @@ namespace {
 
 using namespace pylo;
 
-bool reads_steps(Stage stage, const pylo_rule &rule) {
-    return stage == MEASURE ? rule.layers == PYLO_NESTEROV : stage != PREPARE;
-}
+bool reads_steps(Stage stage) { return stage != MEASURE && stage != PREPARE; }
 
 // What a stage needs of step `i` beyond pylo_check().
 int check_step(Stage stage, const pylo_call &call, int64_t i) {
@@ -24,7 +22,7 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
         if (int status = check_stored(record, call.tensors[i], call.stored ? &call.stored[i] : nullptr, *call.rule,
                                       local_numel(call.tensors[i])))
             return status;
-    if (!reads_steps(stage, *call.rule)) return PYLO_OK;
+    if (!reads_steps(stage)) return PYLO_OK;
     if (stage == WRITE) {
         const pylo_tensor &t = call.tensors[i];
         const bool complete = t.direction && t.direction_scale;
@@ -53,7 +51,7 @@ int check_stage(Stage stage, const pylo_call &call) {
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
-    if (reads_steps(stage, *call.rule) && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
+    if (reads_steps(stage) && !call.steps) return fail(PYLO_BAD_ARGUMENT, "steps is null");
     if (stage == COLLECT && (!call.grad_squares || !aligned(call.grad_squares, sizeof(double))))
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
     for (int64_t i = 0; i < call.count; ++i)

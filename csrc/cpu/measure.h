@@ -48,7 +48,6 @@ void measure_part(const Job &job) {
 }
 
 void measure(const Job &job) {
-    if (job.rule->layers == PYLO_NESTEROV) return measure_agreement(job);
     if (job.rule->measures == 1)
         measure_part<false>(job);
     else

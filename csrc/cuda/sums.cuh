@@ -159,31 +159,11 @@ __device__ __forceinline__ void measure_part(const Arguments &arguments, const F
     }
 }
 
-// Whether new gradients agree with the momentum of those before: sums of their products, and of the momentum's squares. A
-// thread adds at most FLUSH numbers in single precision.
-__device__ __forceinline__ void measure_agreement(const Arguments &arguments, const FlatPart &part, CollectShared &shared) {
-    const pylo_tensor &t = arguments.records[part.record].tensor;
-    const pylo_step &step = arguments.steps[part.record];
-    float products = 0, squares = 0;
-    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += SUM_THREADS) {
-        const float param = step.l2 != 0.0f ? read(t.param, t.param_dtype, i) : 0.0f;
-        const float grad = seen_gradient(arguments.rule, step, read(step.grad, step.grad_dtype, i), param);
-        const float momentum = t.momentum[0][i];
-        products = madd(grad, momentum, products);
-        squares = madd(momentum, momentum, squares);
-    }
-    const double total[2] = {sum_of_block((double)products, shared.scratch), sum_of_block((double)squares, shared.scratch)};
-    if (threadIdx.x == 0)
-        for (int i = 0; i < 2; ++i) arguments.partial[part.slot + i] = total[i];
-}
-
 __device__ __forceinline__ void collect(const Arguments &arguments) {
     auto &shared = shared_memory<CollectShared>();
     const int part = (int)blockIdx.x, measure = part - arguments.matrix_count;
     if (measure < 0)
         collect_part(arguments, arguments.matrices[part], shared);
-    else if (arguments.rule.layers == PYLO_NESTEROV)
-        measure_agreement(arguments, arguments.measures[measure], shared);
     else if (arguments.rule.measures == 1)
         measure_part<false>(arguments, arguments.measures[measure], shared);
     else

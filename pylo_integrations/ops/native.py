@@ -57,12 +57,11 @@ STATISTICS = ("row", "col", "inverse_row", "inverse_col")
 """Features that are constant along rows or columns."""
 
 _MEASURED = {
-    "products": slice(0, 2),
     "param_squares": slice(0, 1),
     "moments": slice(1, 5),
     "moment_squares": slice(5, TENSOR_SUMS),
 }
-"""Sums over gradients, parameters, momenta and second moment before the step, by the names that rules know them by."""
+"""Sums over parameters, momenta and second moment before the step, by the names that rules know them by."""
 
 
 def _measured(spec: KernelSpec, bucket: Bucket) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
     if isinstance(spec.step, NesterovSpec):
-        struct.layers, struct.measures = NESTEROV, 2 if spec.sums else 0
+        struct.layers = NESTEROV
         return struct
     rms = constants["rms_weight"]
     struct.rms_weight, struct.rms_keep = rms.item(), (1 - rms).item()

@@ -65,8 +65,7 @@ class KernelSpec:
         step: What makes steps.
         clip: Gradient elements are clipped to plus and minus this.
         sums: Sums that ``control`` reads besides those of squared gradients: ``"param_squares"``, ``"moments"`` and
-            ``"moment_squares"``, in that order, all or the first; of :class:`NesterovSpec` ``"products"``, those of
-            gradient and momentum, and of the momentum with itself.
+            ``"moment_squares"``, in that order, all or the first; none of :class:`NesterovSpec`.
         sums_with_l2: The same, in a group with an L2 penalty.
         step_mult: Scale of the whole step, which decisions multiply.
         factor: Makes another factor on it, one number, of a step's
