@@ -22,6 +22,7 @@ from test_native_rules import BOUNDS, CONVOLUTIONS
 from thetas import create, slow_unless, theta_for
 from torch import nn
 
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops import loader, native
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.loader import Library, NativeError
@@ -298,7 +299,7 @@ def test_a_step_of_any_number_of_tensors_launches_six_kernels_at_most_and_three_
 @pytest.mark.parametrize("name", ENTRIES)
 def test_nothing_is_in_the_way_of_the_kernels_for_cuda(name):
     rule = create(parameters([(3, 2)]), name).rule
-    bucket = SimpleNamespace(device=torch.device("cuda"), params=[torch.empty(3, 2)])
+    bucket = SimpleNamespace(device=torch.device("cuda"), params=[torch.empty(3, 2)], form=FLOAT32)
     assert obstacle(rule, bucket) is None
 
 

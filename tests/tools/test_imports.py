@@ -35,7 +35,7 @@ LAYERS = [
     {"__init__"},
     {"hf", "lightning", "accelerate", "timm"},
     {"plot", "workers", "kernel_check"},
-    {"bench", "metatrain"},
+    {"bench", "metatrain", "comparison"},
     {"evaluation"},
     {"cli"},
 ]
