@@ -21,6 +21,7 @@ from thetas import create, slow_unless
 from torch import nn
 
 from pylo_integrations import kernel_check
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops import cache, cuda, loader, select, self_check
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.self_check import Subject, Verdict, judge, judge_anew
@@ -163,7 +164,7 @@ def rule() -> SmallFCRule:
 
 
 def bucket() -> SimpleNamespace:
-    return SimpleNamespace(device=DEVICE, layout=SimpleNamespace(shape=(3, 2)))
+    return SimpleNamespace(device=DEVICE, layout=SimpleNamespace(shape=(3, 2)), form=FLOAT32)
 
 
 @pytest.fixture
