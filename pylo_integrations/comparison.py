@@ -22,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info
+from pylo_integrations.paths import check_file
 from pylo_integrations.schedules import linear, warmed_up
 
 LAST = 0.05
@@ -93,16 +94,17 @@ def find_function(name: str) -> TrainingFunction:
     """A training function by ``module:function`` or ``path/to/file.py:function``; the module is run.
 
     Raises:
+        OSError: The file cannot be read.
         ValueError: The name has no such form, or there is no such module or function; the message says which.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ValueError(f"{name!r} is not MODULE:FUNCTION, such as train.py:train or my.package:train")
+    path = Path(place) if place.endswith(".py") else None
+    if path is not None:
+        check_file(path)
     try:
-        if place.endswith(".py"):
-            path = Path(place)
-            if not path.is_file():
-                raise ValueError(f"{name}: there is no file {path}")
+        if path is not None:
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None and spec.loader is not None, "it is a .py file"
             module = importlib.util.module_from_spec(spec)
@@ -111,8 +113,6 @@ def find_function(name: str) -> TrainingFunction:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except ValueError:
-        raise
     except Exception as error:
         raise ValueError(f"{name}: {place} cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)

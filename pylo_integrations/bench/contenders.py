@@ -136,7 +136,9 @@ def make_contender(name: str, parameters: Parameters, **options: Any) -> tuple[O
     is_absent = not str(spec.weights).startswith("builtin:")
     weights = stand_in(spec.architecture) if spec.architecture and is_absent else None
     small = spec.lr / 10  # so that parameters stay as they are
-    common: dict[str, Any] = {"num_steps": num_steps, "backend": backend, "state_dtype": form, "weights": weights}
+    common: dict[str, Any] = {"num_steps": num_steps, "backend": backend, "weights": weights}
+    if form != "float32":
+        common["state_dtype"] = form
     optimizer = create_optimizer(groups, name, small, **common, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)

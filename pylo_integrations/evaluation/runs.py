@@ -262,7 +262,7 @@ class RunsFile:
                 suite = record["suite"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise RunsError(f"line {number} of {path} is not a run of pylo evaluate") from None
-            if suite not in SUITES:
+            if suite not in list(SUITES):  # a file's may be of any type
                 raise RunsError(
                     f"{path} holds runs of suite {suite!r:.40}, and there are {', '.join(map(str, SUITES))}; give "
                     "another --output"

@@ -385,7 +385,9 @@ def test_misuse_is_refused_in_one_line(refused, tmp_path, whole):
     assert "factor 'x' of 'mulo*x@linear'" in refused("--optimizers", "mulo*x@linear")
     assert "baseline 'adam' is unknown; there are adamw, sgd" in refused("--baselines", "adamw,adam")
     (out / RUNS).write_text((whole[0] / RUNS).read_text().splitlines()[0] + "\n")
-    assert "would hold runs of suites 1 and 2" in refused(*"--suite 2 --tasks cancer_gated --baselines adamw --output".split(), out)
+    assert "would hold runs of suites 1 and 2" in refused(
+        *"--suite 2 --tasks cancer_gated --baselines adamw --output".split(), out
+    )
 
 
 def test_another_theta_of_the_same_name_is_refused(tmp_path):

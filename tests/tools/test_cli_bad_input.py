@@ -370,11 +370,9 @@ RUN = {
     ids=str,
 )
 def test_runs_of_an_evaluation_that_are_damaged(change, refused, tmp_path):
-    from pylo_integrations.evaluation.tasks import SUITE
-
-    (tmp_path / "runs.jsonl").write_text(json.dumps({**RUN, "suite": SUITE}) + "\n")
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**RUN, "suite": 1}) + "\n")
     assert len(RunsFile(tmp_path / "runs.jsonl").records) == 1
-    (tmp_path / "runs.jsonl").write_text(json.dumps({**RUN, "suite": SUITE, **change}) + "\n")
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**RUN, "suite": 1, **change}) + "\n")
     assert "runs" in refused("evaluate", "--report", "--output", tmp_path)
 
 

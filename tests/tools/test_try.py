@@ -159,7 +159,6 @@ def test_a_function_of_another_form_is_refused_with_what_it_should_do(function, 
     ("name", "message"),
     [
         ("mine.py", "is not MODULE:FUNCTION"),
-        ("none.py:train", "there is no file none.py"),
         ("no_such_module_:train", "cannot be run: ModuleNotFoundError"),
         ("math:nothing", "math has no function 'nothing'"),
         ("math:pi", "math has no function 'pi'"),
@@ -168,6 +167,11 @@ def test_a_function_of_another_form_is_refused_with_what_it_should_do(function, 
 def test_a_function_that_is_not_there_is_told(name, message):
     with pytest.raises(ValueError, match=message):
         find_function(name)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.py"):
+        find_function(f"{tmp_path}/none.py:train")
 
 
 @pytest.mark.parametrize(
