@@ -248,6 +248,13 @@ def installed():
     hf.uninstall()
 
 
+def test_the_names_on_the_command_line_of_trls_scripts(trl, tmp_path, installed):
+    parser = trl.TrlParser((trl.SFTConfig,))
+    line = ["--output_dir", str(tmp_path), "--optim", "celo2", "--optim_args", "on_nonfinite=zero", "--bf16", "false"]
+    (arguments,) = parser.parse_args_and_config([*line, "--use_cpu", "true"])
+    assert arguments.optim == "celo2" and arguments.optim_args == "on_nonfinite=zero"
+
+
 def test_sft_of_all_parameters_in_the_stock_trainer(trl, tokenizer, tmp_path, installed):
     arguments = trl.SFTConfig(optim="celo", max_length=64, **settings(tmp_path))
     trainer = trl.SFTTrainer(llama(tokenizer), args=arguments, train_dataset=sentences(), processing_class=tokenizer)
