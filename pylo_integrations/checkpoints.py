@@ -7,16 +7,20 @@ The form is torch's. What is global to the run is in it twice, since every path 
   tensors are loaded in place, or handed to an optimizer without its knowledge.
 
 What other code keeps among the states of a parameter travels untouched. Reading checks everything before anything is
-changed.
+changed. State comes back as it was stored, bit by bit; that of another format (:mod:`pylo_integrations.formats`) is
+converted, and the log says so.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from pylo_integrations import sealed
 from pylo_integrations.fitting import missing_memory
+from pylo_integrations.formats import CODE, CODES, FLOAT32, FORMATS, SCALE, Format, decoded, encoded, scale_shape
 from pylo_integrations.ledger import Entry, Ledger
 from pylo_integrations.options import OPTIONS, check_group
 from pylo_integrations.progress import COUNTS, FLOATS, INTEGERS, LARGEST_COUNT, Progress, fault_of, flaw_of
@@ -33,6 +38,8 @@ from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.pieces import Held, local_part
 from pylo_integrations.sharding.wholes import gather_whole
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "progress"
 """Key, in the first parameter group, of what is global to the run."""
@@ -117,7 +124,9 @@ def pack_states(
         own, param = states[index], entry.param
         small |= {f"{entry.name}/{key}": own[key] for key, shape in entry.shapes.items() if shape is not None}
         packed[index] = {
-            key: own[key] if key in own else torch.zeros(param.shape, dtype=entry.dtype, device=param.device)
+            key: own[key].to(entry.dtype)
+            if key in own
+            else torch.zeros(param.shape, dtype=entry.dtype, device=param.device)
             for key in like_param
         }
     if lost := foreign_names([states[index] for index in slices], [entries[index] for index in slices]):
@@ -135,7 +144,7 @@ def pack_states(
 def foreign_names(states: Sequence[Mapping[str, Any]], entries: Sequence[Entry]) -> list[str]:
     """Names of entries that are not the rule's, but kept among its states by other code."""
     pairs = zip(states, entries, strict=True)
-    return sorted({str(name) for own, entry in pairs for name in own if name not in entry.shapes})
+    return sorted({str(name) for own, entry in pairs for name in own if name not in entry.stored})
 
 
 def whole_states(
@@ -145,9 +154,10 @@ def whole_states(
     to: int | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """States as one device would have them, copied. All ranks have to run through it together.
+    """States as one device would have them, copied, in numbers. All ranks have to run through it together.
 
-    What other code keeps among them is left out.
+    What other code keeps among them is left out. Those of formats other than float32 are decoded: to read them into the
+    same format gives back what was stored.
 
     Args:
         states: Of this rank.
@@ -162,17 +172,34 @@ def whole_states(
     known = [(index, entries[index]) for index in sorted(states)]
     names = {index: [name for name, shape in entry.shapes.items() if shape is None] for index, entry in known}
     divided = [
-        (entry.shape, entry.held, [states[index][name] for name in names[index]])
+        (entry.shape, entry.held, partial(_all_numbers, states[index], entry, names[index]))
         for index, entry in known
         if entry.held.parts > 1 and names[index]
     ]
     gathered = gather_whole(divided, holdings.ranks, to)
     for index, entry in known:
-        whole = {name: states[index][name] for name in entry.shapes}
-        if entry.held.parts > 1 and names[index]:
+        divides = entry.held.parts > 1 and names[index]
+        whole = {
+            name: _numbers(states[index], entry, name)
+            for name in entry.shapes
+            if name not in names[index] or not divides
+        }
+        if divides:
             whole |= dict(zip(names[index], next(gathered), strict=False))
         if to in (None, holdings.ranks.rank):
             yield index, {name: local_part(value.detach()).to(device, copy=True) for name, value in whole.items()}
+
+
+def _numbers(own: Mapping[str, Tensor], entry: Entry, name: str) -> Tensor:
+    """A state as it is stored, or what it says, where that is something else; of what is here, then."""
+    parts = [own[part] for part in entry.parts[name]]
+    if entry.form is FLOAT32 or entry.shapes[name] is not None:
+        return parts[0]
+    return decoded(entry.form, [local_part(part.detach()) for part in parts])
+
+
+def _all_numbers(own: Mapping[str, Tensor], entry: Entry, names: Sequence[str]) -> list[Tensor]:
+    return [_numbers(own, entry, name) for name in names]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -443,9 +470,10 @@ def read_states(
     states: dict[int, dict[str, Any]] = {}
     indices = [index for group in groups for index in group["params"]]
     has_stepped = progress is None or progress.iteration > 0
+    converted: Counter[tuple[str, str]] = Counter()
     for number, (index, entry) in enumerate(zip(indices, entries, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
-        mine = ledger.names if blob is None else entry.shapes  # FSDP1 gives all slices the same states
+        mine = ledger.names if blob is None else entry.stored  # FSDP1 gives all slices the same states
         own = {name: value for name, value in found.items() if name in mine}
         others = {name: value for name, value in found.items() if name not in mine} if blob is None else {}
         if own and not entry.held.numel:  # FSDP1 drops the state of what is not here
@@ -453,8 +481,12 @@ def read_states(
             own = (absent if entry.is_slice else {}) | own
         if own or (has_stepped and _lacks_state(others, entry)):
             states[number] = _fit(own, others, index, entry, ledger)
+            kinds = _kind_of(own, entry), entry.form.kind
+            converted[kinds] += kinds[0] != kinds[1]
         if others:
             states[number] = {**states.get(number, {}), **_copied(others, entry.param.device)}
+    if told := "; ".join(f"{old} to {new}, {count} parameters" for (old, new), count in converted.items() if count):
+        logger.info("states are stored otherwise here than in the checkpoint, and were converted: %s", told)
     return states
 
 
@@ -474,7 +506,7 @@ def check_states(
         own = {name: value for name, value in found.items() if name in names}
         others = found.keys() - own.keys()
         if own or (has_stepped and _lacks_state(others, entry)):
-            _check_names(own, others, number, entry)
+            _check_names(own, others, number, entry, entry.form)
             check_values(own, number)
 
 
@@ -537,24 +569,80 @@ def _fit(
     tensors: Mapping[str, Any], others: Mapping[str, Any], index: Any, entry: Entry, ledger: Ledger
 ) -> dict[str, Tensor]:
     """Saved states of a parameter as this rank keeps them, copied; ``others`` are there too, but not the rule's."""
-    _check_names(tensors, others, index, entry)
+    form = _form_of(tensors, entry)
+    _check_names(tensors, others, index, entry, form)
     check_values(tensors, index)
     fitted = ledger.fresh_state(entry)
     with torch.no_grad():
-        for name, value in fitted.items():
-            _copy_(value, tensors[name], entry.held, f"state {name} of parameter {index}")
+        for name, parts in entry.parts_in(form).items():
+            what = f"state {name} of parameter {index}"
+            saved = [tensors[part] for part in parts]
+            value = saved[0] if len(saved) == 1 else _decoded(form, saved, what)
+            if len(mine := entry.parts[name]) == 1:
+                _copy_(fitted[name], value, entry.held, what)
+                continue
+            numbers = ledger.holdings.zero_state(entry.param, entry.held, entry.dtype)
+            _copy_(numbers, value, entry.held, what)
+            codes = encoded(entry.form, local_part(numbers), name in SECOND_MOMENTS)
+            for part, new in zip(mine, codes, strict=True):
+                local_part(fitted[part]).copy_(new)
     return fitted
 
 
-def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, entry: Entry) -> None:
-    """Raise CheckpointError unless states of a parameter have the names and shapes of the rule's."""
-    param = entry.param
-    admitted = {n: [tuple(param.shape), entry.shape] if own is None else [own] for n, own in entry.shapes.items()}
+def _form_of(tensors: Collection[str], entry: Entry) -> Format:
+    """In which format states of a parameter are, by their names; bfloat16 has those of float32."""
+    own = set(tensors)
+    forms = (entry.form, *FORMATS.values())
+    return next((form for form in forms if set().union(*entry.parts_in(form).values()) == own), entry.form)
+
+
+def _kind_of(tensors: Mapping[str, Tensor], entry: Entry) -> str:
+    """The name of that format; that of ``entry``, too, where it does not matter."""
+    form = _form_of(tensors, entry)
+    shaped = [name for name, shape in entry.shapes.items() if shape is None]
+    if not shaped or form.per_block or entry.dtype != torch.float32:
+        return form.kind
+    dtypes = {tensors[name].dtype for name in shaped}
+    return "bfloat16" if dtypes == {torch.bfloat16} else "float32"
+
+
+def _decoded(form: Format, saved: Sequence[Tensor], what: str) -> Tensor:
+    """Numbers from codes and scales; divided among ranks, or whole, as these are."""
+    codes, scales = map(local_part, saved)
+    if tuple(scales.shape) != scale_shape(codes.shape):
+        raise CheckpointError(
+            f"{what} has codes of shape {tuple(codes.shape)} and scales of {tuple(scales.shape)} on this rank, "
+            f"expected {scale_shape(codes.shape)}: they were divided among ranks in different ways"
+        )
+    numbers, whole = decoded(form, [codes, scales]), saved[0]
+    if not hasattr(whole, "placements"):
+        return numbers
+    from torch.distributed.tensor import DTensor
+
+    mesh: Any = getattr(whole, "device_mesh")  # noqa: B009
+    made: Tensor = DTensor.from_local(
+        numbers, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return made
+
+
+def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, entry: Entry, form: Format) -> None:
+    """Raise CheckpointError unless states of a parameter have the names and shapes of the rule's in a format."""
+    shapes = [tuple(entry.param.shape), entry.shape]
+    stored = {name: each for parts in entry.parts_in(form).values() for name, each in parts.items()}
+    admitted = {
+        name: [scale_shape(shape) for shape in shapes if shape]
+        if each.per_block
+        else [each.shape]
+        if each.shape is not None
+        else shapes
+        for name, each in stored.items()
+    }
     found = {
         name: tuple(value.shape) if isinstance(value, Tensor) and not value.is_nested else ()
         for name, value in tensors.items()
     }
-    if found.keys() != entry.shapes.keys() or any(found[name] not in admitted[name] for name in found):
+    if found.keys() != admitted.keys() or any(found[name] not in admitted[name] for name in found):
         expected = {name: choices[-1] for name, choices in admitted.items()}
         named = f"parameter {index}" + (f" ({entry.name})" if entry.name else "")
         besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
@@ -567,9 +655,11 @@ def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any
 def check_values(tensors: Mapping[str, Any], index: Any) -> None:
     """Raise CheckpointError unless states of a parameter hold numbers that a run can have."""
     for name, value in tensors.items():
-        flaw = flaw_of(local_part(value) if isinstance(value, Tensor) else value)
-        if flaw is None and name in SECOND_MOMENTS and (local_part(value) < 0).any():
-            flaw = "is an average of squares and holds negative values"
+        local = local_part(value) if isinstance(value, Tensor) else value
+        is_code = name.endswith(CODE) and isinstance(local, Tensor)
+        flaw = fault_of(local, CODES) if is_code else flaw_of(local)
+        if flaw is None and (name in SECOND_MOMENTS or name.endswith(SCALE)) and (local < 0).any():
+            flaw = f"is {'a scale' if name.endswith(SCALE) else 'an average of squares'} and holds negative values"
         if flaw:
             raise CheckpointError(
                 f"state {name} of parameter {index} {flaw}: the checkpoint is damaged, or of a run that went wrong; "

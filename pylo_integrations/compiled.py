@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients
+from pylo_integrations.formats import wanted_format
 from pylo_integrations.ledger import Groups, States, state_dtype
 from pylo_integrations.progress import Progress
 from pylo_integrations.step.policies import Policies
@@ -119,6 +120,8 @@ class CompiledSteps:
 
     def allows(self, groups: Groups, state: States) -> bool:
         """Whether a compiled function can contain the step. If not, it breaks there, and the step runs as ever."""
+        if any(wanted_format(group) != "float32" for group in groups):
+            return False
         stepped = [param for group in groups for param in group["params"] if param.grad is not None]
         states = [(param, state.get(param, {})) for param in stepped]
         if any(set(self._names).isdisjoint(own) for _, own in states):

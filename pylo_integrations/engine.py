@@ -213,6 +213,8 @@ class Engine:
     def _write(self, plan: Plan, collected: Sequence[Sums], ctx: StepContext) -> None:
         """All stages after `collect`; from here on, parameters and state change."""
         contexts = self._contexts(plan, ctx)
+        for bucket in plan.buckets:
+            bucket.iteration = ctx.iteration
         factors: list[Factors] = [
             keep_and_scale(bucket.group, rule.lr_mult, self._adamw_scale * rule.schedule(ctx.iteration, ctx.num_steps))
             for rule, bucket in zip(plan.rules, plan.buckets, strict=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pylo_integrations.formats import Stored, scale_shape
 from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded, local_gradient, local_part
 
 _GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,15 +31,13 @@ class Stepped(NamedTuple):
         param: As the optimizer has it.
         held: What is here of it.
         state: ``optimizer.state[p]``; may have entries that are not the rule's.
-        shapes: Names and shapes of the rule's entries; None stands for "shaped like what is stepped here".
-        dtype: Of those entries.
+        stored: The rule's entries by name.
     """
 
     param: Tensor
     held: Held
     state: dict[str, Any]
-    shapes: Mapping[str, tuple[int, ...] | None]
-    dtype: torch.dtype
+    stored: Mapping[str, Stored]
 
 
 def fit_states(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -59,14 +58,14 @@ def fit_states(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, Any]]) 
         local = local_part(one.param)
         if fault := _missing_memory(local) or _write_protection(local):
             raise StateError(f"{subject} {fault}")
-        for name, shape in one.shapes.items():
+        for name, stored in one.stored.items():
             if name not in one.state:
                 raise StateError(
                     f"the state of {subject} has no {name!r}, only {sorted(map(str, one.state))}: load a checkpoint "
                     "that has it, or delete optimizer.state[param] to start from a fresh state"
                 )
             value = one.state[name]
-            fit = _fitted(value, f"the state {name!r} of {subject}", shape, one)
+            fit = _fitted(value, f"the state {name!r} of {subject}", stored, one)
             if fit is not value:
                 fitted.append((one.state, name, fit))
     _check_disjoint(stepped, groups)
@@ -202,11 +201,11 @@ def _write_protection(local: Tensor) -> str | None:
     return None
 
 
-def _fitted(value: Any, what: str, shape: tuple[int, ...] | None, one: Stepped) -> Tensor:
+def _fitted(value: Any, what: str, stored: Stored, one: Stepped) -> Tensor:
     """A state, or what to put in its place."""
-    param = one.held.of(local_part(one.param))
-    expected = tuple(param.shape if shape is None else shape)
-    wanted = f"expected {one.dtype} of shape {expected} on {param.device}"
+    param, shape = one.held.of(local_part(one.param)), stored.shape
+    expected = scale_shape(param.shape) if stored.per_block else tuple(param.shape if shape is None else shape)
+    wanted = f"expected {stored.dtype} of shape {expected} on {param.device}"
     if not isinstance(value, Tensor):
         raise StateError(f"{what} is {type(value).__name__}, {wanted}: {_REMEDY}")
     local = local_part(value)
@@ -219,16 +218,17 @@ def _fitted(value: Any, what: str, shape: tuple[int, ...] | None, one: Stepped) 
                 "checkpoint"
             )
         raise StateError(f"{what} is {_look(local)}, {wanted}: {_REMEDY}")
-    if local.device != param.device or local.layout != torch.strided or not local.dtype.is_floating_point:
+    is_kind = local.dtype.is_floating_point if stored.dtype.is_floating_point else local.dtype == stored.dtype
+    if local.device != param.device or local.layout != torch.strided or not is_kind:
         layout = "" if local.layout == torch.strided else f"{local.layout} "
         raise StateError(f"{what} is {layout}{_look(local)}, {wanted}: {_REMEDY}")
     if fault := _missing_memory(local):
         raise StateError(f"{what} {fault}")
     if is_lazy(local) or _write_protection(local) or not is_dense(local):  # gaps may be somebody else's
-        in_format_of_param = shape is None and local is value
+        in_format_of_param = shape is None and local is value and not stored.per_block
         value = torch.empty_like(param, dtype=value.dtype).copy_(value) if in_format_of_param else value.clone()
-    fitted: Tensor = value.to(one.dtype)
-    if local.dtype.itemsize < one.dtype.itemsize and not local_part(fitted).isfinite().all():
+    fitted: Tensor = value.to(stored.dtype)
+    if local.dtype.itemsize < stored.dtype.itemsize and not local_part(fitted).isfinite().all():
         raise StateError(
             f"{what} is {local.dtype} with values that are not finite, of numbers too large for it, most likely: "
             f"{_REMEDY}"
@@ -255,7 +255,7 @@ def _check_disjoint(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, An
     """Raise StateError if a state shares memory with another one, or with a parameter. Parameters may share theirs."""
     spans: dict[torch.device, list[_Span]] = {}
     for one in {id(one.param): one for one in stepped}.values():  # a parameter may be given twice
-        for name in (None, *one.shapes):
+        for name in (None, *one.stored):
             local = local_part(one.param if name is None else one.state[name])
             # A state with gaps gets memory of its own; what lies in those of a parameter counts as its.
             if has_memory(local) and (name is None or is_dense(local)) and (start := local.data_ptr()):

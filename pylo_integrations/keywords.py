@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypedDict, cast, get_args
 from typing_extensions import Unpack
 
 from pylo_integrations.decay import DecayPolicy
+from pylo_integrations.formats import StateDtype
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.rules.newton_schulz import Precision
 from pylo_integrations.step.policies import NonFinitePolicy
@@ -42,6 +43,7 @@ class Keywords(TypedDict, total=False):
             :meth:`LearnedOptimizer.consolidate_state_dict`.
         stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
             updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
+        state_dtype: How state is stored, see :data:`~pylo_integrations.formats.StateDtype`; groups may have their own.
     """
 
     weight_decay: float | None
@@ -54,6 +56,7 @@ class Keywords(TypedDict, total=False):
     backend: Annotated[Backend, "auto"]
     shard_step: Annotated[bool, False]
     stochastic_rounding: Annotated[bool, False]
+    state_dtype: Annotated[StateDtype, "float32"]
 
 
 class WeightsKeywords(Keywords, total=False):

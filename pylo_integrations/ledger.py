@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from pylo_integrations.formats import FORMATS, Format, Stored, format_of, stored_parts, wanted_format
+from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import may_step
 from pylo_integrations.sharding.holdings import Holdings
@@ -43,8 +46,9 @@ class Entry:
         held: What is here of it.
         rule: Who steps it.
         shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
-        dtype: Of its states.
+        dtype: Of arithmetic, and of states that are stored as they are.
         is_slice: Whether it is a 1-D slice made by FSDP1.
+        form: How states are stored that are shaped like the parameter.
     """
 
     param: Tensor
@@ -55,6 +59,21 @@ class Entry:
     shapes: Mapping[str, tuple[int, ...] | None]
     dtype: torch.dtype
     is_slice: bool
+    form: Format
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Stored]]:
+        """For every state, the tensors that hold it."""
+        return self.parts_in(self.form)
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """All tensors that hold its states, by the name that they have in ``optimizer.state[p]``."""
+        return {name: stored for parts in self.parts.values() for name, stored in parts.items()}
+
+    def parts_in(self, form: Format) -> dict[str, dict[str, Stored]]:
+        """:attr:`parts`, if states were stored in another format."""
+        return stored_parts(self.shapes, SECOND_MOMENTS, form, self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,25 +98,29 @@ class Ledger:
     def __init__(self, rule: Rule, holdings: Holdings) -> None:
         self.rule = rule
         self.holdings = holdings
-        self.names = rule.state_names
+        every = stored_parts(dict.fromkeys(rule.state_names), (), FORMATS["int8"], torch.float32)
+        self.names = rule.state_names.union(*every.values())
         self.memory_shapes = {name: tuple(value.shape) for name, value in rule.initial_memory().items()}
 
     def entry(self, param: Tensor, group: Mapping[str, Any], name: str | None = None) -> Entry:
         """A parameter of a group, by the name that it was given.
 
         Raises:
-            ShardingError: The whole tensor cannot be seen from here.
+            ShardingError: The whole tensor cannot be seen from here, or is divided otherwise than its format can be.
         """
         dtype = state_dtype(param)
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
-            return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False)
+            return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FORMATS["float32"])
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
         rule = self.rule.rule_for(layout, group)
         flat = self.holdings.flat_slices.get(param)
         name = flat.name if flat else name
-        return Entry(param, name, layout, held, rule, rule.state_shapes(layout), dtype, flat is not None)
+        form = format_of(wanted_format(group), shape, dtype)
+        if form.per_block:
+            self.holdings.check_blocks(param)
+        return Entry(param, name, layout, held, rule, rule.state_shapes(layout), dtype, flat is not None, form)
 
     def entries(self, groups: Groups, options: Groups | None = None) -> list[Entry]:
         """All parameters, in the order of torch's state dicts.
@@ -117,7 +140,7 @@ class Ledger:
     def complete(self, entries: Sequence[Entry], state: States) -> dict[int, dict[str, Any]]:
         """States that have all that their rule keeps, by the number of the parameter."""
         known = {i: state[entry.param] for i, entry in enumerate(entries) if entry.param in state}
-        return {i: own for i, own in known.items() if entries[i].shapes.keys() <= own.keys()}
+        return {i: own for i, own in known.items() if entries[i].stored.keys() <= own.keys()}
 
     def has_state(self, param: Tensor, state: States) -> bool:
         """Whether a parameter has state of ours: others may have made an empty entry, or keep something there."""
@@ -125,16 +148,18 @@ class Ledger:
 
     def fresh_state(self, entry: Entry) -> dict[str, Tensor]:
         """What a rule keeps of a parameter before the first step."""
-        param = entry.param
-        state = {
-            name: self.holdings.zero_state(param, entry.held, entry.dtype)
-            if own is None
-            else torch.zeros(own, dtype=entry.dtype, device=param.device)
-            for name, own in entry.shapes.items()
-        }
+        state = {name: self.zeros(entry, stored) for name, stored in entry.stored.items()}
         for name, value in entry.rule.initial_state().items():
             state[name].copy_(value)
         return state
+
+    def zeros(self, entry: Entry, stored: Stored) -> Tensor:
+        """Zeros for a tensor that holds a state, or a part of it."""
+        if stored.per_block:
+            return self.holdings.zero_scales(entry.param, entry.held)
+        if stored.shape is None:
+            return self.holdings.zero_state(entry.param, entry.held, stored.dtype)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=entry.param.device)
 
     def new_states(
         self, groups: Groups, state: States, born: Sequence[Sequence[int]]

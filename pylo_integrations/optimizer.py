@@ -6,63 +6,50 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from pylo_integrations.advice import Advice
 from pylo_integrations.checkpoints import PROGRESS, SMALL, CheckpointError, whole_states
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.engine import Engine
 from pylo_integrations.hints import SettingsWatch, warn_user
+from pylo_integrations.informed import Informed
 from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
-from pylo_integrations.naming import name_all
+from pylo_integrations.naming import name_new
 from pylo_integrations.ops.select import Backend
-from pylo_integrations.options import MOMENTUM, OptionCheck, check_group
-from pylo_integrations.progress import LossWindow, Progress, as_scalar_loss, check_horizon
+from pylo_integrations.options import MOMENTUM, USUAL, OptionCheck, check_group
+from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
+from pylo_integrations.steplock import between_steps
 from pylo_integrations.stepping import Stepping
-from pylo_integrations.telemetry import Telemetry
 from pylo_integrations.weights.theta import Theta
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
-
-def _between_steps(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Have a method wait for steps that other threads take, and they for it."""
-
-    @functools.wraps(method)
-    def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        optimizer: Any = args[0]
-        with optimizer._steplock.between_steps:
-            return method(*args, **kwargs)
-
-    return waiting
-
-
-class LearnedOptimizer(Optimizer):
+class LearnedOptimizer(Informed):
     """A torch optimizer whose update is a learned rule.
 
     Subclasses only choose the rule; all behaviour is here. State is created lazily (:meth:`init_state`), in float32
-    (float64 for float64 parameters), shaped like its parameter but for small row and column statistics.
+    unless ``state_dtype`` says otherwise (float64 for float64 parameters), shaped like its parameter but for small row
+    and column statistics.
 
     What else it takes, and its subclasses do, is in :class:`~pylo_integrations.keywords.Keywords`.
 
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
-            ``weight_decay_policy``, ``maximize`` and ``axes``: ``"out_in"`` for weights stored (out, in, ...), as most
-            are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the optimizer has the choice,
-            ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
+            ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
+            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the
+            optimizer has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See
+            :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -137,6 +124,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
+            "state_dtype": keywords["state_dtype"],
             MOMENTUM: 0.0,
         }
         self._is_made = False  # until then, groups of which some have names are an error, as in torch
@@ -148,66 +136,6 @@ class LearnedOptimizer(Optimizer):
     def wants_schedule_with(cls, options: Mapping[str, Any]) -> bool:
         """As :attr:`wants_schedule`, for an optimizer that is given these arguments."""
         return cls.wants_schedule
-
-    # -- what the rule needs to know -------------------------------------------------------------------------------
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether a step needs the loss."""
-        return self.rule.needs_loss
-
-    @property
-    def needs_horizon(self) -> bool:
-        """Whether a step needs ``num_steps``."""
-        return self.rule.needs_horizon
-
-    @property
-    def iteration(self) -> int:
-        """Steps taken; skipped steps do not count."""
-        self._settle()
-        return self._progress.iteration
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """Steps that met non-finite gradients or loss, whatever was done about them."""
-        self._settle()
-        return self._progress.nonfinite_steps
-
-    @property
-    def num_steps(self) -> int | None:
-        """The horizon; see :meth:`set_num_steps`."""
-        self._settle()
-        return self._progress.num_steps
-
-    def set_num_steps(self, num_steps: int | None) -> None:
-        """Set how many optimizer steps the run takes in total, counted from iteration 0.
-
-        Raises:
-            ValueError: Not a positive integer of at most 2**53.
-        """
-        self._progress.num_steps = None if num_steps is None else check_horizon(num_steps)
-
-    def observe_loss(self, loss: Tensor | float) -> None:
-        """Tell the next :meth:`step` the loss, where the caller of ``step`` cannot pass it.
-
-        Call it once per micro-batch with exactly what went into ``backward()``, before AMP scaling; the losses add up
-        until a step consumes them.
-
-        Raises:
-            TypeError: Not a tensor or number.
-            ValueError: More than one element.
-        """
-        with self._steplock.between_steps:
-            self._progress.window.add(as_scalar_loss(loss))
-
-    def clear_observed_loss(self) -> None:
-        """Forget observed losses, e.g. of a step that a GradScaler skipped."""
-        self._progress.window.take()
-
-    @property
-    def loss_window(self) -> LossWindow:
-        """Where observed losses wait for the next step; for adapters."""
-        return self._progress.window
 
     # -- seeing inside ---------------------------------------------------------------------------------------------
 
@@ -222,48 +150,6 @@ class LearnedOptimizer(Optimizer):
             options = sorted(group.keys() - {"params", PROGRESS, SMALL})  # which are for checkpoints
             lines += [f"    {name}: {group[name]}" for name in options]
         return "\n".join([f"{type(self).__name__} (", *lines, ")"])
-
-    def enable_telemetry(self, per_parameter: bool = False) -> None:
-        """Have further steps leave the numbers that :meth:`telemetry` tells; they cost a pass over all tensors.
-
-        No parameter or state changes by it. It is a setting of this object, not of its checkpoints or copies.
-
-        Args:
-            per_parameter: Tell of each parameter too, not only of each group.
-        """
-        self._engine.telemetry = Telemetry(per_parameter)
-
-    def disable_telemetry(self) -> None:
-        """Undo :meth:`enable_telemetry`."""
-        self._engine.telemetry = None
-
-    def telemetry(self) -> dict[str, float]:
-        """Numbers on the last step that was taken; empty while telemetry is off.
-
-        Reading waits for the device, nothing else does. The update is what a step subtracts, learning rate included,
-        weight decay not; the gradient is the one that the rule saw. Names begin with ``optim/<class>/``:
-
-        * ``nonfinite_steps``, a count; ``horizon_fraction``, steps taken / ``num_steps``, where that is known;
-        * what the rule tells of its memory, such as features of the loss;
-        * ``group<index>/update_rms``, root mean square of the update;
-        * ``group<index>/update_ratio``, norm of the update / norm of the parameters before it;
-        * ``group<index>/cosine``, between the update's direction and the negative gradient;
-        * ``group<index>/<decision>``, what the rule decided per tensor, such as ``lr_mult``: the mean over tensors;
-        * with ``per_parameter``, the same under ``param/<name>/``, where ``<name>`` is ``<group>.<position>`` for
-          parameters that were given without names.
-
-        A ratio or cosine is nan if what it would divide by is zero.
-        """
-        watching = self._engine.telemetry
-        if watching is None:
-            return {}
-        progress = self._progress
-        numbers: dict[str, float] = {"nonfinite_steps": progress.nonfinite_steps}
-        if progress.num_steps is not None:
-            numbers["horizon_fraction"] = progress.iteration / progress.num_steps
-        numbers |= watching.read(self.param_groups, self.rule.telemetry(progress.memory))
-        name = type(unwrap_optimizer(self)).__name__  # self may be a framework's wrapper, of another class
-        return {f"optim/{name}/{key}": float(number) for key, number in numbers.items()}
 
     # -- distributed training --------------------------------------------------------------------------------------
 
@@ -288,16 +174,11 @@ class LearnedOptimizer(Optimizer):
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
             ValueError: This process is not in ``process_group``.
         """
-        slices = read_flat_slices(model)
+        ours = {param for group in self.param_groups for param in group["params"]}
+        has_slices = self._holdings.bind(model, ours, process_group)
         self._models.clear()
         self._models.add(model)
-        self._holdings.ranks.bind(process_group)
-        self._holdings.flat_slices.clear()
-        self._holdings.flat_slices.update(slices)
-        ours = {param for group in self.param_groups for param in group["params"]}
-        self._holdings.names.clear()
-        self._holdings.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
-        if any(param in slices for group in self.param_groups for param in group["params"]):
+        if has_slices:
             self._resumption.reserve(self.param_groups)
             self.init_state()
 
@@ -378,7 +259,7 @@ class LearnedOptimizer(Optimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    @_between_steps
+    @between_steps
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, also after steps were taken.
 
@@ -390,7 +271,7 @@ class LearnedOptimizer(Optimizer):
             TypeError: A parameter that requires gradients is complex or not floating point.
         """
         groups, has_momentum = list(self.param_groups), MOMENTUM in param_group
-        nameless = self._name_all(param_group)
+        nameless = name_new(param_group, self.param_groups, self._models) if self._is_made else []
         try:
             super().add_param_group(param_group)
             check_group(self.param_groups[-1], self.rule.choices, len(groups))
@@ -401,6 +282,9 @@ class LearnedOptimizer(Optimizer):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        for option, usual in USUAL.items():
+            if group[option] == usual:
+                del group[option]
         group.setdefault("base_lr", float(group["lr"]))
         if not has_momentum:
             del group[MOMENTUM]
@@ -408,18 +292,7 @@ class LearnedOptimizer(Optimizer):
         self._resumption.reserve(self.param_groups)
         self._born.append([1 if is_lazy(param) else param.dim() for param in group["params"]])
 
-    def _name_all(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Give names to all groups, if this new one or those before have them; returns those that had none."""
-        if not isinstance(param_group, dict) or "params" not in param_group or not self._is_made:
-            return []  # for torch to refuse
-        params = param_group["params"]
-        params = param_group["params"] = [params] if isinstance(params, Tensor) else params
-        if not isinstance(params, set):  # which torch refuses
-            param_group["params"] = list(params)
-        known = {param: name for model in self._models for param, name in parameter_names(model).items()}
-        return name_all([*self.param_groups, param_group], known)
-
-    @_between_steps
+    @between_steps
     def init_state(self) -> None:
         """Create the state of every parameter that has none yet; steps do so by themselves.
 
@@ -437,7 +310,7 @@ class LearnedOptimizer(Optimizer):
             self._progress.memory.update(memory)
         self._progress.has_begun = True
 
-    @_between_steps
+    @between_steps
     def state_dict(self) -> StateDict:
         """As torch's; what is global to the run is a string of bytes in the first parameter group, and also among the
         states of every parameter, as tensors whose names begin with ``run_``.
@@ -461,7 +334,7 @@ class LearnedOptimizer(Optimizer):
         with self._resumption.packing(self, self._whole):
             return super().state_dict()
 
-    @_between_steps
+    @between_steps
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make :meth:`state_dict` of rank ``to`` whole until the next step, as one device would have it.
 
@@ -482,7 +355,7 @@ class LearnedOptimizer(Optimizer):
             complete = self.ledger.complete(entries, self.state)
             self._whole.update(whole_states(complete, entries, self._holdings, to, "cpu"))
 
-    @_between_steps
+    @between_steps
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what :meth:`state_dict` returned; tensors are copied and keep the dtype of this optimizer's state.
 
@@ -500,10 +373,6 @@ class LearnedOptimizer(Optimizer):
         with self._resumption.loading(self, self._whole) as remarks:
             super().load_state_dict(state_dict)
         warn_user(*remarks)
-
-    def _settle(self, everywhere: bool = False) -> None:
-        """Take over what a wrapper has put among the states without telling us, see :meth:`Resumption.settle`."""
-        warn_user(*self._resumption.settle(self.param_groups, self.state, everywhere=everywhere))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "theta", "max_grad_norm", "on_nonfinite", "chunk_bytes", "backend", "stochastic_rounding")

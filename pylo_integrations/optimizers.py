@@ -48,7 +48,7 @@ class ThetaOptimizer(LearnedOptimizer):
     """What theta must be for, see :data:`~pylo_integrations.profiles.ARCHITECTURES`."""
 
     default_weights: ClassVar[str | None]
-    """A ``weights`` argument; None if no weights are published."""
+    """A ``weights`` argument; None if there are no default weights."""
 
     theta_name: ClassVar[str] = ""
     """What :meth:`Theta.from_arrays` calls bare arrays, where it is not :attr:`architecture`."""
@@ -95,7 +95,7 @@ class ThetaOptimizer(LearnedOptimizer):
         weights = cls.default_weights if weights is None else weights
         if weights is None:
             raise FileNotFoundError(
-                f"no weights of {cls.__name__} are published, so weights= is needed: a Theta, the path of a "
+                f"{cls.__name__} has no default weights, so weights= is needed: a Theta, the path of a "
                 f"{cls.architecture} theta.safetensors, 'hub:<owner>/<repo>[@revision]', or arrays by the names of the "
                 "reference implementation"
             )
@@ -185,8 +185,8 @@ class CELO2(ThetaOptimizer, name="celo2"):
     Vectors, scalars and the tensors of groups marked ``rule="adamw"`` are stepped by Adam without bias correction at
     20 times the learning rate; ``create_optimizer(model, "celo2")`` marks embeddings. Takes the arguments of
     :class:`ThetaOptimizer`, and ``orthogonalise`` (:class:`~pylo_integrations.keywords.Orthogonalising`). The
-    default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks; the authors published
-    none. They want a learning rate that falls to zero, along a line or a cosine.
+    default weights, ``"builtin:celo2"``, were meta-trained by this package on small networks; the authors' are
+    ``"hub:amoudgl/celo2"``. They want a learning rate that falls to zero, along a line or a cosine.
     """
 
     @spelled_out
@@ -215,7 +215,7 @@ class Pace(ThetaOptimizer, name="pace"):
 class CELO2Base(ThetaOptimizer, name="celo2_base"):
     """CELO2-base: the learned rule of CELO2 for every tensor, vectors too, and without orthogonalisation.
 
-    Takes the arguments of :class:`ThetaOptimizer`; no weights are published, so ``weights`` is needed.
+    Takes the arguments of :class:`ThetaOptimizer`. The default weights are the authors', ``"hub:amoudgl/celo2-base"``.
     """
 
 

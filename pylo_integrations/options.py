@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.decay import check_decay, check_decay_policy
+from pylo_integrations.formats import StateDtype, wanted_format
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import AxisOrder
 
 OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule")
 """What every parameter group has."""
+
+USUAL = {"state_dtype": "float32"}
+"""What groups have only where it is not this. It is of an optimizer and not of its run: checkpoints do not set it, and
+those of optimizers that knew nothing of it are as those of today."""
 
 MOMENTUM = "momentum"
 """A default that nothing reads, and that groups have only once something writes it. It stands there because schedulers
@@ -36,7 +41,7 @@ _ROUNDING = 1e-12
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16, torch.int32, torch.int64)
 """Of tensors in a number's place: those that torch can compute with."""
 
-_COMPARED = (*OPTIONS, "base_lr")
+_COMPARED = (*OPTIONS, *USUAL, "base_lr")
 
 
 def check_group(group: Mapping[str, Any], choices: Collection[str], index: int | None = None) -> None:
@@ -88,7 +93,14 @@ def _read_options(
         raise ValueError(f"axes={group['axes']!r} is unknown; choose one of {list(get_args(AxisOrder))}")
     if group["rule"] not in choices:
         raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(choices)}")
+    check_state_dtype(group)
     return numbers
+
+
+def check_state_dtype(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a group names a format of state that does not exist."""
+    if wanted_format(group) not in get_args(StateDtype):
+        raise ValueError(f"state_dtype={group['state_dtype']!r} is unknown; choose one of {list(get_args(StateDtype))}")
 
 
 def read_number(option: str, value: Any) -> float:
@@ -146,7 +158,9 @@ class OptionCheck:
                 good[index] = ()
                 is_relative = str(group.get("weight_decay_policy")).endswith("_independent")
                 with _of_group(index):
-                    self._check(group, _COMPARED if is_relative else OPTIONS, partial(self._read_once, index))
+                    self._check(
+                        group, (*OPTIONS, "base_lr") if is_relative else OPTIONS, partial(self._read_once, index)
+                    )
                 good[index] = values
 
     def check_new(self, group: Mapping[str, Any], index: int) -> None:

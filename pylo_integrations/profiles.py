@@ -56,7 +56,7 @@ class Profile:
         name: In the catalogue; lower snake case.
         description: One line.
         architecture: A key of :data:`ARCHITECTURES`.
-        weights: A ``weights`` argument, where none is given; None if no weights are published.
+        weights: A ``weights`` argument, where none is given; None if there are none.
         lr: The learning rate that is natural for the rule.
         adamw_lr: AdamW's learning rate whose steps are as large as ours at ``lr``; weight decay is measured by it.
         weight_decay: Where none is given.
@@ -67,7 +67,7 @@ class Profile:
         constants: Of the rule; they make it this optimizer, whatever theta.
         hyper: Constants that belong to the published weights, where they are not the rule's own defaults.
         converts_as: What converters call it; "" if nobody has weights for it in a foreign layout.
-        modules: Classes of PyTorch modules whose files are taken for its weights.
+        modules: Classes of PyTorch modules whose files, together, are taken for its weights; each way to have them.
         decays: Learned decays that are in the code beside the published weights, and not in their file.
     """
 
@@ -85,7 +85,7 @@ class Profile:
     constants: Mapping[str, Any] = field(default_factory=dict)
     hyper: Mapping[str, float] = field(default_factory=dict)
     converts_as: str = ""
-    modules: tuple[str, ...] = ()
+    modules: tuple[tuple[str, ...], ...] = ()
     decays: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
@@ -112,7 +112,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 weights="builtin:mulo",
                 hyper={"step_mult": 1e-2},
                 converts_as="mulo",
-                modules=("MetaMLP",),  # which ELO's are as well
+                modules=(("MetaMLP",),),  # which ELO's are as well
                 decays={
                     "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
                     "rms_decays": (0.01079706,),
@@ -135,7 +135,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 architecture="velo",
                 weights="hub:amoudgl/velo-4000",
                 converts_as="velo",
-                modules=("VeLO_MLP", "VeLO_RNN"),
+                modules=(("VeLO_MLP", "VeLO_RNN"),),
             ),
             Profile(
                 name="celo",
@@ -164,7 +164,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                     "adamw": AdamWRule((0.9, 0.95), eps=0.0, eps_root=1e-8, bias_correction=False, lr_mult=20.0)
                 },
                 converts_as="celo2",
-                modules=("CELO2MLP",),
+                modules=(("CELO2MLP",), ("Celo2MLP",)),
             ),
             Profile(
                 name="pace",
@@ -178,9 +178,11 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 name="celo2_base",
                 description="the per-parameter MLP of celo2 for all tensors, not orthogonalised",
                 architecture="celo2",
+                weights="hub:amoudgl/celo2-base",
                 lr=1e-3,
                 wants_schedule=True,
                 constants={"orthogonalise": "never"},
+                converts_as="celo2_base",
             ),
             Profile(
                 name="elo_celo2",

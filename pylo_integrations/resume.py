@@ -35,7 +35,7 @@ from pylo_integrations.checkpoints import (
     split_run,
 )
 from pylo_integrations.ledger import Ledger, States, state_dtype
-from pylo_integrations.options import OptionCheck
+from pylo_integrations.options import USUAL, OptionCheck, check_state_dtype
 from pylo_integrations.progress import Progress
 from pylo_integrations.weights.theta import Theta
 
@@ -91,7 +91,11 @@ class Resumption:
             found.append(self.read(state_dict, optimizer.param_groups))
             indices = {index for group in state_dict["param_groups"] for index in group["params"]}
             others = {key: value for key, value in state_dict["state"].items() if key not in indices}
-            return {**state_dict, "state": others}
+            return {
+                **state_dict,
+                "state": others,
+                "param_groups": _with_ours(state_dict["param_groups"], optimizer.param_groups),
+            }
 
         def load(optimizer: Optimizer) -> None:
             whole.clear()
@@ -142,7 +146,9 @@ class Resumption:
         try:
             check_form(state_dict)
             check_keys(state_dict, self._ledger.names)
-            saved = state_dict["param_groups"]
+            for group in state_dict["param_groups"]:
+                check_state_dtype(group)
+            saved = _with_ours(state_dict["param_groups"], groups)
             indices = [index for group in saved for index in group["params"]]
             there = {i: state_dict["state"][i] for i in indices if i in state_dict["state"]}
             runs, rest = split_run(there, self._rule)
@@ -212,7 +218,7 @@ class Resumption:
         try:
             check_progress(self._progress, self._rule)
             for number, own in self._ledger.complete(entries, state).items():
-                check_values({name: own[name] for name in entries[number].shapes}, number)
+                check_values({name: own[name] for name in entries[number].stored}, number)
         except CheckpointError as error:
             raise CheckpointError(
                 f"what was loaded in place, into the tensors of {self._owner}, does not fit it: {error}"
@@ -285,3 +291,10 @@ class Resumption:
                 )
             own.num_steps = horizon
         return remarks
+
+
+def _with_ours(saved: Sequence[Mapping[str, Any]], groups: Groups) -> list[dict[str, Any]]:
+    """Saved groups with those options that are of the optimizer that loads them."""
+    of_run = [{name: value for name, value in theirs.items() if name not in USUAL} for theirs in saved]
+    paired = itertools.zip_longest(of_run, groups[: len(saved)], fillvalue=dict[str, Any]())
+    return [{**theirs, **{name: mine[name] for name in USUAL if name in mine}} for theirs, mine in paired]

@@ -1,9 +1,9 @@
-r"""Stochastic rounding of new parameters to bfloat16.
+r"""Stochastic rounding: of new parameters and of stored state.
 
 Of the two neighbours of a number, rounding takes each with a probability that makes the mean right, so that updates
 smaller than half the distance between them are not lost but taken now and then.
 
-The noise is a function of step, tensor and element and of nothing else, no seed either. So it does not depend on
+The noise is a function of step, tensor, state and element and of nothing else, no seed either. So it does not depend on
 threads or kernels, nor on how a tensor is divided among ranks; ranks that all have a tensor round it alike; and a
 resumed run repeats the numbers of one that went on.
 """
@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from pylo_integrations.sharding.blocks import Block
 
 _LOW = 0xFFFF
 _WORD = 0xFFFFFFFF
@@ -34,33 +32,46 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     return torch.where(values.isfinite(), bits.view(torch.float32), values)
 
 
-def block_noise(block: Block, numbers: Sequence[int], iteration: int) -> Tensor:
-    """Noise for :func:`round_stochastically`, int32 ``(tensors, 1, *box)``.
+def box_noise(
+    start: Sequence[int],
+    extent: Sequence[int],
+    shape: Sequence[int],
+    keys: Sequence[tuple[int, int]],
+    device: torch.device,
+) -> Tensor:
+    """Noise for :func:`round_stochastically`, int32 ``(keys, *extent)``.
 
     Args:
-        block: Whose parameters are rounded.
-        numbers: For each tensor of the block, its number among all parameters of the optimizer.
-        iteration: Steps taken before this one.
+        start: Where, in the whole tensors, the box begins that is rounded.
+        extent: Shape of the box.
+        shape: Of the whole tensors.
+        keys: Of each, see :func:`noise_keys`.
+        device: Where to make it.
     """
-    device, axes = block.bucket.device, (1,) * len(block.box.shape)
-    keys = torch.tensor([_keys(iteration, number) for number in numbers], device=device).view(-1, 2, *axes)
-    index = _element_numbers(block, device)
-    noise = _hash((index & _WORD) ^ keys[:, :1])
-    return (_hash(noise ^ (index >> 32) ^ keys[:, 1:]) & _LOW).to(torch.int32)
+    words = torch.tensor(keys, device=device).view(-1, 2, *(1,) * len(extent))
+    index = _element_numbers(start, extent, shape, device)
+    noise = _hash((index & _WORD) ^ words[:, 0])
+    return (_hash(noise ^ (index >> 32) ^ words[:, 1]) & _LOW).to(torch.int32)
 
 
-def _keys(iteration: int, number: int) -> list[int]:
-    """Two words of 32 bits for a tensor and step."""
-    digest = hashlib.blake2b(f"{iteration} {number}".encode(), digest_size=8).digest()
-    return [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")]
+def noise_keys(iteration: int, number: int, state: str = "") -> tuple[int, int]:
+    """Two words of 32 bits for a step, a tensor and what is rounded of it.
+
+    Args:
+        iteration: Steps taken before this one.
+        number: Of the tensor among all parameters of the optimizer.
+        state: Name of a state; nothing for the parameter itself.
+    """
+    digest = hashlib.blake2b(f"{iteration} {number} {state}".strip().encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _element_numbers(block: Block, device: torch.device) -> Tensor:
-    """Positions of a block's elements in the whole tensor, row-major, int64 ``(1, 1, *box)``."""
-    index = torch.zeros((1,) * (2 + len(block.box.shape)), dtype=torch.int64, device=device)
-    for axis, (start, extent) in enumerate(zip(block.box.start, block.box.shape, strict=True)):
-        along = torch.arange(start, start + extent, device=device)
-        index = index * block.layout.shape[axis] + along.view(-1, *(1,) * (len(block.box.shape) - 1 - axis))
+def _element_numbers(start: Sequence[int], extent: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Positions of a box's elements in the whole tensor, row-major, int64 ``(1, *extent)``."""
+    index = torch.zeros((1,) * (1 + len(extent)), dtype=torch.int64, device=device)
+    for axis, (first, count) in enumerate(zip(start, extent, strict=True)):
+        along = torch.arange(first, first + count, device=device)
+        index = index * shape[axis] + along.view(-1, *(1,) * (len(extent) - 1 - axis))
     return index
 
 

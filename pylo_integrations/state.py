@@ -21,7 +21,9 @@ A *canonical* state is a dictionary of plain values and whole tensors, all on on
     }
 
 A state that follows its parameter has the parameter's original shape; row and column statistics and LSTM rows have
-shapes of their own. Dtype is float32, or float64 for float64 parameters. ``torch.save`` writes it and
+shapes of their own. Dtype is float32, or float64 for float64 parameters, whatever ``state_dtype`` is: what is stored in
+another format is decoded, which loses nothing, and whoever loads it encodes it anew: the same format gives it back bit
+by bit, another one rounds, and with ``"int8"`` loses digits. ``torch.save`` writes it and
 ``torch.load(..., weights_only=True)`` reads it; :func:`save_canonical` and :func:`load_canonical` do without pickle,
 and their files have a digest by which damage is noticed. What wrappers keep among an optimizer's states is not in it.
 """
@@ -41,6 +43,7 @@ from pylo_integrations import sealed
 from pylo_integrations.checkpoints import PROGRESS, CheckpointError, check_groups, foreign_names, whole_states
 from pylo_integrations.ledger import Entry
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
+from pylo_integrations.options import USUAL
 from pylo_integrations.progress import Progress
 from pylo_integrations.sharding.pieces import parameter_names, read_flat_slices
 
@@ -241,13 +244,15 @@ def _named(optimizer: LearnedOptimizer, model: nn.Module) -> tuple[dict[Tensor, 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group that are plain values; tensors of one element become numbers."""
     numbers = {key: value.item() for key, value in group.items() if isinstance(value, Tensor) and value.numel() == 1}
-    return {key: value for key, value in {**group, **numbers}.items() if isinstance(value, _PLAIN)}
+    plain = {key: value for key, value in {**group, **numbers}.items() if isinstance(value, _PLAIN)}
+    return {key: value for key, value in plain.items() if key not in USUAL}
 
 
 def _saved_options(group: Mapping[str, Any], names: Mapping[Tensor, str], saved: Any) -> dict[str, Any]:
     """What the saved groups say about the options of a group; numbers take the form that they have here."""
     mine = {names[param] for param in group["params"]}
-    matching = [{k: v for k, v in other.items() if k != "params"} for other in saved if mine & set(other["params"])]
+    left_out = {"params", *USUAL}
+    matching = [{k: v for k, v in other.items() if k not in left_out} for other in saved if mine & set(other["params"])]
     if any(options != matching[0] for options in matching):
         differing = sorted(key for key in matching[0] if any(other.get(key) != matching[0][key] for other in matching))
         raise CheckpointError(

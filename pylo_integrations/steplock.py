@@ -7,6 +7,7 @@ that have a handler in Python are therefore noted, and handled when the step is 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import signal
@@ -14,7 +15,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _FAULTS = ("SIGILL", "SIGFPE", "SIGSEGV", "SIGBUS", "SIGKILL", "SIGSTOP")  # which cannot wait, or not be handled
 _NUMBERS: tuple[int, ...] = tuple(sorted(signal.valid_signals() - {getattr(signal, name, None) for name in _FAULTS}))
@@ -76,6 +80,18 @@ class StepLock:
                         self._is_stepping = False
         finally:
             _handle(pending)
+
+
+def between_steps(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have a method of an optimizer wait for steps that other threads take, and them for it."""
+
+    @functools.wraps(method)
+    def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        optimizer: Any = args[0]
+        with optimizer._steplock.between_steps:
+            return method(*args, **kwargs)
+
+    return waiting
 
 
 @contextmanager

@@ -11,7 +11,7 @@ inline bool aligned(const void *pointer, int64_t bytes) { return (uintptr_t)poin
 
 inline bool known_dtype(int dtype) { return dtype == PYLO_FLOAT32 || dtype == PYLO_FLOAT16 || dtype == PYLO_BFLOAT16; }
 
-inline int64_t itemsize(int dtype) { return dtype == PYLO_FLOAT32 ? 4 : 2; }
+inline int64_t itemsize(int dtype) { return dtype == PYLO_FLOAT32 ? 4 : dtype == PYLO_INT8 ? 1 : 2; }
 
 // Floats behind pylo_step.network, 0 for a geometry that the kernels do not evaluate.
 inline int64_t network_floats(const pylo_rule &rule) {
@@ -57,6 +57,26 @@ inline int check_network(long long record, const pylo_step &step, const pylo_rul
     if (step.network_bytes < bytes)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: network has %lld bytes, must have %lld", record,
                     (long long)step.network_bytes, (long long)bytes);
+    return PYLO_OK;
+}
+
+// How the state of record `record` is stored, of which `numel` elements are here.
+inline int check_stored(long long record, const pylo_tensor &t, const pylo_stored *stored, const pylo_rule &rule, int64_t numel) {
+    if (t.state_dtype == PYLO_FLOAT32 || numel == 0) return PYLO_OK;
+    if (!stored) return fail(PYLO_BAD_ARGUMENT, "tensor %lld: stored is null, and state_dtype is %d", record, t.state_dtype);
+    if (stored->first < 0 || stored->first > t.numel - numel || stored->row < 1 || numel % stored->row)
+        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: first and row are not those of a run of rows", record);
+    if (t.state_dtype != PYLO_INT8) return PYLO_OK;
+    const int64_t scales = numel / stored->row * ((stored->row + PYLO_BLOCK - 1) / PYLO_BLOCK);
+    for (int k = 0; k < 4; ++k) {
+        const bool is_read = k == 3 ? rule.layers != PYLO_NESTEROV : k == 0 || rule.layers > 0;
+        if (!is_read) continue;
+        if (!stored->scale[k] || !aligned(stored->scale[k], sizeof(float)))
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: scale %d is null or misaligned", record, k);
+        if (stored->scale_bytes[k] < scales * (int64_t)sizeof(float))
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: scale %d has %lld bytes, must have %lld", record, k,
+                        (long long)stored->scale_bytes[k], (long long)(scales * (int64_t)sizeof(float)));
+    }
     return PYLO_OK;
 }
 

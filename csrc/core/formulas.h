@@ -163,9 +163,11 @@ PYLO_FN V proposed_step(const pylo_rule &rule, const pylo_step &step, V directio
 }
 
 template <class V>
-PYLO_FN V adam_step(const pylo_rule &rule, const pylo_step &step, V grad, V &momentum, V &rms) {
-    momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
-    rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
+PYLO_FN V adam_step(const pylo_rule &rule, const pylo_step &step, V grad, V &momentum, V &rms, bool moved = false) {
+    if (!moved) {
+        momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
+        rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
+    }
     const V root_rms = root(rms / V(step.rms_correction) + V(rule.adam_eps_root));
     return V(step.step_mult) * (momentum / V(step.momentum_correction) / (root_rms + V(rule.adam_eps)));
 }

@@ -7,7 +7,8 @@
  *   measure   sums over parameter and state as they are before the step, for rules that ask for them
  *   prepare   factored state and its inverse roots, from complete sums
  *   describe  sums of squared features; nothing is written but the sums
- *   apply     accumulators and parameters, from complete sums
+ *   advance   accumulators, of tensors whose state is not stored in float32
+ *   apply     accumulators, but for those, and parameters, from complete sums
  *   write     parameters from the directions that apply left, and a scale that the caller made of them
  *
  * A rule of one layer is linear: its only layer makes the outputs of features.
@@ -35,12 +36,13 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 7u
+#define PYLO_ABI_VERSION 8u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
 #define PYLO_MAX_WIDTH 64 /* units of a hidden layer */
 #define PYLO_NESTEROV (-1) /* layers of a rule whose step is Nesterov's momentum */
+#define PYLO_BLOCK 256 /* elements of a row with one scale, of state stored in PYLO_INT8 */
 #define PYLO_TENSOR_SUMS 9 /* p^2, m (3), r, m^2 (3), r^2 of parameter, momenta and second moment */
 
 enum pylo_status {
@@ -52,7 +54,7 @@ enum pylo_status {
     PYLO_OUT_OF_MEMORY = 5
 };
 
-enum pylo_dtype { PYLO_FLOAT32 = 0, PYLO_FLOAT16 = 1, PYLO_BFLOAT16 = 2 };
+enum pylo_dtype { PYLO_FLOAT32 = 0, PYLO_FLOAT16 = 1, PYLO_BFLOAT16 = 2, PYLO_INT8 = 3 /* state only */ };
 
 enum pylo_isa { PYLO_BEST = 0, PYLO_BASELINE = 1, PYLO_AVX2 = 2, PYLO_AVX512 = 3 };
 
@@ -69,7 +71,7 @@ enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite,
  * from the shape that the memory should have: pylo_check() compares the two. */
 typedef struct pylo_tensor {
     void *param;
-    float *momentum[3];
+    float *momentum[3];   /* of the type that state_dtype says, as is rms */
     float *rms;
     float *diagonal[3];   /* full-size second moments of an unfactored tensor, else null */
     float *row, *col;     /* (3, row_numel) and (3, col_numel); null if unfactored, as are the next four */
@@ -97,12 +99,22 @@ typedef struct pylo_tensor {
     int32_t rank;
     int32_t d0_axis, d1_axis; /* -1 if unfactored */
     int32_t param_dtype, direction_dtype;
-    int32_t reserved;
+    int32_t state_dtype; /* of momentum and rms: float32, or of a matrix bfloat16 or PYLO_INT8, see pylo_stored */
     int64_t param_bytes, momentum_bytes[3], rms_bytes, diagonal_bytes[3];
     int64_t row_bytes, col_bytes, row_scale_bytes, col_scale_bytes, row_sums_bytes, col_sums_bytes;
     int64_t feature_sums_bytes, stat_squares_bytes, tensor_sums_bytes, direction_bytes;
     int64_t direction_scale_bytes;
 } pylo_tensor;
+
+/* How the state of a pylo_tensor is stored whose state_dtype is not float32; all of it may change from step to step. The
+ * box is then a run of elements of the whole tensor in row-major order, dense and in that order in memory. */
+typedef struct pylo_stored {
+    float *scale[4];        /* of momentum and rms, one for every block; null unless PYLO_INT8 */
+    int64_t scale_bytes[4];
+    int64_t first;          /* element of the whole tensor at which the box begins */
+    int64_t row;            /* elements of a row of the box; its last block may be shorter */
+    uint32_t noise[4][2];   /* keys of the noise by which momentum and rms are rounded */
+} pylo_stored;
 
 /* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step, where the step of write is
  * direction_scale * direction. */
@@ -146,6 +158,7 @@ typedef struct pylo_call {
     const pylo_rule *rule;
     const pylo_tensor *tensors;
     const pylo_step *steps;
+    const pylo_stored *stored; /* one per tensor; may be null if all state is float32 */
     int64_t count;
     double *grad_squares; /* (count): written by collect, sums of squares of the gradients as they are stored */
     void *workspace;      /* aligned to 64 bytes */
@@ -181,8 +194,8 @@ PYLO_API int32_t pylo_has_isa(int32_t isa);
 /* Number of floats behind pylo_step.network; 0 if the geometry is not supported. */
 PYLO_API int64_t pylo_network_floats(const pylo_rule *rule);
 
-/* Validate rule and table: null, misaligned, overlapping and too small buffers, extents that do not fit. Ignores `steps`, `token`
- * and the workspace. On success `token` receives what the stages ask for; it covers rule and table, so any change of
+/* Validate rule and table: null, misaligned, overlapping and too small buffers, extents that do not fit. Ignores `steps`,
+ * `stored`, `token` and the workspace. On success `token` receives what the stages ask for; it covers rule and table, so any change of
  * them needs another check. `workspace_bytes` receives what the stages need. */
 PYLO_API int32_t pylo_check(const pylo_call *call, uint64_t *token, int64_t *workspace_bytes);
 
@@ -191,6 +204,7 @@ PYLO_API int32_t pylo_cpu_collect(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_measure(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_prepare(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_describe(const pylo_call *call);
+PYLO_API int32_t pylo_cpu_advance(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_apply(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_write(const pylo_call *call);
 

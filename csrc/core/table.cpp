@@ -10,7 +10,8 @@
 static_assert(sizeof(pylo_tensor) == 600, "");
 static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
-static_assert(sizeof(pylo_call) == 80, "");
+static_assert(sizeof(pylo_call) == 88, "");
+static_assert(sizeof(pylo_stored) == 112, "");
 
 namespace pylo {
 namespace {
@@ -46,10 +47,15 @@ public:
         }
         if (t_.numel < 1 || t_.numel < local) return bad("numel", "is smaller than the box of %lld elements", (long long)local);
         if (int status = buffer("param", t_.param, t_.param_bytes, local, itemsize(t_.param_dtype))) return status;
+        if (t_.state_dtype != PYLO_FLOAT32 && t_.state_dtype != PYLO_BFLOAT16 && t_.state_dtype != PYLO_INT8)
+            return bad("state_dtype", "%d is unknown", t_.state_dtype);
+        if (t_.state_dtype != PYLO_FLOAT32 && layers_ > 0 && t_.d0_axis < 0)
+            return bad("state_dtype", "must be float32 of an unfactored tensor");
+        const int64_t size = itemsize(t_.state_dtype);
         if (layers_ != PYLO_NESTEROV)
-            if (int status = buffer("rms", t_.rms, t_.rms_bytes, local)) return status;
+            if (int status = buffer("rms", t_.rms, t_.rms_bytes, local, size)) return status;
         for (int k = 0; k < (layers_ > 0 ? 3 : 1); ++k)
-            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local)) return status;
+            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local, size)) return status;
         if (t_.tensor_sums)
             if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS)) return status;
         if (!known_dtype(t_.direction_dtype)) return bad("direction_dtype", "%d is unknown", t_.direction_dtype);

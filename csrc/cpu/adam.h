@@ -13,17 +13,18 @@ void adam(const Job &job) {
     // again for every vector.
     const pylo_rule rule = *job.rule;
     const pylo_step step = *job.step;
+    const bool moved = is_moved(job);
     alignas(64) float buffer[5][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
-        const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
-        float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
-        float *momentum = run.load(t.momentum[0], PYLO_FLOAT32, buffer[3]);
+        float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = load_state(job, RMS_STATE, run, buffer[2]);
+        float *momentum = load_state(job, 0, run, buffer[3]);
+        const float *grad = moved ? param : run.load(step.grad, step.grad_dtype, buffer[0]);  // no more needed then
         float *direction = t.direction ? buffer[4] : nullptr;
         for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec p = Vec::load(param + lane);
             const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
             Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
-            const Vec proposed = adam_step(rule, step, g, m, r);
+            const Vec proposed = adam_step(rule, step, g, m, r, moved);
             m.store(momentum + lane);
             r.store(rms + lane);
             if (direction)
@@ -31,8 +32,10 @@ void adam(const Job &job) {
             else
                 updated_param(step, p, proposed).store(param + lane);
         }
-        run.store(t.momentum[0], PYLO_FLOAT32, momentum);
-        run.store(t.rms, PYLO_FLOAT32, rms);
+        if (!moved) {
+            run.store(t.momentum[0], PYLO_FLOAT32, momentum);
+            run.store(t.rms, PYLO_FLOAT32, rms);
+        }
         if (direction)
             run.store(t.direction, t.direction_dtype, direction);
         else

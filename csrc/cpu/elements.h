@@ -1,7 +1,7 @@
 // What is read and written of elements: gradient, parameter and state, a run of lanes at a time.
 #pragma once
 
-#include "storage.h"
+#include "formats.h"
 #include "walk.h"
 
 namespace pylo {
@@ -14,15 +14,16 @@ struct Window {
     const float *grad;
     float *param, *momentum[3], *rms, *diagonal[3];
     Run run;
+    bool moved = false;  // accumulators are those after the step
 
     PYLO_FN void load(const Job &job, const Run &lanes) {
         const pylo_tensor &t = *job.tensor;
         run = lanes;
         grad = run.load(job.step->grad, job.step->grad_dtype, buffer[0]);
         param = run.load(t.param, t.param_dtype, buffer[1]);
-        rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
+        rms = load_state(job, RMS_STATE, run, buffer[2]);
         for (int k = 0; k < 3; ++k) {
-            momentum[k] = run.load(t.momentum[k], PYLO_FLOAT32, buffer[3 + k]);
+            momentum[k] = load_state(job, k, run, buffer[3 + k]);
             // 1 beyond the end: the inverse root of 0 may be infinite.
             if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
         }
@@ -39,7 +40,7 @@ struct Window {
         }
     }
 
-    // The element at a lane, accumulators updated.
+    // The element at a lane, accumulators updated if they are not yet.
     PYLO_FN Element<Vec> element(const pylo_rule &rule, const pylo_step &step, int lane) const {
         Element<Vec> x;
         x.param = Vec::load(param + lane);
@@ -50,7 +51,7 @@ struct Window {
             x.momentum[k] = Vec::load(momentum[k] + lane);
             if constexpr (!Factored) x.diagonal[k] = Vec::load(diagonal[k] + lane);
         }
-        accumulate<Factored>(rule, x);
+        if (!moved) accumulate<Factored>(rule, x);
         return x;
     }
 
@@ -65,6 +66,7 @@ struct Window {
     }
 
     PYLO_FN void store_state(const Job &job) const {
+        if (moved) return;
         const pylo_tensor &t = *job.tensor;
         run.store(t.rms, PYLO_FLOAT32, rms);
         for (int k = 0; k < 3; ++k) {

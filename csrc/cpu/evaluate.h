@@ -64,8 +64,9 @@ PYLO_FN void relu_layer(
 
 // The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
 PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
-    const char *line = (const char *)base + index * (dtype == PYLO_FLOAT32 ? 4 : 2);
-    const int bytes = TILE * (dtype == PYLO_FLOAT32 ? 4 : 2);
+    const int size = dtype == PYLO_FLOAT32 ? 4 : dtype == PYLO_INT8 ? 1 : 2;
+    const char *line = (const char *)base + index * size;
+    const int bytes = TILE * size;
     for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(line + offset);
 }
 
@@ -78,11 +79,11 @@ PYLO_FN void prefetch_tile(const Job &job, int64_t index, int third) {
             prefetch(job.step->grad, job.step->grad_dtype, index);
             return prefetch(t.param, t.param_dtype, index);
         case 1:
-            prefetch(t.rms, PYLO_FLOAT32, index);
-            return prefetch(t.momentum[0], PYLO_FLOAT32, index);
+            prefetch(t.rms, t.state_dtype, index);
+            return prefetch(t.momentum[0], t.state_dtype, index);
         case 2:
-            prefetch(t.momentum[1], PYLO_FLOAT32, index);
-            return prefetch(t.momentum[2], PYLO_FLOAT32, index);
+            prefetch(t.momentum[1], t.state_dtype, index);
+            return prefetch(t.momentum[2], t.state_dtype, index);
     }
 }
 

@@ -3,6 +3,7 @@
 // Of the headers below two things are asked. They use nothing from the C++ library: its inline functions would be compiled
 // for this instruction set and merged with those of others, and a baseline machine would run AVX-512. And what they define
 // stays in this file, in anonymous namespaces: then the compiler inlines and specialises without copies for anyone else.
+#include "advance.h"
 #include "apply.h"
 #include "collect.h"
 #include "describe.h"
@@ -14,6 +15,6 @@
 namespace pylo {
 
 extern const Kernels PYLO_KERNELS;
-const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, apply, write, multiply_adds};
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, advance, apply, write, multiply_adds};
 
 }  // namespace pylo

@@ -16,6 +16,7 @@ struct Job {
     const pylo_rule *rule;
     const pylo_tensor *tensor;
     const pylo_step *step;
+    const pylo_stored *stored;  // null if there is none
     Geometry geometry;
     Part part;
     double *partial;
@@ -27,6 +28,7 @@ struct Kernels {
     void (*measure)(const Job &);
     void (*prepare)(const Job &);
     void (*describe)(const Job &);
+    void (*advance)(const Job &);
     void (*apply)(const Job &);
     void (*write)(const Job &);
     int64_t (*multiply_adds)(int64_t rounds);

@@ -20,6 +20,10 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const long long record = i;
     if (stage == MEASURE && !call.tensors[i].tensor_sums)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
+    if (stage != COLLECT && stage != PREPARE && stage != WRITE)
+        if (int status = check_stored(record, call.tensors[i], call.stored ? &call.stored[i] : nullptr, *call.rule,
+                                      local_numel(call.tensors[i])))
+            return status;
     if (!reads_steps(stage, *call.rule)) return PYLO_OK;
     if (stage == WRITE) {
         const pylo_tensor &t = call.tensors[i];
@@ -86,7 +90,8 @@ int run(Stage stage, void (*Kernels::*kernel)(const Job &), const pylo_call *cal
                 double *partial = scratch + part.slot;
                 std::fill_n(partial, partial_doubles(stage, t, g), 0.0);
                 const pylo_step *step = call.steps ? &call.steps[part.record] : nullptr;
-                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, step, g, part, partial});
+                const pylo_stored *stored = call.stored ? &call.stored[part.record] : nullptr;
+                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, step, stored, g, part, partial});
             }
             if (merges) {
 #pragma omp for schedule(dynamic)
@@ -139,6 +144,7 @@ int32_t pylo_cpu_collect(const pylo_call *call) { return run(COLLECT, &Kernels::
 int32_t pylo_cpu_measure(const pylo_call *call) { return run(MEASURE, &Kernels::measure, call); }
 int32_t pylo_cpu_prepare(const pylo_call *call) { return run(PREPARE, &Kernels::prepare, call); }
 int32_t pylo_cpu_describe(const pylo_call *call) { return run(DESCRIBE, &Kernels::describe, call); }
+int32_t pylo_cpu_advance(const pylo_call *call) { return run(ADVANCE, &Kernels::advance, call); }
 int32_t pylo_cpu_apply(const pylo_call *call) { return run(APPLY, &Kernels::apply, call); }
 int32_t pylo_cpu_write(const pylo_call *call) { return run(WRITE, &Kernels::write, call); }
 int64_t pylo_cpu_multiply_adds(int64_t rounds) { return kernels_of(best_isa())->multiply_adds(std::max<int64_t>(rounds, 0)); }

@@ -39,8 +39,8 @@ void measure_part(const Job &job) {
         add_to_sums<false>(run.load(t.param, t.param_dtype, buffer), run.padded, nullptr, sums[0]);
         if constexpr (All) {
             for (int k = 0; k < 3; ++k)
-                add_to_sums<true>(run.load(t.momentum[k], PYLO_FLOAT32, buffer), run.padded, sums[1 + k], sums[5 + k]);
-            add_to_sums<true>(run.load(t.rms, PYLO_FLOAT32, buffer), run.padded, sums[4], sums[8]);
+                add_to_sums<true>(load_state(job, k, run, buffer), run.padded, sums[1 + k], sums[5 + k]);
+            add_to_sums<true>(load_state(job, RMS_STATE, run, buffer), run.padded, sums[4], sums[8]);
         }
     });
     for (int i = 0; i < count_of_sums; ++i)

@@ -17,7 +17,7 @@ void measure_agreement(const Job &job) {
     alignas(64) float buffer[3][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
         const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
-        const float *momentum = run.load(t.momentum[0], PYLO_FLOAT32, buffer[1]);
+        const float *momentum = load_state(job, 0, run, buffer[1]);
         const float *param = grad;  // anything that can be read: without l2 it is not used
         if (step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, buffer[2]);
 #pragma GCC unroll 4
@@ -44,17 +44,18 @@ void nesterov(const Job &job) {
     const pylo_rule rule = *job.rule;  // copies, as in adam()
     const pylo_step step = *job.step;
     const float keep = rule.momentum_keep[0], weight = rule.momentum_weight[0];
+    const bool moved = is_moved(job);
     alignas(64) float buffer[4][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
         const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
-        float *momentum = run.load(t.momentum[0], PYLO_FLOAT32, buffer[1]);
+        float *momentum = load_state(job, 0, run, buffer[1]);
         float *direction = t.direction ? buffer[3] : nullptr;
         float *param = nullptr;
         if (!direction || step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, buffer[2]);
         for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec p = param ? Vec::load(param + lane) : Vec(0.0f);
             const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
-            const Vec m = ema(keep, weight, Vec::load(momentum + lane), g);
+            const Vec old = Vec::load(momentum + lane), m = moved ? old : ema(keep, weight, old, g);
             const Vec proposed = Vec(step.step_mult) * ema(keep, weight, m, g);
             m.store(momentum + lane);
             if (direction)
@@ -62,7 +63,7 @@ void nesterov(const Job &job) {
             else
                 updated_param(step, p, proposed).store(param + lane);
         }
-        run.store(t.momentum[0], PYLO_FLOAT32, momentum);
+        if (!moved) run.store(t.momentum[0], PYLO_FLOAT32, momentum);
         if (direction)
             run.store(t.direction, t.direction_dtype, direction);
         else

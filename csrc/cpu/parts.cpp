@@ -32,6 +32,8 @@ Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
             const int64_t most = t.d0_axis < 0 ? 1 << 15 : g.lane_norm_step ? 1 : 768, lanes = std::min(g.lanes, most);
             return {(1 << 16) / lanes, lanes};
         }
+        case ADVANCE:
+            return {1, 1 << 15};
         case PREPARE:
             break;
     }
@@ -42,11 +44,20 @@ Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
 template <class Cut>
 void cut_record(Stage stage, const pylo_tensor &t, const Geometry &g, Cut &&cut) {
     if (stage == PREPARE) return cut(0, 1, 0, 1);  // the statistics of a whole tensor, whatever the box
-    if (local_numel(t) == 0) return;
+    if (local_numel(t) == 0 || (stage == ADVANCE && t.state_dtype == PYLO_FLOAT32)) return;
     const Size size = part_size(stage, t, g);
     for (int64_t first = 0; first < g.outer; first += size.outer)
         for (int64_t lane = 0; lane < g.lanes; lane += size.lanes)
             cut(first, std::min(first + size.outer, g.outer), lane, std::min(lane + size.lanes, g.lanes));
+}
+
+// Blocks are runs of elements as they are in memory, whatever their axes.
+Geometry geometry_for(Stage stage, const pylo_tensor &t) {
+    if (stage != ADVANCE) return geometry(t);
+    Geometry flat = {};
+    flat.lanes = local_numel(t);
+    flat.lane_step = flat.outer = flat.slices = 1;
+    return flat;
 }
 
 // Adds the sums per lane of a record's parts, part after part.
@@ -88,7 +99,7 @@ Plan make_plan(Stage stage, const pylo_call &call) {
     plan.parts.reserve((size_t)call.count);  // small tensors have one each
     for (int64_t i = 0; i < call.count; ++i) {
         const pylo_tensor &t = call.tensors[i];
-        plan.geometries.push_back(geometry(t));
+        plan.geometries.push_back(geometry_for(stage, t));
         const Geometry &g = plan.geometries.back();
         const int64_t each = partial_doubles(stage, t, g);
         plan.first_part.push_back((int64_t)plan.parts.size());

@@ -10,7 +10,7 @@
 
 namespace pylo {
 
-enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, APPLY, WRITE };
+enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, ADVANCE, APPLY, WRITE };
 
 struct Plan {
     std::vector<Geometry> geometries;

@@ -36,6 +36,9 @@ int with_plan(const pylo_call *call, Use use) {
     uint64_t token;
     int64_t bytes;
     if (int status = pylo_check(call, &token, &bytes)) return status;
+    for (int64_t i = 0; i < call->count; ++i)
+        if (call->tensors[i].state_dtype != PYLO_FLOAT32)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels read state in float32", (long long)i);
     try {
         const Plan plan(*call);
         if (plan.matrices.size() + plan.measures.size() > INT32_MAX || plan.merges.size() > INT32_MAX ||

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from pylo_integrations.bench.shapes import SHAPES, ParamShape
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info
+from pylo_integrations.formats import FORMATS
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.layout import AxisOrder
@@ -114,25 +115,28 @@ def make_contender(name: str, parameters: Parameters, **options: Any) -> tuple[O
     """An optimizer over ``parameters`` and the call that steps it.
 
     Args:
-        name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend.
+        name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend or a format
+            of state.
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
         **options: Of learned optimizers.
     """
     if name in BASELINES:
         baseline = Together(BASELINES[name](parameters))
         return baseline, baseline.step
-    name, _, backend = name.partition(":")
+    name, _, choice = name.partition(":")
+    backend = choice if choice in get_args(Backend) else "auto"
+    form = choice if choice in FORMATS else "float32"
     spec = get_optimizer_info(name)
     members: dict[tuple[AxisOrder, RuleChoice], list[Tensor]] = {}
     for param, kind in parameters:
         members.setdefault((kind.axes, kind.rule_of(spec)), []).append(param)
     groups = [{"params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
     num_steps = 1_000_000 if spec.needs_horizon else None
-    chosen = cast(Backend, backend or "auto")
     # Published weights may not be at hand. Of the package's own, that of celo2 takes less time than others of its size.
     is_absent = not str(spec.weights).startswith("builtin:")
     weights = stand_in(spec.architecture) if spec.architecture and is_absent else None
     small = spec.lr / 10  # so that parameters stay as they are
-    optimizer = create_optimizer(groups, name, small, num_steps=num_steps, backend=chosen, weights=weights, **options)
+    common: dict[str, Any] = {"num_steps": num_steps, "backend": backend, "state_dtype": form, "weights": weights}
+    optimizer = create_optimizer(groups, name, small, **common, **options)
     loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)

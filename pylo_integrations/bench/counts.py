@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,9 @@ from pylo_integrations.bench.contenders import fresh_parameter, make_contender
 from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.bench.strategies import STRATEGIES
 from pylo_integrations.catalog import get_optimizer_info
+from pylo_integrations.formats import StateDtype, Stored, format_of, scale_shape, stored_parts
 from pylo_integrations.optimizer import LearnedOptimizer
+from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.layout import TensorLayout
@@ -31,8 +34,10 @@ def stepped_on_rank_0(kind: ParamShape, strategy: str, ranks: int) -> int:
     return stepped(kind, ranks) if stepped else elements_on_rank_0([kind], strategy, ranks)
 
 
-def state_bytes_on_rank_0(optimizer: str | None, shapes: Sequence[ParamShape], strategy: str, ranks: int) -> int:
-    """Bytes of float32 state, from what the rule itself says of the shapes of its state.
+def state_bytes_on_rank_0(
+    optimizer: str | None, shapes: Sequence[ParamShape], strategy: str, ranks: int, form: StateDtype = "float32"
+) -> int:
+    """Bytes of state, from what the rule itself says of the shapes of its state.
 
     State that is shaped like its parameter is sharded like it; the rest is on every rank.
 
@@ -41,16 +46,29 @@ def state_bytes_on_rank_0(optimizer: str | None, shapes: Sequence[ParamShape], s
         shapes: Of whole parameters.
         strategy: A name in :data:`~pylo_integrations.bench.strategies.STRATEGIES`, which is told by shapes alone.
         ranks: How many train together.
+        form: How state is stored.
     """
     spec = None if optimizer is None else get_optimizer_info(optimizer)
     rule = AdamWRule() if optimizer is None else _rule(optimizer)
     count = 0
-    for kind in shapes:
+    for kind, times in Counter(shapes).items():
         layout = TensorLayout.whole(kind.shape, kind.axes)
         group = {"rule": "learned" if spec is None else kind.rule_of(spec)}
-        for shape in rule.rule_for(layout, group).state_shapes(layout).values():
-            count += stepped_on_rank_0(kind, strategy, ranks) if shape is None else math.prod(shape)
-    return torch.float32.itemsize * count
+        states = rule.rule_for(layout, group).state_shapes(layout)
+        chosen = format_of(form, layout.shape, torch.float32)
+        for parts in stored_parts(states, SECOND_MOMENTS, chosen, torch.float32).values():
+            count += times * sum(_bytes(stored, kind, strategy, ranks) for stored in parts.values())
+    return count
+
+
+def _bytes(stored: Stored, kind: ParamShape, strategy: str, ranks: int) -> int:
+    if stored.shape is not None:
+        return stored.dtype.itemsize * math.prod(stored.shape)
+    stepped = stepped_on_rank_0(kind, strategy, ranks)
+    if not stored.per_block:
+        return stored.dtype.itemsize * stepped
+    row = math.prod(kind.shape[1:])
+    return stored.dtype.itemsize * math.prod(scale_shape((stepped // row, row)))
 
 
 @functools.cache

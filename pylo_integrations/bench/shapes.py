@@ -65,11 +65,22 @@ def gpt2_shapes(width: int = 768, depth: int = 12, *, vocabulary: int = 50257, c
     return [*embeddings, *(block * depth), *_vectors(width, 2)]
 
 
-def llama_shapes(width: int, depth: int, hidden: int, *, vocabulary: int = 32_000) -> list[ParamShape]:
-    """Parameters of LLaMA as in transformers: no biases, and an output layer of its own."""
+def llama_shapes(
+    width: int, depth: int, hidden: int, *, vocabulary: int = 32_000, keys: int | None = None
+) -> list[ParamShape]:
+    """Parameters of LLaMA as in transformers: no biases, and an output layer of its own.
+
+    Args:
+        width: Of the residual stream.
+        depth: Blocks.
+        hidden: Units of the feed-forward layers.
+        vocabulary: Tokens.
+        keys: Width of keys and values, where heads share them.
+    """
     block = [
         *_vectors(width, 1),
-        *[ParamShape((width, width))] * 4,
+        *[ParamShape((width, width))] * 2,
+        *[ParamShape((keys or width, width))] * 2,
         *_vectors(width, 1),
         *[ParamShape((hidden, width))] * 2,
         ParamShape((width, hidden)),
@@ -99,11 +110,12 @@ SHAPES: Mapping[str, Callable[[], list[ParamShape]]] = {
     "llama_1b": lambda: llama_shapes(2048, 22, 5504),
     "llama_7b": lambda: llama_shapes(4096, 32, 11_008),
     "llama_13b": lambda: llama_shapes(5120, 40, 13_824),
+    "llama_70b": lambda: llama_shapes(8192, 80, 28_672, keys=1024),
     "llama_65b": lambda: llama_shapes(8192, 80, 22_016),
 }
 """Parameter shapes by the name that ``--shapes`` takes; ``matrix`` is one layer of a transformer, ``many`` are small
-vectors, ``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours) are there to be
-simulated."""
+vectors, ``tiny`` is for trying things out. Those of LLaMA (Touvron et al., 2023; 1b is ours, 70b that of LLaMA 2) are
+there to be simulated."""
 
 
 def numel(kinds: Iterable[ParamShape]) -> int:

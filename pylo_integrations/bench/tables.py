@@ -75,7 +75,7 @@ def memory_table(shapes: str, ranks: int) -> str:
     rows = [row("parameters and gradients", [8 * elements_on_rank_0(kinds, *case) for case in cases])]
     rows.append(row("state of AdamW", [state_bytes_on_rank_0(None, kinds, *case) for case in cases]))
     optimizers = {name: [state_bytes_on_rank_0(name, kinds, *case) for case in cases] for name in list_optimizers()}
-    rows += [row(f"state of {names}", sizes) for names, sizes in _merged(optimizers)]
+    rows += [row(f"state of {names}", sizes) for names, sizes in merged(optimizers)]
     return text.markdown(header, rows)
 
 
@@ -84,7 +84,7 @@ def traffic_table(shapes: str, strategy: str, ranks: int) -> str:
     costs = dry_run(SHAPES[shapes](), strategy, ranks, list_optimizers())
     found = {name: [*text.traffic(mine.collectives)] for name, mine in costs.items()}
     header = [f"a step under {label(strategy, ranks)}", "collectives", "into each"]
-    return text.markdown(header, [(names, *cells) for names, cells in _merged(found)])
+    return text.markdown(header, [(names, *cells) for names, cells in merged(found)])
 
 
 def _growth() -> Iterator[str]:
@@ -121,7 +121,7 @@ def _growth() -> Iterator[str]:
     yield text.markdown(header, rows)
 
 
-def _merged(rows: Mapping[str, list[Any]]) -> list[tuple[str, list[Any]]]:
+def merged(rows: Mapping[str, list[Any]]) -> list[tuple[str, list[Any]]]:
     """Rows by name, those with equal cells as one."""
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, cells in rows.items():

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from pylo_integrations.bench import figures, measure, ranks, simulation, steps, tables
+from pylo_integrations.bench import figures, measure, memory, ranks, simulation, steps, tables
 from pylo_integrations.bench.contenders import DTYPES, Setting
 from pylo_integrations.bench.report import Report
 from pylo_integrations.bench.shapes import SHAPES
@@ -24,6 +24,7 @@ from pylo_integrations.bench.strategies import SIMULABLE, STRATEGIES
 from pylo_integrations.catalog import list_optimizers
 from pylo_integrations.cli.arguments import counts, names_of, new_file, positive
 from pylo_integrations.cli.output import plain
+from pylo_integrations.formats import FORMATS
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.plot import PlotError
 from pylo_integrations.workers import Workers
@@ -33,7 +34,8 @@ MOST_THREADS = 1024
 DISTRIBUTED = """\
 pylo bench --distributed: what a step of a learned optimizer costs where many ranks train together. measure steps on
 real processes of this machine, joined by gloo, one thread each. simulate makes dry runs of any size on one process.
-tables writes memory and traffic of well-known models as Markdown; they are computed, nothing is timed.
+tables writes memory and traffic of well-known models as Markdown, memory their state in every format; both are
+computed, nothing is timed.
 """
 
 
@@ -72,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers",
         type=names_of("optimizer", _contenders),
-        help="comma-separated catalogue names, with :reference, :native or :compile for one backend (default: "
-        f"{','.join(STEPS.defaults['optimizers'])}; with --distributed small_fc_lopt); AdamW always runs beside them",
+        help="comma-separated catalogue names, with :reference, :native or :compile for one backend, or :bfloat16 or "
+        f":int8 for state stored so (default: {','.join(STEPS.defaults['optimizers'])}; with --distributed "
+        "small_fc_lopt); AdamW always runs beside them",
     )
     parser.add_argument(
         "--threads",
@@ -106,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _contenders() -> list[str]:
     names = list_optimizers()
     backends = [backend for backend in get_args(Backend) if backend != "auto"]
-    return names + [f"{name}:{backend}" for name in names for backend in backends]
+    formats = [kind for kind in FORMATS if kind != "float32"]
+    return names + [f"{name}:{choice}" for name in names for choice in (*backends, *formats)]
 
 
 def _thread_counts(text: str) -> list[int]:
@@ -165,7 +169,9 @@ def _simulate(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.strategies if name not in SIMULABLE]:
         args.parser.error(f"strategy {unknown[0]!r} can be measured, but not simulated")
     if chosen := [name for name in args.optimizers if ":" in name]:
-        args.parser.error(f"{chosen[0]!r} names a backend, but a simulation runs none: leave it out")
+        args.parser.error(
+            f"{chosen[0]!r} names a backend or a format of state, but a simulation has neither: leave it out"
+        )
     report = Report(simulation.SIMULATED)
     found = [
         record
@@ -201,6 +207,11 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 def _tables(args: argparse.Namespace) -> int:
     print(tables.tables(), end="")
+    return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    print(memory.memory_tables(), end="")
     return 0
 
 
@@ -255,5 +266,6 @@ RANKS = {
         },
     ),
     "tables": Mode(_tables, "with --distributed tables", {}),
+    "memory": Mode(_memory, "with --distributed memory", {}),
 }
 """What ``--distributed`` takes."""

@@ -10,7 +10,7 @@ from typing import Any
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info, list_optimizers
 from pylo_integrations.cli.output import print_table
 from pylo_integrations.cli.trial import NotDownloaded, on_one_parameter
-from pylo_integrations.options import OPTIONS
+from pylo_integrations.options import OPTIONS, USUAL
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run_info(args: argparse.Namespace) -> int:
     rows += _describe_published(spec)
     rows.append(("options", f"of create_optimizer(model, {spec.name!r}, ...), with their defaults"))
     rows += [(f"  {name}", text) for name, text in _describe_options(spec).items()]
-    rows.append(("of a group", ", ".join(OPTIONS)))
+    rows.append(("of a group", ", ".join((*OPTIONS, *USUAL))))
     print_table(rows)
     return 0
 

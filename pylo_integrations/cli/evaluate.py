@@ -15,13 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of ``pylo evaluate``."""
     parser.add_argument(
         "--optimizers",
-        metavar="NAME[:WEIGHTS][@SCHEDULE],...",
-        help="learned optimizers; WEIGHTS as for weights=, SCHEDULE constant, cosine or linear "
-        "(default: those whose weights are in the package)",
+        metavar="NAME[:WEIGHTS][*FACTOR][@SCHEDULE],...",
+        help="learned optimizers; WEIGHTS as for weights=, FACTOR on the learning rate, SCHEDULE constant, cosine or "
+        "linear (default: those whose weights are in the package)",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs", "evaluation"), help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/evaluation, of suite 2 runs/evaluation-2)")
+    parser.add_argument("--suite", type=int, choices=(1, 2), default=1, help="of tasks (default: %(default)s)")
     parser.add_argument(
-        "--tasks", help="comma-separated names of held-out tasks, NAME:WIDTH at another width (default: all)"
+        "--tasks",
+        help="comma-separated names of held-out tasks, NAME:WIDTH at another width (default: all of the suite)",
+    )
+    parser.add_argument(
+        "--baselines",
+        help="comma-separated: adamw, sgd, muon, nadamw, schedule_free, soap, lion, prodigy (default: of suite 1 the "
+        "first three, of suite 2 all; those whose package is not installed are left out)",
     )
     parser.add_argument("--steps", type=counts, default=[1000], help="comma-separated horizons (default: 1000)")
     parser.add_argument("--seeds", type=at_most(1000), default=3, help="how many (default: %(default)s)")
@@ -39,22 +46,24 @@ def run(args: argparse.Namespace) -> int:
     from pylo_integrations import evaluation  # imports metatrain, see there
 
     names = args.optimizers.split(",") if args.optimizers else None
+    output = args.output or Path("runs", "evaluation" if args.suite == 1 else f"evaluation-{args.suite}")
     try:
         if args.report:
-            records = evaluation.RunsFile(args.output / evaluation.RUNS).records
+            records = evaluation.RunsFile(output / evaluation.RUNS).records
             if not records:
-                args.parser.error(f"there are no runs in {args.output}; leave --report out, or give --output")
+                args.parser.error(f"there are no runs in {output}; leave --report out, or give --output")
         else:
             records = evaluation.evaluate(
                 evaluation.parse_contenders(_with_builtin_weights() if names is None else names),
-                args.output,
-                tasks=args.tasks.split(",") if args.tasks else tuple(evaluation.TASKS),
+                output,
+                tasks=args.tasks.split(",") if args.tasks else tuple(evaluation.SUITES[args.suite]),
+                baselines=_baselines(args) if args.tuning_seeds != 0 else (),
                 steps=args.steps,
                 seeds=args.seeds,
                 tuning_seeds=args.tuning_seeds,
                 jobs=args.jobs or os.cpu_count() or 1,
             )
-        files = evaluation.write_report(records, args.output, names)
+        files = evaluation.write_report(records, output, names)
     except evaluation.DataError as error:
         args.parser.error(str(error))
     except KeyboardInterrupt:
@@ -62,6 +71,20 @@ def run(args: argparse.Namespace) -> int:
         return 130
     print("written to", *files)
     return 0
+
+
+def _baselines(args: argparse.Namespace) -> list[str]:
+    """Those asked for, of which those that cannot be run here are left out and told of."""
+    from pylo_integrations.evaluation import BASELINES, USUAL, is_available
+
+    names = args.baselines.split(",") if args.baselines else USUAL if args.suite == 1 else BASELINES
+    if unknown := [name for name in names if name not in BASELINES]:
+        args.parser.error(f"baseline {unknown[0]!r} is unknown; there are {', '.join(BASELINES)}")
+    absent = [name for name in names if not is_available(name)]
+    for name in absent:
+        package = BASELINES[name].package or "a newer torch"
+        print(f"{name} is left out: it needs {package} (pip install 'pylo-integrations[evaluation]')", file=sys.stderr)
+    return [name for name in names if name not in absent]
 
 
 def _with_builtin_weights() -> list[str]:

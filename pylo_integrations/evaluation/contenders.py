@@ -1,18 +1,18 @@
-"""Who trains the held-out tasks: learned optimizers as they come, and baselines at every setting of a grid."""
+"""Who trains the held-out tasks: learned optimizers as they come, and any setting of a baseline."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info
+from pylo_integrations.evaluation.baselines import BASELINES
 from pylo_integrations.evaluation.tasks import HeldOutTask
-from pylo_integrations.metatrain.tasks import Readout
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizers import MuLO
 from pylo_integrations.schedules import constant, cosine, linear
@@ -45,6 +45,7 @@ class Setting:
         weights: A learned optimizer's theta, or "" for its own.
         sha256: Of theta.
         base_width: Where muP's multipliers are 1; None for an optimizer without.
+        factor: On a learned optimizer's own learning rate.
     """
 
     optimizer: str
@@ -53,19 +54,22 @@ class Setting:
     weights: str = ""
     sha256: str = ""
     base_width: int | None = None
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
         """As on the command line; of a baseline also its learning rate."""
         name = self.optimizer if self.lr is None else f"{self.optimizer} lr={self.lr:g}"
-        return name + f":{self.weights}" * bool(self.weights) + f"@{self.schedule}" * (self.schedule != "constant")
+        name += f":{self.weights}" * bool(self.weights) + f"*{self.factor:g}" * (self.factor != 1)
+        return name + f"@{self.schedule}" * (self.schedule != "constant")
 
     @classmethod
     def learned(cls, text: str) -> Setting:
-        """Parse ``NAME[:WEIGHTS][@SCHEDULE]`` and look at theta.
+        """Parse ``NAME[:WEIGHTS][*FACTOR][@SCHEDULE]`` and look at theta.
 
         Raises:
-            ValueError: Unknown optimizer or schedule, or theta is for another optimizer.
+            ValueError: Unknown optimizer or schedule, a factor that is not positive, or theta is for another
+                optimizer.
             FileNotFoundError: There is no such theta.
         """
         head, at, schedule = text.rpartition("@")
@@ -73,6 +77,7 @@ class Setting:
             head, schedule = text, "constant"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} of {text!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        head, times, factor = head.partition("*")
         optimizer, _, weights = head.partition(":")
         spec = get_optimizer_info(optimizer)
         theta = _theta_of(spec, weights)
@@ -82,6 +87,7 @@ class Setting:
             weights=weights,
             sha256=theta.sha256 if theta else "",
             base_width=_base_width_of(spec, theta),
+            factor=_factor(factor, text) if times else 1.0,
         )
 
     def optimizers(self, model: nn.Module, task: HeldOutTask, steps: int) -> list[Optimizer]:
@@ -99,9 +105,22 @@ class Setting:
             raise ValueError(f"the theta of {self.name} changed while it was evaluated")
         params: Any = model
         if self.base_width is not None:
-            params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=spec.lr)
+            lr = spec.lr * self.factor
+            params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=lr)
         options: dict[str, Any] = {"weights": theta} if theta else {}
+        if self.factor != 1:
+            options["lr"] = spec.lr * self.factor
         return [create_optimizer(params, self.optimizer, num_steps=steps, **options)]
+
+
+def _factor(text: str, where: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor {text[:20]!r} of {where!r} is not a positive number")
+    return factor
 
 
 def _theta_of(spec: OptimizerSpec, weights: str) -> Theta | None:
@@ -123,61 +142,16 @@ def _base_width_of(spec: OptimizerSpec, theta: Theta | None) -> int | None:
     return MUP_BASE_WIDTH if width is None and issubclass(spec.cls, MuLO) else width
 
 
-# -- baselines -------------------------------------------------------------------------------------------------------
+def grid_of(baseline: str) -> list[Setting]:
+    """All settings on which a baseline is tuned."""
+    found = BASELINES[baseline]
+    return [Setting(baseline, schedule, lr) for schedule in found.schedules for lr in found.lrs]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """An optimizer that is tuned: its grid is ``lrs`` x ``schedules``.
-
-    Attributes:
-        make: The optimizers that step a model together, at a learning rate.
-        lrs: Learning rates.
-        schedules: Names of schedules.
-    """
-
-    make: Callable[[nn.Module, float], list[Optimizer]]
-    lrs: tuple[float, ...]
-    schedules: tuple[str, ...]
-
-    def settings(self, name: str) -> list[Setting]:
-        """The grid."""
-        return [Setting(name, schedule, lr) for schedule in self.schedules for lr in self.lrs]
-
-
-def _adamw(model: nn.Module, lr: float) -> list[Optimizer]:
-    return [AdamW(model.parameters(), lr, fused=True)]
-
-
-def _sgd(model: nn.Module, lr: float) -> list[Optimizer]:
-    return [SGD(model.parameters(), lr, momentum=0.9)]
-
-
-def _muon(model: nn.Module, lr: float) -> list[Optimizer]:
-    """torch's Muon for hidden matrices, its steps as large as AdamW's, which takes all other parameters."""
-    ends = {
-        param
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, Readout))
-        for param in module.parameters()
-    }
-    hidden = [param for param in model.parameters() if param.dim() == 2 and param not in ends]
-    rest = [param for param in model.parameters() if param.dim() != 2 or param in ends]
-    muon = [torch.optim.Muon(hidden, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")] if hidden else []
-    return [*muon, AdamW(rest, lr, fused=True)]
-
-
-BASELINES: dict[str, Baseline] = {
-    "adamw": Baseline(_adamw, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ("constant", "cosine")),
-    "sgd": Baseline(_sgd, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), ("cosine",)),
-    "muon": Baseline(_muon, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ("cosine",)),
-}
-"""What learned optimizers are compared with. Muon is in torch from 2.9 on."""
-
-
-def available_baselines() -> list[str]:
-    """The baselines that this version of torch has."""
-    return [name for name in BASELINES if name != "muon" or hasattr(torch.optim, "Muon")]
+def default_of(baseline: str) -> Setting:
+    """The setting of a baseline that its documentation begins with."""
+    found = BASELINES[baseline]
+    return Setting(baseline, found.schedules[0], found.default_lr)
 
 
 def parse_contenders(texts: Sequence[str]) -> list[Setting]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pylo_integrations.evaluation.contenders import BASELINES, Setting, available_baselines
+from pylo_integrations.evaluation.baselines import USUAL
+from pylo_integrations.evaluation.contenders import Setting, default_of, grid_of
 from pylo_integrations.evaluation.results import Results
 from pylo_integrations.evaluation.runs import Record, Run, RunsFile, train_all
-from pylo_integrations.evaluation.tasks import TASKS, find_task
+from pylo_integrations.evaluation.tasks import SUITES, find_task
 from pylo_integrations.paths import check_destination
 
 RUNS = "runs.jsonl"
@@ -22,7 +23,8 @@ def evaluate(
     learned: Sequence[Setting],
     folder: Path,
     *,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] = tuple(SUITES[1]),
+    baselines: Sequence[str] = USUAL,
     steps: Sequence[int] = (1000,),
     seeds: int = 3,
     tuning_seeds: int | None = None,
@@ -33,7 +35,8 @@ def evaluate(
     Args:
         learned: Learned optimizers.
         folder: Where the runs are kept.
-        tasks: Names of held-out tasks, with ``:<width>`` for another width.
+        tasks: Names of held-out tasks of one suite, with ``:<width>`` for another width.
+        baselines: Names of baselines.
         steps: Horizons.
         seeds: How many, from 0 on.
         tuning_seeds: On how many of them every setting of the baselines is run; on the others only the best ones are.
@@ -55,7 +58,7 @@ def evaluate(
     check_destination(folder / RUNS, "file of runs")
     file = RunsFile(folder / RUNS)
     tuning = range(seeds if tuning_seeds is None else min(seeds, tuning_seeds))
-    grid = [setting for name in available_baselines() for setting in BASELINES[name].settings(name)]
+    grid = [setting for name in baselines for setting in grid_of(name)]
     everything = [
         Run(task, setting, horizon, seed)
         for horizon in steps
@@ -78,7 +81,8 @@ def evaluate(
 def _best(results: Results, grid: Sequence[Setting]) -> Iterator[tuple[str, Setting]]:
     """Every task, and the settings of the grid that are reported there."""
     for task in results.tasks:
-        names = {*results.best[task].values(), results.global_setting}
+        names = {*results.best[task].values(), *results.global_settings.values()}
+        names |= {default_of(setting.optimizer).name for setting in grid}
         yield from ((task, setting) for setting in grid if setting.name in names)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypeAlias
 
+from pylo_integrations.evaluation.comparison import compare, distance_of
 from pylo_integrations.evaluation.results import GLOBAL, Result, Results, number_of, tuned
 from pylo_integrations.evaluation.runs import Record
 from pylo_integrations.evaluation.tasks import TASKS, split_width
@@ -58,6 +59,8 @@ def describe(results: Results) -> str:
             f"## {results.steps} steps",
             _table(["optimizer", *(head for head, *_ in _COUNTS)], _count_rows(results)),
             " ".join(notes),
+            *_comparisons(results),
+            *_distances(results),
             f"### Final training loss, {results.steps} steps",
             _table(["task", *results.titles], _rows(results, "train")),
             f"### Final validation loss, {results.steps} steps",
@@ -84,6 +87,64 @@ def _count_rows(results: Results) -> Iterable[list[str]]:
         counts = results.counts(title)
         cells = ("" if title == rival else f"{getattr(counts, name)} of {counts.tasks}" for _, name, rival in _COUNTS)
         yield [title, *cells]
+
+
+_COMPARISON = (
+    "optimizer",
+    "tasks",
+    "fewer steps",
+    "less time",
+    "ends below",
+    "validation below",
+    "worst task",
+    "diverged",
+)
+
+
+def _comparisons(results: Results) -> Iterable[str]:
+    """A table for each baseline that others are measured by."""
+    for rival in (tuned("adamw"), tuned("muon")):
+        rows = []
+        for title in results.contenders:
+            if title == rival or (found := compare(results, title, rival)) is None:
+                continue
+            cells = [f"{found.below} of {found.tasks}", f"{found.validation_below} of {found.tasks}"]
+            rows.append(
+                [
+                    title,
+                    str(found.tasks),
+                    _ratio(found.steps, found.steps_interval),
+                    _ratio(found.time, found.time_interval),
+                    *cells,
+                    f"{found.worst_task} {found.worst:.2f}",
+                    f"{found.diverged} of {found.tasks}",
+                ]
+            )
+        if rows:
+            yield f"### Against {rival}, {results.steps} steps"
+            yield _table(_COMPARISON, rows)
+
+
+def _ratio(mean: float, interval: tuple[float, float]) -> str:
+    return f"{mean:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _distances(results: Results) -> Iterable[str]:
+    """How far learning rates are from the best ones, where several factors on them were run."""
+    found = {name: distance for name in results.factors if (distance := distance_of(results, name))}
+    if found:
+        yield f"### Best factor on the learning rate, {results.steps} steps"
+        rows = [["median distance", *(f"{distance.median:g}" for distance in found.values())]]
+        rows += [["largest distance", *(f"{distance.worst:g}" for distance in found.values())]]
+        rows += [
+            [task, *(f"{distance.best[task]:g}" if task in distance.best else "" for distance in found.values())]
+            for task in results.tasks
+        ]
+        yield _table(["task", *(f"{name}, of {_factors(distance.factors)}" for name, distance in found.items())], rows)
+
+
+def _factors(factors: Sequence[float]) -> str:
+    return ", ".join(f"{factor:g}" for factor in factors)
 
 
 def _rows(results: Results, name: str) -> Iterable[list[str]]:

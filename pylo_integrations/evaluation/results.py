@@ -7,17 +7,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from pylo_integrations.evaluation.contenders import BASELINES
+from pylo_integrations.evaluation.baselines import BASELINES
+from pylo_integrations.evaluation.contenders import default_of
 from pylo_integrations.evaluation.runs import Record
 from pylo_integrations.evaluation.tasks import TASKS, split_width
-
-GLOBAL = "adamw global"
-"""AdamW at the one setting for all tasks."""
 
 
 def tuned(baseline: str) -> str:
     """What a baseline is called at the best setting of each task."""
     return f"{baseline} tuned"
+
+
+def at_global(baseline: str) -> str:
+    """What it is called at the one setting that is best for all tasks."""
+    return f"{baseline} global"
+
+
+def at_default(baseline: str) -> str:
+    """What it is called at the setting of its documentation."""
+    return f"{baseline} default"
+
+
+GLOBAL = at_global("adamw")
+"""AdamW at the one setting for all tasks."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Result:
 
     Attributes:
         task: Name of the task.
-        title: ``<baseline> tuned``, :data:`GLOBAL`, or a learned optimizer as on the command line.
+        title: ``<baseline> tuned``, ``global`` or ``default``, or a learned optimizer as on the command line.
         setting: Its name with learning rate and schedule.
         runs: By seed.
         reach: By seed, the steps until the training loss was at most the final one of tuned AdamW with the same seed;
@@ -117,31 +129,48 @@ class Results:
     Attributes:
         steps: The horizon.
         tasks: Those that were run.
-        titles: Who is compared, see :attr:`Result.title`.
+        titles: Who has a column of losses, see :attr:`Result.title`: tuned baselines, AdamW's global setting, and
+            learned optimizers at their own learning rates.
+        learned: The last of these.
         best: For every task, the best setting of every baseline.
-        global_setting: AdamW's, for all tasks; None if no setting was run on all of them.
+        global_settings: By baseline, the best setting for all tasks, where one was run on all of them.
+        factors: By learned optimizer, the names of its runs by factor on its learning rate, where it has several.
     """
 
     def __init__(self, records: Iterable[Record], steps: int, learned: Sequence[str] | None = None) -> None:
         self.steps = steps
         self._runs: dict[str, dict[str, dict[int, Record]]] = {}  # by task, setting and seed
         self._optimizer: dict[str, str] = {}
+        factors: dict[str, dict[float, str]] = {}
         for record in records:
             if record["steps"] == steps:
                 self._runs.setdefault(record["task"], {}).setdefault(record["name"], {})[record["seed"]] = record
                 self._optimizer[record["name"]] = record["setting"]["optimizer"]
+                factor = record["setting"].get("factor", 1.0)
+                factors.setdefault(record["name"].replace(f"*{factor:g}", ""), {})[factor] = record["name"]
         self.tasks = sorted(self._runs, key=_place)
         medians = {task: {base: medians_of_grid(self._grid(task, base)) for base in BASELINES} for task in self.tasks}
         self.best = {
             task: {base: min(found, key=lambda name: found[name]) for base, found in of_task.items() if found}
             for task, of_task in medians.items()
         }
-        self.global_setting = self._global([of_task["adamw"] for of_task in medians.values()])
+        found = {base: self._global([of_task[base] for of_task in medians.values()]) for base in BASELINES}
+        self.global_settings = {base: setting for base, setting in found.items() if setting}
         self.titles = [tuned(base) for base in BASELINES if any(base in best for best in self.best.values())]
         if self.global_setting:
             self.titles.insert(1, GLOBAL)
-        others = sorted(name for name, optimizer in self._optimizer.items() if optimizer not in BASELINES)
-        self.titles += others if learned is None else [name for name in learned if name in others]
+        own = sorted(
+            name
+            for name, optimizer in self._optimizer.items()
+            if optimizer not in BASELINES and factors.get(name, {}).get(1.0) == name
+        )
+        self.learned = own if learned is None else [name for name in learned if name in own]
+        self.titles += self.learned
+        self.factors = {
+            name: dict(sorted(found.items()))
+            for name, found in sorted(factors.items())
+            if len(found) > 1 and (learned is None or not set(learned).isdisjoint(found.values()))
+        }
 
     def _grid(self, task: str, baseline: str) -> dict[str, dict[int, Record]]:
         return {name: runs for name, runs in self._runs[task].items() if self._optimizer[name] == baseline}
@@ -155,9 +184,24 @@ class Results:
 
     def setting_of(self, task: str, title: str) -> str | None:
         """The name of the setting that a title stands for."""
-        if title == GLOBAL:
-            return self.global_setting
-        return next((found for base, found in self.best[task].items() if title == tuned(base)), title)
+        base, _, kind = title.rpartition(" ")
+        if base not in BASELINES or "=" in kind:
+            return title
+        if kind == "default":
+            return default_of(base).name
+        return self.global_settings.get(base) if kind == "global" else self.best[task].get(base)
+
+    @property
+    def global_setting(self) -> str | None:
+        """AdamW's, for all tasks; None if no setting was run on all of them."""
+        return self.global_settings.get("adamw")
+
+    @property
+    def contenders(self) -> list[str]:
+        """All titles that figures are made of: learned optimizers, and baselines tuned and not."""
+        bases = [base for base in BASELINES if any(base in best for best in self.best.values())]
+        rest = [title(base) for title in (tuned, at_global, at_default) for base in bases]
+        return [*self.learned, *(title for title in rest if any(self.result(task, title) for task in self.tasks))]
 
     def result(self, task: str, title: str) -> Result | None:
         """The runs that a title stands for; None if there are none."""

@@ -17,11 +17,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import pylo_integrations
 from pylo_integrations.evaluation.contenders import SCHEDULES, Setting
-from pylo_integrations.evaluation.tasks import SUITE, Examples, accuracy_of, find_task, loss_of
+from pylo_integrations.evaluation.tasks import SUITES, Examples, HeldOutTask, find_task, suite_of
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.paths import LARGEST_LOG, read_bytes
 
@@ -97,8 +98,8 @@ def _train(run: Run) -> dict[str, Any]:
     factor = SCHEDULES[setting.schedule]
     schedulers = [LambdaLR(optimizer, lambda step: factor(min(1.0, step / steps))) for optimizer in optimizers]
     train_points, validation_points = _evenly(steps, POINTS), _evenly(steps, VALIDATIONS)
-    train_curve = [(0, *_measure(model, training))]
-    validation_curve = [(0, *_measure(model, validation))]
+    train_curve = [(0, *_measure(task, model, optimizers, training))]
+    validation_curve = [(0, *_measure(task, model, optimizers, validation))]
     losses: list[float] = []
     wall = cpu = inside = 0.0
     for step, index in enumerate(task.batches(run.seed, steps), start=1):
@@ -106,7 +107,7 @@ def _train(run: Run) -> dict[str, Any]:
         began, began_cpu = time.perf_counter(), time.thread_time()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = loss_of(model(inputs), targets)
+        loss = task.loss(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -121,15 +122,15 @@ def _train(run: Run) -> dict[str, Any]:
         ended = time.perf_counter()
         wall, inside, cpu = wall + ended - began, inside + ended - before_step, cpu + time.thread_time() - began_cpu
         if step in train_points:
-            train_curve.append((step, *_measure(model, training)))
+            train_curve.append((step, *_measure(task, model, optimizers, training)))
         if step in validation_points:
-            validation_curve.append((step, *_measure(model, validation)))
+            validation_curve.append((step, *_measure(task, model, optimizers, validation)))
     is_whole = len(losses) == steps and math.isfinite(losses[-1])
     averages = _averages(losses, max(1, round(WINDOW * steps)))
     final, first = train_curve[-1][1] if is_whole else math.inf, train_curve[0][1]
     _, validation_loss, accuracy = validation_curve[-1] if is_whole else (steps, math.inf, None)
     return {
-        "suite": SUITE,
+        "suite": suite_of(run.task),
         "task": run.task,
         "name": setting.name,
         "setting": asdict(setting),
@@ -157,13 +158,18 @@ def _evenly(steps: int, points: int) -> set[int]:
     return {round(index * steps / points) for index in range(1, points + 1)}
 
 
-def _measure(model: nn.Module, examples: Examples) -> tuple[float, float | None]:
-    """Loss and accuracy in evaluation mode."""
-    model.eval()
+def _measure(
+    task: HeldOutTask, model: nn.Module, optimizers: Sequence[Optimizer], examples: Examples
+) -> tuple[float, float | None]:
+    """Loss and accuracy in evaluation mode: of the network, and of optimizers that have one, as Schedule-Free has."""
+    modes: list[Any] = [model, *(optimizer for optimizer in optimizers if hasattr(optimizer, "eval"))]
+    for each in modes:
+        each.eval()
     with torch.no_grad():
         outputs = model(examples.inputs)
-    model.train()
-    return float(loss_of(outputs, examples.targets)), accuracy_of(outputs, examples.targets)
+    for each in modes:
+        each.train()
+    return float(task.loss(outputs, examples.targets)), task.accuracy(outputs, examples.targets)
 
 
 def _averages(losses: Sequence[float], window: int) -> list[float]:
@@ -256,9 +262,10 @@ class RunsFile:
                 suite = record["suite"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise RunsError(f"line {number} of {path} is not a run of pylo evaluate") from None
-            if suite != SUITE:
+            if suite not in SUITES:
                 raise RunsError(
-                    f"{path} holds runs of suite {suite!r:.40}, and this is suite {SUITE}; give another --output"
+                    f"{path} holds runs of suite {suite!r:.40}, and there are {', '.join(map(str, SUITES))}; give "
+                    "another --output"
                 )
             if not _is_run(record):
                 raise RunsError(f"line {number} of {path} is a damaged run: delete the line, and it is run again")
@@ -270,10 +277,17 @@ class RunsFile:
         """Those of ``runs`` that the file lacks.
 
         Raises:
-            RunsError: The file holds one of them with another theta.
+            RunsError: The file holds one of them with another theta, or runs of another suite.
         """
+        runs = list(runs)
+        suites = {record["suite"] for record in self.records} | {suite_of(run.task) for run in runs}
+        if len(suites) > 1:
+            raise RunsError(
+                f"{self.path} would hold runs of suites {' and '.join(map(str, sorted(suites)))}; give each an "
+                "--output of its own"
+            )
         known = {(r["task"], r["name"], r["steps"], r["seed"]): r["setting"]["sha256"] for r in self.records}
-        for run in (runs := list(runs)):
+        for run in runs:
             if known.get(run.key, run.setting.sha256) != run.setting.sha256:
                 raise RunsError(
                     f"{self.path} holds runs of {run.setting.name} with another theta, sha256 {known[run.key][:12]}, "

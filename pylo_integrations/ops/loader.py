@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -79,6 +79,7 @@ class CallStruct(ctypes.Structure):
         ("rule", ctypes.POINTER(RuleStruct)),
         ("tensors", ctypes.c_void_p),
         ("steps", ctypes.c_void_p),
+        ("stored", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("grad_squares", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
@@ -150,7 +151,7 @@ class Library:
     """
 
     device = torch.device("cpu")
-    STAGES = ("collect", "measure", "prepare", "describe", "apply", "write")
+    STAGES = ("collect", "measure", "prepare", "describe", "advance", "apply", "write")
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.fitting import is_aligned
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import SLOTS, TENSOR_SUMS, NativeLibrary
 from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
 from pylo_integrations.ops.packing import PackedNetwork, layers_of, norm_axes_of, pack, rule_struct, slots_of, spec_of
 from pylo_integrations.ops.records import (
     DTYPES,
+    STATE_DTYPES,
+    STORED_STATES,
     Table,
     bytes_from,
     enter_buffers,
@@ -32,14 +35,16 @@ from pylo_integrations.ops.records import (
     piece_order,
     pieces_of,
     record_axes,
+    run_start,
     same_format,
     strides,
 )
+from pylo_integrations.rounding import noise_keys
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
 from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
-from pylo_integrations.sharding.pieces import local_part
+from pylo_integrations.sharding.pieces import Piece, local_part
 from pylo_integrations.telemetry import StepRecord
 
 ZERO_NONFINITE = 1
@@ -170,7 +175,8 @@ class NativeStages:
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
         # Of every state, the rule's entries: others are not ours.
-        self._entries = [(_getter(tuple(rule.state_shapes(b.layout))), b.states) for b in buckets]
+        self._entries = [(_getter(tuple(b.stored_names(rule.state_shapes(b.layout)))), b.states) for b in buckets]
+        self._advances = any(bucket.form is not FLOAT32 for bucket in buckets)
         self._known = list(self._tensors_now())
         self._sharded = any(local_part(tensor) is not tensor for tensor in self._known)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
@@ -219,9 +225,17 @@ class NativeStages:
         record["param_dtype"], record["numel"] = DTYPES[param.dtype], layout.numel
         owned = self._rule.state_shapes(layout)
         enter_buffers(record, "param", [param], piece)
+        held = {
+            name: [local_part(state[part]) for part in bucket.parts_of(name, None)]
+            for name in STORED_STATES
+            if name in owned
+        }
         if "rms" in owned:
-            enter_buffers(record, "rms", [local_part(state["rms"])], piece)
-        enter_buffers(record, "momentum", [local_part(state[name]) for name in MOMENTUM if name in owned], piece)
+            enter_buffers(record, "rms", held["rms"][:1], piece)
+        enter_buffers(record, "momentum", [held[name][0] for name in MOMENTUM if name in owned], piece)
+        if bucket.form is not FLOAT32:
+            self._fill_stored(nth.table.stored[where], bucket, piece, held)
+            record["state_dtype"] = STATE_DTYPES[bucket.form.kind]
         enter_buffers(record, "tensor_sums", [nth.measured[index][row]])
         if not isinstance(self._spec.step, NetworkSpec):
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
@@ -249,6 +263,28 @@ class NativeStages:
             enter_buffers(record, name, [local_part(state[name])])
             enter_buffers(record, f"{name}_sums", [sums])
             enter_buffers(record, f"{name}_scale", [self._scales[index][name][position]])
+
+    @staticmethod
+    def _fill_stored(stored: Any, bucket: Bucket, piece: Piece, held: Mapping[str, Sequence[Tensor]]) -> None:
+        """Describe how the states of a piece are stored, by their names each with the tensors that hold it."""
+        stored["first"] = run_start(piece.box, bucket.layout.shape) or 0
+        stored["row"] = max(1, math.prod(piece.box.shape[1:]) if bucket.form.per_block else piece.box.numel)
+        for which, name in enumerate(STORED_STATES):
+            if name in held and bucket.form.per_block:
+                scales = held[name][1]
+                stored["scale"][which], stored["scale_bytes"][which] = scales.data_ptr(), bytes_from(scales)
+
+    def _enter_noise(self, iteration: int) -> None:
+        """Keys of the noise by which states are rounded that are not stored in float32."""
+        for nth in self._tables:
+            for bucket, rows, members in zip(self._buckets, nth.rows, nth.members, strict=True):
+                if bucket.form is FLOAT32:
+                    continue
+                keys = [
+                    [noise_keys(iteration, bucket.numbers[position], name) for name in STORED_STATES]
+                    for position in members
+                ]
+                nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, len(STORED_STATES), 2)
 
     def _tensors_now(self) -> Iterator[Tensor]:
         """All that the kernels write, parameters first, as it is now."""
@@ -430,6 +466,9 @@ class NativeStages:
             for rows, (keep, scale) in zip(nth.rows, factors, strict=True):
                 nth.table.enter("keep", rows, keep)
                 nth.table.enter("scale", rows, scale)
+        if self._advances:
+            self._enter_noise(contexts[0].iteration)
+            self._run("advance")
         left = [self._is_left(bucket) for bucket in self._buckets]
         before = [
             [] if record is None or others else [p.clone() for p in bucket.params]

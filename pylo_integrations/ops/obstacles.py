@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_span
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH
 from pylo_integrations.ops.packing import norm_axes_of, spec_of
-from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, same_format
+from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, run_start, same_format
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.kernel_spec import NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket
@@ -26,6 +27,8 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"its tensors are on {bucket.device}"
     if bucket.device.type == "cuda" and not spec.has_cuda:
         return f"those for CUDA do not know the rule {rule.kind}"
+    if bucket.form is not FLOAT32 and bucket.device.type == "cuda":
+        return f"those for CUDA do not read state stored in {bucket.form.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 
@@ -37,6 +40,9 @@ def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
         local = bucket.stepped(position)
         for piece in pieces_of(bucket, position):
             order = piece_order(piece, local)
+            is_run = local.is_contiguous() and run_start(piece.box, bucket.layout.shape) is not None
+            if bucket.form is not FLOAT32 and piece.box.numel and not is_run:
+                return f"state stored in {bucket.form.kind} has to be a run of elements of the whole tensor, in order"
             if order is None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
             axes = norm_axes_of(spec, bucket.layout)
@@ -47,10 +53,12 @@ def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
         if is_lazy(local):
             return "a parameter is a lazily negated view: assign param.data = param.data.resolve_neg()"
         for name, shape in rule.state_shapes(bucket.layout).items():
-            value = local_part(state[name])
-            fits = not local.numel() or same_format(value, local) if shape is None else value.is_contiguous()
-            if not fits or not is_aligned(value):
-                return f"the state {name} of a parameter of shape {tuple(local.shape)} has another memory format"
+            for part, stored in bucket.parts_of(name, shape).items():
+                value = local_part(state[part])
+                is_small = stored.shape is not None or stored.per_block
+                fits = value.is_contiguous() if is_small else not local.numel() or same_format(value, local)
+                if not fits or not is_aligned(value):
+                    return f"the state {part} of a parameter of shape {tuple(local.shape)} has another memory format"
     return None
 
 

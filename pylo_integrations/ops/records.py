@@ -18,7 +18,13 @@ from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Piece
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Storage types of parameters and gradients, by their number in the interface; state is float32."""
+"""Storage types of parameters and gradients, by their number in the interface."""
+
+STATE_DTYPES = {"float32": 0, "bfloat16": 2, "int8": 3}
+"""Formats of state, likewise."""
+
+STORED_STATES = ("momentum_0", "momentum_1", "momentum_2", "rms")
+"""States that may be stored otherwise than in float32, in the order of ``pylo_stored``."""
 
 _BUFFERS: dict[str, tuple[int, ...]] = {
     **{"param": (), "momentum": (3,), "rms": (), "diagonal": (3,)},
@@ -36,11 +42,16 @@ TENSOR = np.dtype(
         *((name, "i8") for name in ("d0_extent", "d1_extent", "d1_row_stride", "numel")),
         ("norm_stride", "i8", MAX_RANK),
         *((name, "i8") for name in ("norm_offset", "norm_slices")),
-        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype", "direction_dtype", "reserved")),
+        *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype", "direction_dtype", "state_dtype")),
         *((f"{name}_bytes", "i8", *count) for name, count in _BUFFERS.items()),
     ]
 )
 """``pylo_tensor``."""
+
+STORED = np.dtype(
+    [("scale", "u8", 4), ("scale_bytes", "i8", 4), ("first", "i8"), ("row", "i8"), ("noise", "u4", (4, 2))]
+)
+"""``pylo_stored``."""
 
 STEP = np.dtype(
     [
@@ -151,6 +162,15 @@ def record_axes(
     )
 
 
+def run_start(box: Box, shape: Sequence[int]) -> int | None:
+    """Where a box begins in a tensor in row-major order, if its elements are neighbours there; else None."""
+    rest = [axis for axis, extent in enumerate(box.shape) if extent > 1]
+    first = rest[0] if rest else len(shape) - 1
+    if any(box.shape[axis] != shape[axis] for axis in range(first + 1, len(shape))):
+        return None
+    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(box.start))
+
+
 def pieces_of(bucket: Bucket, position: int) -> tuple[Piece, ...]:
     """What is here of a tensor; one piece without elements if that is nothing."""
     rank = len(bucket.layout.shape)
@@ -197,6 +217,7 @@ class Table:
     Attributes:
         tensors: What is fixed, ``TENSOR`` records; :meth:`check` again after a change.
         steps: What changes from step to step, ``STEP`` records; see :meth:`enter`.
+        stored: How state is stored that is not in float32, ``STORED`` records.
         grad_squares: Of every record, the sum of squares of its gradient as stored, float64; ``collect`` makes it.
         device: Where the tensors are.
 
@@ -212,6 +233,7 @@ class Table:
         self.device = library.device
         self.tensors = np.zeros(count, TENSOR)
         self.steps = np.zeros(count, STEP)
+        self.stored = np.zeros(count, STORED)
         self.grad_squares = torch.zeros(count, dtype=torch.float64, device=library.device)
         self._workspace = torch.empty(0, dtype=torch.float64, device="cpu")
         self.call = CallStruct(
@@ -220,6 +242,7 @@ class Table:
             rule=ctypes.pointer(rule),
             tensors=self.tensors.ctypes.data,
             steps=self.steps.ctypes.data,
+            stored=self.stored.ctypes.data,
             count=count,
             grad_squares=self.grad_squares.data_ptr(),
             threads=1,
@@ -277,6 +300,7 @@ class Table:
             call = CallStruct.from_buffer_copy(self.call)
             call.tensors = self.tensors[rows].ctypes.data
             call.steps = self.steps[rows].ctypes.data
+            call.stored = self.stored[rows].ctypes.data
             call.count = rows.stop - rows.start
             call.token, _ = self._library.check(call)
             self._checked[key] = records, call

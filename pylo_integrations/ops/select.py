@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal, cast, get_args
 
 import torch
 
+from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops import cuda, loader, self_check
 from pylo_integrations.ops.compiled import CompiledLocal, check_compiler
 from pylo_integrations.ops.loader import NativeLibrary
@@ -16,6 +19,8 @@ from pylo_integrations.rules.base import Local, Rule, as_written
 from pylo_integrations.sharding.blocks import Bucket
 from pylo_integrations.sharding.rounds import Ranks
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["auto", "reference", "native", "compile"]
 """What computes a step.
 
@@ -23,8 +28,9 @@ Backend = Literal["auto", "reference", "native", "compile"]
 they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16, on
 a CPU or a CUDA device) and the reference for the others. On CUDA it takes them once a check has found them right on
 such a device (:mod:`pylo_integrations.ops.self_check`); the environment variable ``PYLO_NATIVE`` makes it take them
-unchecked (1), or take none anywhere (0). ``"compile"`` runs the reference through ``torch.compile``, each function once
-for every shape of its arguments. State is the same, so the backend may change in the middle of a run.
+unchecked (1), or take none anywhere (0). State that is not stored in float32 is read by kernels for CPUs only.
+``"compile"`` runs the reference through ``torch.compile``, each function once for every shape of its arguments. State
+is the same, so the backend may change in the middle of a run.
 """
 
 
@@ -93,6 +99,8 @@ def find_native(
             reason = f"{self_check.SWITCH} is 0"
         if reason is None and index in entangled:
             reason = "it shares memory with another parameter, or was given twice"
+        if reason is not None and bucket.form is not FLOAT32:
+            _tell_fallback(reason)
         if reason is None:
             able.append(index)
         elif backend == "native":
@@ -107,6 +115,12 @@ def find_native(
 def library_for(device: torch.device) -> NativeLibrary | str:
     """The kernels for a device, or the reason why there are none, in words."""
     return cuda.load(device) if device.type == "cuda" else loader.load()
+
+
+@cache
+def _tell_fallback(reason: str) -> None:
+    """Leave a line in the log, once for every reason, where torch's functions decode and encode state."""
+    logger.info("some tensors with state_dtype set are stepped by the reference, not by kernels: %s", reason)
 
 
 def _why_no_library(device: torch.device) -> str | None:

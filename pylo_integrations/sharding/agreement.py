@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from pylo_integrations.formats import wanted_format
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.rounds import RankError, Ranks
 
@@ -262,7 +263,8 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     """
     contract = {**common, "parameter groups": str(len(groups))}
     for index, group in enumerate(groups):
-        contract |= {f"{option} of group {index}": repr(group[option]) for option in ("axes", "rule")}
+        decisive = {**{name: group[name] for name in ("axes", "rule")}, "state_dtype": wanted_format(group)}
+        contract |= {f"{option} of group {index}": repr(value) for option, value in decisive.items()}
     for index, position, name, param in compared(groups, holdings):
         contract[f"parameter {position} of group {index}"] = _describe(param, name, holdings)
     return contract

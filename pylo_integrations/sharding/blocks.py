@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pylo_integrations.formats import FLOAT32, Format, Stored
+from pylo_integrations.rounding import box_noise, noise_keys
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Held, Piece, local_part
 
@@ -62,6 +64,10 @@ class Bucket:
         grads: This step's gradients of what is here, plain tensors, set by the engine.
         numbers: Of each parameter, its number among all of the optimizer.
         rounds_stochastically: Whether new parameters are rounded so, and not to the nearest.
+        stored: The tensors that hold each state, by its name; see :mod:`pylo_integrations.formats`. States that are not
+            named there are stored as they are.
+        form: Of states that are shaped like their parameter.
+        iteration: Steps taken before this one, set by the engine: noise of stored state depends on it.
         blocks: What is here, cut; see :meth:`cut_`.
     """
 
@@ -75,10 +81,22 @@ class Bucket:
     grads: Sequence[Tensor] = ()
     numbers: list[int] = field(default_factory=list)
     rounds_stochastically: bool = False
+    stored: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
+    form: Format = FLOAT32
+    iteration: int = 0
     blocks: list[Block] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.params)
+
+    def parts_of(self, name: str, shape: Sequence[int] | None) -> Mapping[str, Stored]:
+        """The entries of :attr:`states` that hold a state, given the shape that the rule says it has."""
+        known = self.stored.get(name)
+        return {name: Stored(None if shape is None else tuple(shape), self.dtype)} if known is None else known
+
+    def stored_names(self, names: Iterable[str]) -> list[str]:
+        """The entries of :attr:`states` that hold the states of these names."""
+        return [part for name in names for part in self.stored.get(name, (name,))]
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +124,8 @@ class Bucket:
             for start in range(indices[0], indices[-1] + 1, count):
                 tensors = slice(start, min(start + count, indices[-1] + 1))
                 for piece in held.pieces:
-                    blocks += [Block(self, tensors, piece, box) for box in piece.box.split(max_numel)]
+                    split = piece.box.split_rows if self.form.per_block else piece.box.split
+                    blocks += [Block(self, tensors, piece, box) for box in split(max_numel)]
         self.blocks = blocks or [self._empty_block()]
 
     def _empty_block(self) -> Block:
@@ -158,15 +177,38 @@ class Block:
 
     def load(self, names: Sequence[str]) -> Tensor:
         """Parameter-shaped states as channels, ``(tensors, len(names), *box)``; always a copy."""
-        states = self.bucket.states[self.tensors]
-        views = self._views([state[name] for state in states for name in names])
-        return torch.stack(views).view(len(states), len(names), *self.box.shape)
+        bucket = self.bucket
+        if bucket.form is FLOAT32:
+            stacked = torch.stack(self._stored(names))
+        else:  # one by one: their parts differ
+            stacked = torch.stack([self._decoded(name) for name in names], dim=1)
+        return stacked.view(len(self), len(names), *self.box.shape)
 
     def store_(self, names: Sequence[str], value: Tensor) -> None:
         """Write ``value`` of shape ``(tensors, len(names), *box)`` back into the states."""
-        states = self.bucket.states[self.tensors]
-        views = self._views([state[name] for state in states for name in names])
-        torch._foreach_copy_(views, list(value.flatten(0, 1).unbind()))
+        if self.bucket.form is FLOAT32:
+            torch._foreach_copy_(self._stored(names), list(value.flatten(0, 1).unbind()))
+            return
+        for name, values in zip(names, value.unbind(1), strict=True):
+            parts = self.bucket.stored[name]
+            is_square = any(part.dtype == torch.uint8 for part in parts.values())
+            keys = [noise_keys(self.bucket.iteration, number, name) for number in self.bucket.numbers[self.tensors]]
+            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device)
+            encoded = self.bucket.form.encode(values, is_square, noise)
+            for (part, stored), new in zip(parts.items(), encoded, strict=True):
+                torch._foreach_copy_(self._stored([part], stored.per_block), list(new.unbind()))
+
+    def _decoded(self, name: str) -> Tensor:
+        """A state of all tensors, ``(tensors, *box)``."""
+        parts = self.bucket.stored[name].items()
+        return self.bucket.form.decode([torch.stack(self._stored([part], each.per_block)) for part, each in parts])
+
+    def _stored(self, names: Sequence[str], per_block: bool = False) -> list[Tensor]:
+        """What is stored in tensors of these names, of one tensor after the other; views."""
+        tensors = [state[name] for state in self.bucket.states[self.tensors] for name in names]
+        if per_block:  # whole rows are here, and all of their scales
+            return [local_part(tensor)[self._index[0]] for tensor in tensors]
+        return self._views(tensors)
 
     def store_param_(self, value: Tensor) -> None:
         """Write new parameters of shape ``(tensors, 1, *box)``, rounding to their storage dtype."""

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from pylo_integrations.sharding.pieces import FlatSlice, Held, is_sharded, locate
+from pylo_integrations.formats import BLOCK, scale_shape
+from pylo_integrations.sharding.pieces import (
+    FlatSlice,
+    Held,
+    ShardingError,
+    is_sharded,
+    local_part,
+    locate,
+    parameter_names,
+    read_flat_slices,
+)
 from pylo_integrations.sharding.rounds import Ranks
-from pylo_integrations.sharding.shares import share_of, zero_state
+from pylo_integrations.sharding.shares import share_of, shared_rows, zero_state
 
 
 @dataclass
@@ -28,6 +40,29 @@ class Holdings:
     ranks: Ranks = field(default_factory=Ranks)
     flat_slices: dict[Tensor, FlatSlice] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
+
+    def bind(self, model: nn.Module, ours: Collection[Tensor], process_group: ProcessGroup | None) -> bool:
+        """Learn what parameters do not tell of themselves, anew.
+
+        Args:
+            model: As wrapped for training.
+            ours: The parameters of the optimizer.
+            process_group: The ranks that train together; None for those of the last call, else all.
+
+        Returns:
+            Whether some of ours are slices of FSDP1.
+
+        Raises:
+            ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
+            ValueError: This process is not in ``process_group``.
+        """
+        slices = read_flat_slices(model)
+        self.ranks.bind(process_group)
+        self.flat_slices.clear()
+        self.flat_slices.update(slices)
+        self.names.clear()
+        self.names.update((param, name) for param, name in parameter_names(model).items() if param in ours)
+        return not slices.keys().isdisjoint(ours)
 
     def shares(self, param: Tensor) -> bool:
         """Whether ranks share the work of a parameter's step: not of one that is sharded anyway, nor of a scalar."""
@@ -66,3 +101,45 @@ class Holdings:
         if held.share is not None:
             return zero_state(param, held, dtype, self.ranks)
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+    def zero_scales(self, param: Tensor, held: Held) -> Tensor:
+        """Scales, one for each block, of a state that is sharded like what is ``held`` of a parameter.
+
+        Rows are divided among ranks as those of the parameter are; see :mod:`pylo_integrations.formats`.
+        """
+        local = torch.zeros(scale_shape(held.of(local_part(param)).shape), device=param.device)
+        if held.share is not None:
+            return shared_rows(local, scale_shape(param.shape), self.ranks)
+        if not hasattr(param, "placements"):
+            return local
+        from torch.distributed.tensor import DTensor
+
+        mesh: Any = getattr(param, "device_mesh")  # noqa: B009
+        shape = scale_shape(param.shape)
+        scales: Tensor = DTensor.from_local(
+            local, mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
+        )
+        return scales
+
+    def check_blocks(self, param: Tensor) -> None:
+        """Raise ShardingError unless ranks divide a parameter so that no block of elements with one scale is divided.
+
+        The answer is the same on all ranks.
+        """
+        shape, fault = tuple(param.shape), None
+        if param in self.flat_slices:
+            fault = "is a slice made by FSDP1, in which rows are cut: use fully_shard() (FSDP2)"
+        elif hasattr(param, "placements"):
+            sizes = dict[int, list[int]]()
+            mesh: Any = getattr(param, "device_mesh")  # noqa: B009
+            for size, placement in zip(mesh.shape, param.placements, strict=True):
+                if placement.is_shard() and placement.dim % len(shape) and size > 1:
+                    sizes.setdefault(placement.dim % len(shape), []).append(size)
+            for axis, ranks in sizes.items():
+                if len(shape) != 2 or len(ranks) > 1 or -(-shape[axis] // ranks[0]) % BLOCK:
+                    fault = f"is placed {param.placements}, which cuts rows within blocks: shard axis 0"
+        if fault:
+            raise ShardingError(
+                f"state_dtype='int8' keeps blocks of {BLOCK} elements of a row, and a parameter of shape {shape} "
+                f"{fault}, or give its group state_dtype='bfloat16'"
+            )

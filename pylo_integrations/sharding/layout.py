@@ -57,6 +57,13 @@ class Box:
         """Index of this box in a tensor whose first element sits at ``origin``."""
         return tuple(slice(s - o, s - o + n) for s, o, n in zip(self.start, origin, self.shape, strict=True))
 
+    def split_rows(self, max_numel: int) -> Iterator[Box]:
+        """Cut along the first axis only, into boxes of at most ``max_numel`` elements or of one row."""
+        length = max(1, max_numel // max(1, math.prod(self.shape[1:])))
+        for offset in range(0, self.shape[0], length):
+            rows = min(length, self.shape[0] - offset)
+            yield Box((self.start[0] + offset, *self.start[1:]), (rows, *self.shape[1:]))
+
     def split(self, max_numel: int) -> Iterator[Box]:
         """Cut into boxes of at most ``max_numel`` elements, leading axes first so that pieces stay contiguous."""
         if self.numel <= max_numel:

@@ -10,6 +10,7 @@ Sums, decisions and whole-tensor owners need nothing new: to them a share is one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,17 @@ def zero_state(param: Tensor, held: Held, dtype: torch.dtype, ranks: Ranks) -> T
     mesh, placement = ranks.mesh(param.device.type), Shard(share_axis(param.shape))
     whole: Tensor = DTensor.from_local(
         local, mesh, [placement], run_check=False, shape=param.shape, stride=param.stride()
+    )
+    return whole
+
+
+def shared_rows(local: Tensor, shape: Sequence[int], ranks: Ranks) -> Tensor:
+    """A ``DTensor`` whose rows are shared out like those of parameters; of contiguous tensors, this rank's share."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, strides = ranks.mesh(local.device.type), [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    whole: Tensor = DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=tuple(strides)
     )
     return whole
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from pylo_integrations.sharding.layout import Box
 from pylo_integrations.sharding.pieces import Held, local_part
 from pylo_integrations.sharding.rounds import Ranks
 
-Divided = tuple[tuple[int, ...], Held, Sequence[Tensor]]
-"""Whole shape, what is here, and tensors of one dtype that are all divided alike."""
+Divided = tuple[tuple[int, ...], Held, Callable[[], Sequence[Tensor]]]
+"""Whole shape, what is here, and what makes tensors of one dtype that are all divided alike, when their turn comes."""
 
 
 def gather_whole(divided: Sequence[Divided], ranks: Ranks, to: int | None = None) -> Iterator[list[Tensor]]:
@@ -30,7 +30,8 @@ def gather_whole(divided: Sequence[Divided], ranks: Ranks, to: int | None = None
         return
     receivers = range(ranks.size) if to is None else [to]
     everywhere = ranks.gather([tuple(piece.box for piece in held.pieces) for _, held, _ in divided])
-    for i, (shape, held, tensors) in enumerate(divided):
+    for i, (shape, held, make) in enumerate(divided):
+        tensors = make()
         seen: set[Box] = set()
         sent: list[list[Box]] = []  # by rank; of copies, only the first travels
         for boxes in everywhere:

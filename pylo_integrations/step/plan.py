@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.fitting import Stepped, fit_gradient, fit_states
+from pylo_integrations.formats import wanted_format
 from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.memory import identities_of
 from pylo_integrations.ops.select import Backend, check_backend, find_native, native_stages
@@ -182,7 +183,9 @@ class Planner:
         grads: list[Tensor | None],
         agreed: Agreed,
     ) -> tuple[Any, ...]:
-        options = [(id(group), group["axes"], group["rule"], len(group["params"])) for group in groups]
+        options = [
+            (id(group), group["axes"], group["rule"], wanted_format(group), len(group["params"])) for group in groups
+        ]
         kinds = list(map(type, grads))
         absent = kinds.count(type(None)) > 0
         idle = [p.requires_grad for p, grad in zip(params, grads, strict=True) if grad is None] if absent else []
@@ -217,10 +220,10 @@ class Planner:
             param, held, dtype, layout = entry.param, entry.held, entry.dtype, entry.layout
             if layout.numel == 0 or param in absent or (param.grad is None and held.parts == 1):
                 continue
-            stepped.append(Stepped(param, held, state[param], entry.shapes, dtype))
+            stepped.append(Stepped(param, held, state[param], entry.stored))
             _, bucket = alike.setdefault(
                 (id(group), entry.rule, layout, held.parts, param.dtype, param.device),
-                (entry.rule, Bucket(layout, [], [], group, dtype, held.parts)),
+                (entry.rule, Bucket(layout, [], [], group, dtype, held.parts, stored=entry.parts, form=entry.form)),
             )
             bucket.params.append(param)
             bucket.states.append(state[param])

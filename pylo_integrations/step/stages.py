@@ -117,7 +117,7 @@ class ReferenceStages:
         """All that steps write, parameters and states; what meta-training's stacks hold is nobody's else."""
         tensors: list[Tensor] = []
         for rule, bucket in zip(self._rules, self._buckets, strict=True):
-            names = rule.state_shapes(bucket.layout)
+            names = bucket.stored_names(rule.state_shapes(bucket.layout))
             for param, state in zip(bucket.params, bucket.states, strict=True):
                 tensors += (param, *(state[name] for name in names))
         return tensors

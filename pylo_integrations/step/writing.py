@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pylo_integrations.rounding import block_noise, round_stochastically
+from pylo_integrations.rounding import box_noise, noise_keys, round_stochastically
 from pylo_integrations.rules.base import Rule, StepContext
 from pylo_integrations.sharding.blocks import Block, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
@@ -102,5 +102,6 @@ def _rounded(values: Tensor, block: Block, ctx: StepContext) -> Tensor:
     """New parameters as they can be stored, where that is not to be the nearest."""
     if not block.bucket.rounds_stochastically:
         return values
-    noise = block_noise(block, block.bucket.numbers[block.tensors], ctx.iteration)
-    return round_stochastically(values, noise)
+    keys = [noise_keys(ctx.iteration, number) for number in block.bucket.numbers[block.tensors]]
+    noise = box_noise(block.box.start, block.box.shape, block.layout.shape, keys, block.bucket.device)
+    return round_stochastically(values, noise.unsqueeze(1))

@@ -73,6 +73,15 @@ PUBLISHED = (
         (Repository("amoudgl/rnn-mlp-lopt", FLAX_FILE),),
         "RNN over tensors and MLP over parameters, by Celo's authors",
     ),
+    Published(
+        "celo2", "celo2", (Repository("amoudgl/celo2", FLAX_FILE),), "CELO2 by its authors: learned directions, MIT"
+    ),
+    Published(
+        "celo2_base",
+        "celo2_base",
+        (Repository("amoudgl/celo2-base", FLAX_FILE),),
+        "CELO2 for all tensors, not orthogonalised, by its authors, MIT",
+    ),
     Published("elo", "elo", (Repository("DiamondXL/elo", PYTORCH_FILE),), "small_fc's network with plain decays"),
     Published("elo_celo2", "elo_celo2", (Repository("DiamondXL/elo-celo2", PYTORCH_FILE),), "ELO with CELO2's rule"),
 )

@@ -53,7 +53,7 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Recipe,
     Raises:
         ValueError: The file has unknown keys.
     """
-    install()  # makes optim: small_fc_lopt known, also to the parser
+    install()  # makes optim: celo2 known, also to the parser
     parser = HfArgumentParser(
         (Recipe, TrainingArguments), description=description, formatter_class=RawDescriptionHelpFormatter
     )

@@ -23,6 +23,7 @@ try:
     from transformers import Trainer, TrainerCallback, set_seed
 
     from pylo_integrations import unwrap_optimizer
+    from pylo_integrations.bench.share import OptimizerShare
 except ModuleNotFoundError as error:
     sys.exit(f"this recipe needs {error.name}: pip install 'pylo-integrations[recipes]', in a clone '.[recipes]'")
 
@@ -32,12 +33,16 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.seconds = state.global_step, 0.0
+        optimizer = kwargs["optimizer"]
+        self.share = OptimizerShare(getattr(optimizer, "optimizer", optimizer))  # Accelerate wraps it
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.share.begin()
         self._began = perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += perf_counter() - self._began
+        self.share.end()
 
 
 def main() -> None:
@@ -70,6 +75,7 @@ def main() -> None:
         "perplexity": math.exp(eval_loss),
         "tokens/s": steps * batch * recipe.n_positions / clock.seconds if steps else None,
         "ms/step": 1000 * clock.seconds / steps if steps else None,
+        "optimizer, % of a step": None if math.isnan(clock.share.value) else 100 * clock.share.value,
     }
     if learned is not None and learned.theta is not None:
         summary["theta"] = f"{learned.theta.name}, {learned.theta.provenance}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -11,21 +12,30 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from pylo_integrations.bench.share import OptimizerShare
+
 
 class History(Callback):
-    """Losses and time of a whole run; they travel in its checkpoints, so an interruption leaves no gap."""
+    """Losses and time of a whole run, and the optimizer's part in it; they travel in its checkpoints, without a gap."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor | float] = []  # not floats at once: a GPU would be waited for in every step
         self.validation: list[tuple[int, float]] = []
-        self.seconds = 0.0
+        self.seconds, self.share = 0.0, math.nan
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._clock = OptimizerShare(trainer.optimizers[0])
 
     def on_train_batch_start(self, *args: Any) -> None:
+        self._clock.begin()
         self._began = perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *args: Any) -> None:
         self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean"))
         self.seconds += perf_counter() - self._began
+        self._clock.end()
+        if not math.isnan(self._clock.value):
+            self.share = self._clock.value
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.training or trainer.validating and trainer.state.fn == "fit":
@@ -33,10 +43,11 @@ class History(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self.losses = [float(loss) for loss in self.losses]
-        return {"losses": self.losses, "validation": self.validation, "seconds": self.seconds}
+        return {name: getattr(self, name) for name in ("losses", "validation", "seconds", "share")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.validation, self.seconds = (state[key] for key in ("losses", "validation", "seconds"))
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Run:
         validation_loss: At the end.
         validation_accuracy: At the end.
         seconds: Time in training steps, i.e. without validation and reading data.
+        share: Of that, what the optimizer takes, in some steps after the first; NaN in a shorter run.
         note: What a reader must know about it.
     """
 
@@ -63,6 +75,7 @@ class Run:
     validation_loss: float
     validation_accuracy: float
     seconds: float
+    share: float = math.nan
     note: str = ""
 
     def smooth_losses(self) -> Tensor:
@@ -85,7 +98,9 @@ def make_table(runs: list[Run]) -> str:
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     notes = [f"{run.optimizer}: {run.note}." for run in runs if run.note]
     explanation = "Train loss: mean over the last twentieth of the steps, and the best such mean."
-    return "\n".join([*rows, "", explanation, *notes])
+    shares = [f"{100 * run.share:.1f} % with {run.optimizer}" for run in runs if not math.isnan(run.share)]
+    cost = [f"Of a training step, the optimizer takes {', '.join(shares)}."] if shares else []
+    return "\n".join([*rows, "", explanation, *cost, *notes])
 
 
 def plot(runs: list[Run], title: str, path: Path) -> None:

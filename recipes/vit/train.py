@@ -3,7 +3,7 @@
 Examples:
     python train.py                                     small ViT on Fashion-MNIST: minutes on two CPU cores
     python train.py --optimizer adamw --baseline null   AdamW only
-    python train.py --model.settings.small_fc_lopt.lr=0.5 --trainer.max_steps=300
+    python train.py --model.settings.celo2.lr=5e-4 --trainer.max_steps=300
     python train.py --ckpt_path last                    go on where it was interrupted
     python train.py --preset vit_b16 --data-dir DIR     ViT-B/16 on a folder of images
     torchrun --nproc-per-node=2 train.py --config launch/ddp.yaml   on two devices, likewise fsdp2.yaml
@@ -173,7 +173,7 @@ class Recipe(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         names = ", ".join(["adamw", *list_optimizers()])
         parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what to start from")
-        parser.add_argument("--optimizer", default="small_fc_lopt", help=names)
+        parser.add_argument("--optimizer", default="celo2", help=names)
         parser.add_argument("--baseline", type=str | None, default="adamw", help="optimizer to compare with, or null")
         parser.add_argument("--data_dir", "--data-dir", type=str | None, help="see --data.help")
         parser.add_argument(

@@ -22,7 +22,7 @@ pytestmark = [
 LEARNED_SCHEDULE = {"celo", "celo_adam", "velo"}
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["native", pytest.param("reference", marks=pytest.mark.slow)])
 def backend(request):
     if request.param == "native":
         library_or_skip()

@@ -16,7 +16,7 @@ NAMES = distinct_rules()
 SHAPES = [(4, 3), (5,), ()]
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.slow), "native"])
 def backend(request):
     if request.param == "native":
         library_or_skip()

@@ -9,7 +9,6 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from native_library import library_or_skip
 from thetas import create
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -56,17 +55,18 @@ BAD = [
     ("axes", None),
     ("rule", "sgd"),
     ("rule", None),
+    ("state_dtype", "int4"),
+    ("state_dtype", torch.int8),
     ("base_lr", math.nan),
     ("base_lr", "1"),
     ("base_lr", torch.ones(1).to_sparse()),
 ]
 
 
-@pytest.fixture(params=["reference", "native"])
-def backend(request):
-    if request.param == "native":
-        library_or_skip()
-    return request.param
+ON_BACKENDS = pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "auto") for name in NAMES), ("celo2", "reference")]
+)
+"""Every optimizer, and one with torch's functions: options are looked at before backends matter."""
 
 
 def make(name: str, backend: str = "auto", **options):
@@ -95,13 +95,13 @@ def assert_nothing_moved(optimizer, params, before) -> None:
     assert len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@ON_BACKENDS
 def test_what_is_set_later_is_checked_before_anything_moves(name, backend):
     params, optimizer = make(name, backend)
     before = everything(optimizer, params)
     for option, value in BAD:
         group = optimizer.param_groups[1]
-        good = group[option]
+        good = group.get(option, "float32")
         group[option] = value
         with pytest.raises(ValueError, match=rf"parameter group 1: .*{option}"):
             optimizer.step(loss=1.0)
@@ -143,6 +143,7 @@ def test_a_tensor_lr_is_checked_as_it_is_now():
 
 
 @pytest.mark.parametrize("lr", [np.float32(0.5), np.float64(0.5), torch.tensor([[[0.5]]]), torch.tensor(0.5).half()])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_other_numbers_are_obeyed(lr, backend):
     params, optimizer = make("celo", backend)
     twins, plain = make("celo", backend)
@@ -171,7 +172,7 @@ def numbers_of(value: float) -> list:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", NAMES)
+@ON_BACKENDS
 def test_decay_that_would_take_more_than_all_is_refused_before_anything_moves(name, policy, backend):
     params, optimizer = make(name, backend, weight_decay_policy=policy)
     before, group = everything(optimizer, params), optimizer.param_groups[1]
@@ -193,7 +194,7 @@ def test_decay_that_would_take_more_than_all_is_refused_before_anything_moves(na
 
 
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "l2"])
-@pytest.mark.parametrize("name", NAMES)
+@ON_BACKENDS
 def test_a_schedule_of_the_learning_rate_cannot_make_decay_too_large(name, policy, backend):
     lr = get_optimizer_info(name).lr
     for given in (lr, torch.tensor(lr)):
@@ -239,7 +240,7 @@ def test_no_decay_is_none_whatever_the_learning_rates():
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@ON_BACKENDS
 def test_a_learning_rate_in_half_precision_does_not_lose_the_decay(name, backend):
     lr = get_optimizer_info(name).lr
     for dtype in (torch.float16, torch.bfloat16, torch.float64):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from disagreement_cases import LAYOUTS
 from hint_cases import SPOILT, STRANGE, hint_case
-from native_library import library_or_skip
 from scheduler_cases import OFFERED
 from thetas import create, slow_unless, theta_for
 from torch import nn
@@ -33,13 +32,6 @@ pytestmark = [pytest.mark.usefixtures("small_thetas"), pytest.mark.timeout(300)]
 
 ENTRIES = [slow_unless(name in ("celo", "celo2"), name) for name in list_optimizers()]
 WANT_SCHEDULES = {"celo2", "celo2_base", "elo", "elo_celo2"}
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    if request.param == "native":
-        library_or_skip()
-    return request.param
 
 
 def parameter() -> nn.Parameter:
@@ -87,17 +79,17 @@ def test_a_learning_rate_from_another_world_is_told_with_the_natural_one(name, t
 
 
 @pytest.mark.parametrize("name", list_optimizers())
-def test_nothing_is_said_about_settings_that_are_meant(name, backend, told):
+def test_nothing_is_said_about_settings_that_are_meant(name, told):
     natural = get_optimizer_info(name).lr
     for lr in (None, natural / 10, natural * 10, 0.0, torch.tensor(natural)):
-        take_steps(create([parameter()], name, lr, backend=backend), 2)
+        take_steps(create([parameter()], name, lr), 2)
     for decay in (0.0, 0.001, 0.01, 0.1, 1.0):
-        take_steps(create([parameter()], name, None, decay, backend=backend))
+        take_steps(create([parameter()], name, None, decay))
     for lr in (natural / 10, natural * 10):  # both ends of a recipe's decay at both ends of the rates
-        take_steps(create([parameter()], name, lr, 0.01, backend=backend))
-        take_steps(create([parameter()], name, lr, 0.1, backend=backend))
+        take_steps(create([parameter()], name, lr, 0.01))
+        take_steps(create([parameter()], name, lr, 0.1))
     copies = [{"params": [parameter()], "lr": lr} for lr in (natural, natural / 64, natural / 1000, 0.0)]
-    take_steps(create(copies, name, backend=backend), 2)
+    take_steps(create(copies, name), 2)
     assert told() == []
 
 
@@ -150,9 +142,9 @@ def test_weights_and_scales_of_the_users_own_have_learning_rates_of_their_own(na
 
 
 @pytest.mark.parametrize("name", list_optimizers())
-def test_a_learning_rate_set_later_is_told_at_the_next_step(name, backend, told):
+def test_a_learning_rate_set_later_is_told_at_the_next_step(name, told):
     natural = get_optimizer_info(name).lr
-    optimizer = create([parameter()], name, backend=backend, num_steps=100)
+    optimizer = create([parameter()], name, num_steps=100)
     take_steps(optimizer, 2)
     optimizer.param_groups[0]["lr"] = 30 * natural
     assert told() == []
@@ -400,11 +392,11 @@ def hints_of(told) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_a_constant_learning_rate_is_told_where_a_schedule_is_wanted(name, backend, told):
+def test_a_constant_learning_rate_is_told_where_a_schedule_is_wanted(name, told):
     spec = get_optimizer_info(name)
     assert spec.wants_schedule == (name in WANT_SCHEDULES)
     for lr in (None, torch.tensor(spec.lr)):
-        optimizer = create([parameter()], name, lr, num_steps=80, backend=backend)
+        optimizer = create([parameter()], name, lr, num_steps=80)
         take_steps(optimizer, 8)
         assert told() == []
         take_steps(optimizer, 72)
@@ -415,11 +407,11 @@ def test_a_constant_learning_rate_is_told_where_a_schedule_is_wanted(name, backe
 
 
 @pytest.mark.parametrize("name", sorted(WANT_SCHEDULES))
-def test_nothing_is_said_where_the_learning_rate_moves_or_the_end_is_unknown(name, backend, told):
+def test_nothing_is_said_where_the_learning_rate_moves_or_the_end_is_unknown(name, told):
     natural = get_optimizer_info(name).lr
 
     def made(num_steps=20):
-        return create([parameter()], name, num_steps=num_steps, backend=backend)
+        return create([parameter()], name, num_steps=num_steps)
 
     take_steps(made(None), 20)
     optimizer = made()
@@ -445,11 +437,11 @@ def test_nothing_is_said_where_the_learning_rate_moves_or_the_end_is_unknown(nam
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_celo_without_its_learned_schedule_wants_one(phase, backend, told):
-    optimizer = create([parameter()], "celo", phase=phase, num_steps=80, backend=backend)
+def test_celo_without_its_learned_schedule_wants_one(phase, told):
+    optimizer = create([parameter()], "celo", phase=phase, num_steps=80)
     take_steps(optimizer, 20)
     assert len(hints_of(told)) == (phase == 1)
-    optimizer = create([parameter()], "celo", phase=phase, num_steps=STEPS, backend=backend)
+    optimizer = create([parameter()], "celo", phase=phase, num_steps=STEPS)
     drive(optimizer, lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS))
     assert told() == []
     spec = OptimizerSpec("celo_of_a_phase", Celo, "for this test", defaults={"phase": phase})
@@ -473,10 +465,10 @@ class LooksLikeAScheduler:
 
 
 @pytest.mark.parametrize("name", sorted(WANT_SCHEDULES))
-def test_a_scheduler_that_waits_for_a_plateau_is_one(name, backend, told):
+def test_a_scheduler_that_waits_for_a_plateau_is_one(name, told):
     others = LooksLikeAScheduler()
     for wrapped in (False, True):
-        optimizer, other = (create([parameter()], name, num_steps=80, backend=backend) for _ in range(2))
+        optimizer, other = (create([parameter()], name, num_steps=80) for _ in range(2))
         scheduler = lr_scheduler.ReduceLROnPlateau(optimizer)
         if wrapped:
             scheduler.optimizer = Wrapper(optimizer)
@@ -518,7 +510,7 @@ def test_steps_of_compiled_functions_are_looked_at(told):
 
 
 @pytest.mark.parametrize("what", STRANGE)
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(("name", "backend"), [("celo2", "auto"), ("celo2", "reference"), ("celo", "auto")])
 def test_a_hint_that_is_raised_is_raised_when_the_step_is_over(name, what, backend):
     runs = []
     for action in ("ignore", "error"):

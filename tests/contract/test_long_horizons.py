@@ -21,7 +21,7 @@ HORIZONS = [1, 10**6, 4 * 10**7, 2**31, 2**40]
 ITERATIONS = [0, 1, 2**24 + 1, 2**31, 2**53]
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.slow), "native"])
 def backend(request):
     if request.param == "native":
         library_or_skip()

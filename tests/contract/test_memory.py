@@ -95,6 +95,7 @@ def test_chunk_bytes_bounds_the_temporaries_of_a_step(measure, name, mebibytes):
     assert 0.4 * mebibytes * 2**20 < peak < (mebibytes + 30) * 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "celo"])
 def test_native_kernels_need_little_memory(measure, name):
     library_or_skip()

@@ -33,7 +33,7 @@ def test_an_entry_tells_what_the_profile_says(name):
     known = inspect.signature(profile.rule.from_arrays).parameters
     assert {**profile.constants, **profile.hyper}.items() <= spec.hyper.items() and spec.hyper.keys() <= known.keys()
     hub = [f"hub:{part.name}" for entry in spec.published for part in entry.repositories]
-    assert hub or name in ("celo2", "celo2_base", "pace")
+    assert hub or name == "pace"
     assert profile.weights is None or profile.weights.startswith("builtin:") or profile.weights in hub
 
 

@@ -10,20 +10,13 @@ from native_library import library_or_skip
 from thetas import create
 from torch import nn
 
-from pylo_integrations.rounding import block_noise, round_stochastically
-from pylo_integrations.sharding.blocks import Block, Bucket
-from pylo_integrations.sharding.layout import Box, TensorLayout
-from pylo_integrations.sharding.pieces import Held, Piece
+from pylo_integrations.rounding import box_noise, noise_keys, round_stochastically
 
 SHAPES = [(12, 9), (7,), (4, 3, 3, 3), ()]
 
 
 def noise_of(shape, start, extent, number=3, iteration=5):
-    box = Box(tuple(start), tuple(extent))
-    held = Held((Piece(box),))
-    params = [torch.zeros(extent)]
-    bucket = Bucket(TensorLayout.whole(shape), params, [{}], {}, torch.float32, 1, [held])
-    return block_noise(Block(bucket, slice(0, 1), held.pieces[0], box), [number], iteration)[0, 0]
+    return box_noise(start, extent, shape, [noise_keys(iteration, number)], torch.device("cpu"))[0]
 
 
 def test_noise_is_uniform_and_of_each_bit():

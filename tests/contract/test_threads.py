@@ -21,7 +21,7 @@ NAMES = distinct_rules()
 SHAPES = [(24, 20), (20,), (16, 16)]
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=[pytest.param("reference", marks=pytest.mark.slow), "native"])
 def backend(request):
     if request.param == "native":
         library_or_skip()
@@ -208,7 +208,7 @@ print(optimizer.iteration)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "auto"])
 def test_the_child_of_a_fork_does_not_wait_for_threads_of_its_parent(interpreter, backend):
     done = interpreter.run(f"BACKEND = {backend!r}\n{SCRIPT}")
     assert done.returncode == 0 and done.stdout.strip() == "2", done.stderr[-2000:]
@@ -229,6 +229,7 @@ print(optimizer.iteration)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_training_with_forked_loaders(interpreter):
     done = interpreter.run(LOADER)

@@ -180,9 +180,12 @@ def test_defaults_are_those_of_the_entry_and_explicit_values_win(name, lr, weigh
         assert (group["lr"], group["weight_decay"], optimizer.max_grad_norm) == (0.5, 0.0, None)
 
 
-def test_without_published_weights_the_error_says_what_to_pass():
-    with pytest.raises(FileNotFoundError, match="no weights of CELO2Base are published, so weights= is needed"):
-        create_optimizer(nn.Linear(2, 2), "celo2_base")
+def test_without_default_weights_the_error_says_what_to_pass():
+    class Mine(CELO2Base):
+        default_weights = None
+
+    with pytest.raises(FileNotFoundError, match="Mine has no default weights, so weights= is needed"):
+        Mine(nn.Linear(2, 2).parameters())
 
 
 def test_arrays_get_the_constants_of_the_optimizer_they_are_named_for():

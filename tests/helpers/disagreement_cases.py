@@ -14,6 +14,7 @@ from thetas import theta_for
 from torch import Tensor, nn
 
 from pylo_integrations import DisagreementError, Theta
+from pylo_integrations.options import USUAL
 
 LAYOUTS = ["shard_step", "ddp", "fsdp2", "fsdp1"]
 """Of ``ddp``, the rule sees the loss; otherwise such ranks have nothing to exchange."""
@@ -97,7 +98,7 @@ Undo = Callable[[], None]
 def option(name: str, value: Any) -> Callable[[Any, nn.Module], Undo]:
     def spoil(optimizer: Any, model: nn.Module) -> Undo:
         group = optimizer.param_groups[0]
-        before = group[name]
+        before = group.get(name, USUAL.get(name))
         group[name] = value
         return lambda: group.__setitem__(name, before)
 
@@ -191,6 +192,7 @@ SPOILT: dict[str, tuple[Callable[[Any, nn.Module], Undo], tuple[str, ...]]] = {
     "maximize": (option("maximize", True), ("maximize of group 0: ", "True on rank")),
     "base_lr": (option("base_lr", 3.0), ("base_lr of group 0: ", "3.0 on rank")),
     "axes": (option("axes", "in_out"), ("axes of group 0: ", "'in_out' on rank")),
+    "state_dtype": (option("state_dtype", "bfloat16"), ("state_dtype of group 0: ", "'bfloat16' on rank")),
     "max_grad_norm": (attribute("max_grad_norm", 0.25), ("max_grad_norm: ", "0.25 on rank")),
     "on_nonfinite": (attribute("on_nonfinite", "error"), ("on_nonfinite: ", "'error' on rank")),
     "num_steps": (horizon, ("num_steps: ", "77 on rank", "100 on rank")),

@@ -222,6 +222,38 @@ class CELO2MLP(nn.Module):
         return x
 
 
+class Celo2MLP(nn.Module):
+    """Another port's, with the groups of the first layer apart."""
+
+    config = {"input_group_dims": list(GROUPS), "hidden_size": 8, "output_size": 3}
+
+    def __init__(self, arrays):
+        super().__init__()
+        arrays = {name.removeprefix("ff_mod_stack/~/"): array for name, array in arrays.items()}
+        self.first_layer_weights = nn.ParameterList([arrays[f"w0__{i}"].mT.clone() for i in range(len(GROUPS))])
+        self.first_layer_bias = nn.Parameter(arrays["b0"].clone())
+        self.hidden, self.output = linear(arrays["w1"], arrays["b1"]), linear(arrays["w2"], arrays["b2"])
+
+    def first(self, x):
+        weight = torch.cat(list(self.first_layer_weights), 1)
+        return nn.functional.linear(x, weight, self.first_layer_bias)
+
+    def forward(self, x):
+        return self.output(self.hidden(self.first(x).relu()).relu())
+
+
+class DenseCelo2MLP(Celo2MLP):
+    """The same with one matrix."""
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        self.first_layer = linear(torch.cat(list(self.first_layer_weights), 1).T, self.first_layer_bias)
+        del self.first_layer_weights, self.first_layer_bias
+
+    def first(self, x):
+        return self.first_layer(x)
+
+
 def module_files(module: nn.Module) -> dict[str, bytes]:
     """What ``PyTorchModelHubMixin`` writes."""
     state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
@@ -251,4 +283,6 @@ def layouts() -> dict[str, list[dict[str, bytes]]]:
         "MetaMLP": [module_files(MetaMLP(random_arrays("mulo")))],
         "VeLO": [module_files(VeLO_RNN(velo)), module_files(VeLO_MLP(velo))],
         "CELO2MLP": [module_files(CELO2MLP(random_arrays("celo2")))],
+        "Celo2MLP": [module_files(Celo2MLP(random_arrays("celo2")))],
+        "DenseCelo2MLP": [module_files(DenseCelo2MLP(random_arrays("celo2")))],
     }

@@ -499,7 +499,7 @@ def other_lr(s: Session) -> None:
 @action
 def impossible_option(s: Session) -> None:
     group = s.random.choice(s.optimizer.param_groups)
-    key = s.random.choice(["lr", "weight_decay", "weight_decay_policy", "axes", "rule"])
+    key = s.random.choice(["lr", "weight_decay", "weight_decay_policy", "axes", "rule", "state_dtype"])
     group[key] = s.random.choice([None, math.nan, math.inf, -1.0, "0.1", [0.1], torch.ones(2)])
 
 

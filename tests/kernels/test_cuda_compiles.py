@@ -19,7 +19,7 @@ from pylo_integrations.ops.nvrtc import NvrtcError
 pytestmark = pytest.mark.timeout(900)
 
 KERNELS = list(cubins.kernel_lines())
-WIDE = ["apply_32", "apply_32_plain", "apply_64"]  # take most of the time
+WIDE = ["apply_4", "apply_8", "apply_16", "apply_32", "apply_32_plain", "apply_64"]  # one source, most of the time
 FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain", "apply_linear_plain", "write"]
 
 

@@ -14,7 +14,7 @@ import golden_optimizers
 import pytest
 import test_native_kernels
 import torch
-from cuda_shim import Shim, compile_for_cpu, compile_kernels, cpu_library
+from cuda_shim import Shim, compile_for_cpu, cpu_library
 from golden_files import initial_params, needs_published, replay_float32
 from native_library import CSRC
 from plans import is_native
@@ -50,20 +50,15 @@ LARGE = [(17000,), (700, 70), (3, 30000), (2500, 3), (70, 2, 70)]
 FEW = [(), (130,), (33, 7), (8, 16, 3, 3)]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return compile_kernels(tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.fixture(params=["exact", "precise"])
 def precision(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def shim(path, precision, monkeypatch) -> Shim:
+def shim(compiled_kernels, precision, monkeypatch) -> Shim:
     """The emulated kernels, which ``backend="native"`` finds in the place of the CPU library."""
-    library = Shim(path, precision)
+    library = Shim(compiled_kernels, precision)
     monkeypatch.setattr(loader, "load", lambda: library)
     return library
 
@@ -236,12 +231,12 @@ def test_tensors_do_not_influence_each_other(shim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["exact"], indirect=True)
-def test_indices_of_64_bits_find_the_same_elements(tmp_path, path, shim, precision):
+def test_indices_of_64_bits_find_the_same_elements(tmp_path, compiled_kernels, shim, precision):
     """Tensors beyond 2^31 elements take another way to row and column; here, tensors beyond 4 elements do."""
     cpu = cpu_library().path
     linked = str(cpu), f"-Wl,-rpath,{cpu.parent}"
     planner = compile_for_cpu(CSRC / "cuda/launches.cpp", tmp_path / "planner.so", "-DPYLO_NARROW=4", *linked)
-    wide = Shim(path, precision, Library(planner))
+    wide = Shim(compiled_kernels, precision, Library(planner))
     assert_equal_bits(bits_after_two_steps(shim, SHAPES), bits_after_two_steps(wide, SHAPES))
 
 

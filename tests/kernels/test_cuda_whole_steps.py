@@ -13,13 +13,13 @@ import pytest
 import test_native_rules
 import test_whole_steps
 import torch
-from cuda_shim import Shim, compile_for_cpu, compile_kernels, cpu_library
+from cuda_shim import Shim, compile_for_cpu, cpu_library
 from native_library import CSRC
 from plans import is_native
 from test_cuda_kernels import assert_close_to_reference
 from test_native_kernels import assert_equal_bits, give_gradients, parameters, snapshot, table_of
 from test_native_rules import BOUNDS, CONVOLUTIONS
-from thetas import create, theta_for
+from thetas import create, slow_unless, theta_for
 from torch import nn
 
 from pylo_integrations.ops import loader, native
@@ -40,15 +40,10 @@ SHAPES = [(), (130,), (33, 7), (64, 37), (16, 8, 3, 3), (5, 5, 5), *CONVOLUTIONS
 MANY_PARTS = [(700, 70), (9000, 3, 2), (40, 30, 5, 5)]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return compile_kernels(tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.fixture
-def shim(path, monkeypatch) -> Shim:
+def shim(compiled_kernels, monkeypatch) -> Shim:
     """The emulated kernels, which ``backend="native"`` finds in the place of the CPU library."""
-    library = Shim(path, "exact")
+    library = Shim(compiled_kernels, "exact")
     monkeypatch.setattr(loader, "load", lambda: library)
     return library
 
@@ -61,7 +56,7 @@ def linear_theta():
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [slow_unless(name != "elo_celo2", name) for name in ENTRIES])
 def test_an_update_is_that_of_float64(name):
     assert_updates_match(name, SHAPES)
 
@@ -92,8 +87,19 @@ def assert_updates_match(name: str, shapes, **options) -> None:
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        slow_unless(
+            (name, dtype) in [("celo2", torch.bfloat16), ("celo2_base", torch.float32), ("pace", torch.float16)],
+            name,
+            dtype,
+        )
+        for name in ENTRIES
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+    ids=str,
+)
 def test_parameters_of_any_type_and_format_are_those_of_torchs_functions(name, dtype):
     found, wanted = (test_whole_steps.trained(name, backend, dtype) for backend in ("native", "reference"))
     for got, want, start in zip(found, wanted, test_whole_steps.tensors(dtype), strict=True):
@@ -156,12 +162,12 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(shim, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, "builtin:celo2"])
-def test_indices_of_64_bits_find_the_same_elements(tmp_path, path, shim, monkeypatch, weights):
+def test_indices_of_64_bits_find_the_same_elements(tmp_path, compiled_kernels, shim, monkeypatch, weights):
     """As in test_cuda_kernels.py: tensors beyond 4 elements instead of 2^31."""
     cpu = cpu_library().path
     linked = str(cpu), f"-Wl,-rpath,{cpu.parent}"
     planner = compile_for_cpu(CSRC / "cuda/launches.cpp", tmp_path / "planner.so", "-DPYLO_NARROW=4", *linked)
-    wide = Shim(path, "exact", Library(planner))
+    wide = Shim(compiled_kernels, "exact", Library(planner))
     options = {"weights": linear_theta()} if weights else {}
     runs = [bits_after_two_steps(library, SHAPES, monkeypatch, **options) for library in (shim, wide)]
     assert_equal_bits(*runs)

@@ -546,6 +546,7 @@ def test_structures_have_the_size_that_the_library_expects(library):
     assert {name: int(size) for name, size in sizes} == {
         "tensor": records.TENSOR.itemsize,
         "step": records.STEP.itemsize,
+        "stored": records.STORED.itemsize,
         "rule": ctypes.sizeof(RuleStruct),
         "call": ctypes.sizeof(CallStruct),
     }

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_shim import Shim, compile_kernels
-from thetas import create
+from cuda_shim import Shim
+from thetas import create, slow_unless
 from torch import nn
 
 from pylo_integrations import kernel_check
@@ -125,8 +125,8 @@ def test_without_a_place_to_write_every_process_asks(tmp_path, monkeypatch):
 def test_processes_at_once_ask_once():
     slow = child(f"import time; time.sleep(1); print({self_check.spoken(RIGHT)!r})")
     program = f"from pylo_integrations.ops.self_check import judge; print(judge({FACTS!r}, {slow!r}))"
-    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=200)[0].strip() for process in started] == [str(RIGHT)] * 4
+    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=200)[0].strip() for process in started] == [str(RIGHT)] * 2
     assert times_asked() == 1
 
 
@@ -245,14 +245,9 @@ def test_another_value_of_the_switch_is_an_error_before_anything_changes(monkeyp
 # -- what it compares -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shim_path(tmp_path_factory) -> Path:
-    return compile_kernels(tmp_path_factory.mktemp("shim"))
-
-
 @pytest.fixture
-def emulation(shim_path, monkeypatch) -> Shim:
-    library = Shim(shim_path)
+def emulation(compiled_kernels, monkeypatch) -> Shim:
+    library = Shim(compiled_kernels)
     monkeypatch.setattr(loader, "load", lambda: library)
     return library
 
@@ -267,7 +262,7 @@ CPU = torch.device("cpu")
         pytest.param(Subject("SmallFC", (32, 32, 2)), marks=pytest.mark.slow),
         pytest.param(Subject("SmallFC", (16, 2)), marks=pytest.mark.slow),
         pytest.param(Subject("CeloRule", (8, 8, 2)), marks=pytest.mark.slow),
-        Subject("VeLORule", (4, 4, 2)),
+        pytest.param(Subject("VeLORule", (4, 4, 2)), marks=pytest.mark.slow),
         Subject("CeloRule", (4, 4, 2)),
         Subject("CeloAdamRule", ()),
         Subject("AdamW", ()),
@@ -314,11 +309,11 @@ CELO2, LINEAR = Subject("Celo2", (8, 8, 3)), Subject("Celo2", (3,))
 @pytest.mark.parametrize(
     ("kernel", "subject"),
     [
-        *((kernel, SMALL) for kernel in ("collect", "merge", "prepare", "describe", "describe_plain")),
-        *((kernel, SMALL) for kernel in ("apply_4", "apply_4_plain")),
+        *((kernel, SMALL) for kernel in ("collect", "prepare", "apply_4_plain")),
+        *(slow_unless(False, kernel, SMALL) for kernel in ("merge", "describe", "describe_plain", "apply_4")),
         *((kernel, ADAM) for kernel in ("apply_adam", "apply_adam_plain")),
-        ("apply_8", CELO2),
-        *((kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "write")),
+        slow_unless(False, "apply_8", CELO2),
+        *(slow_unless(False, kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "write")),
         *((kernel, PACE) for kernel in ("apply_nesterov", "apply_nesterov_plain")),
     ],
 )

@@ -17,11 +17,25 @@ import torch
 pytest.importorskip("sklearn")  # for the digits
 
 from pylo_integrations import cli
-from pylo_integrations.evaluation import BASELINES, SCHEDULES, TASKS, Run, Setting, contenders, evaluate, tasks, train
+from pylo_integrations.evaluation import (
+    BASELINES,
+    SCHEDULES,
+    SUITES,
+    TASKS,
+    USUAL,
+    Run,
+    Setting,
+    available_baselines,
+    evaluate,
+    tasks,
+    train,
+)
+from pylo_integrations.evaluation.contenders import default_of, grid_of
 from pylo_integrations.evaluation.plan import RUNS
 from pylo_integrations.evaluation.report import describe
 from pylo_integrations.evaluation.results import Results, ranks_of
 from pylo_integrations.evaluation.runs import RunsFile, train_all
+from pylo_integrations.evaluation.tasks import base, first, transfer
 from pylo_integrations.metatrain import DataError
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.weights import load_theta
@@ -31,14 +45,13 @@ TOY = ("friedman", "digits_mlp_256")
 ARGV = ["evaluate", "--optimizers", f"{MULO},small_fc_lopt@linear", "--tasks", ",".join(TOY), "--steps", "5"]
 ARGV += ["--seeds", "2", "--jobs", "1", "--output"]
 TIMES = ("step_seconds", "optimizer_seconds", "step_cpu_seconds")
+WITHOUT_HIDDEN = ("ratings_factors", "words_skipgram", "fashion_variational", "text_adapters")
 
 
 def small_grid(monkeypatch):
-    small = {name: replace(base, lrs=base.lrs[3:5], schedules=base.schedules[-1:]) for name, base in BASELINES.items()}
-    monkeypatch.setattr(contenders, "BASELINES", small)
-    for name in list(BASELINES):
-        monkeypatch.setitem(BASELINES, name, small[name])
-    return sum(len(small[name].settings(name)) for name in contenders.available_baselines())
+    for name, whole in list(BASELINES.items()):
+        monkeypatch.setitem(BASELINES, name, replace(whole, lrs=whole.lrs[3:5], schedules=whole.schedules[-1:]))
+    return sum(len(grid_of(name)) for name in USUAL)
 
 
 def timeless(record):
@@ -124,7 +137,7 @@ def test_only_the_best_settings_run_on_seeds_that_do_not_tune(tmp_path, monkeypa
     results = Results(records, 3)
     first, second = ({r["name"] for r in records if r["seed"] == seed} for seed in (0, 1))
     assert len(first) == grid
-    assert second == {*results.best["friedman"].values(), results.global_setting}
+    assert second == {*results.best["friedman"].values(), *results.global_settings.values()}
 
 
 def test_divergence_is_told_and_is_no_nan(tmp_path):
@@ -144,10 +157,20 @@ def test_schedules():
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def little_pretraining(monkeypatch):
+    cached = first._pretrained, transfer._frozen, transfer._taught
+    monkeypatch.setattr(base, "PRETRAINING_STEPS", 1)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_can_be_trained_by_every_optimizer(name, monkeypatch):
-    monkeypatch.setattr(tasks, "PRETRAINING_STEPS", 1)
-    tasks._pretrained.cache_clear()
+@pytest.mark.usefixtures("little_pretraining")
+def test_every_task_can_be_trained_by_every_optimizer(name):
     task = TASKS[name]
     try:
         training, validation = task.samples()
@@ -157,18 +180,23 @@ def test_every_task_can_be_trained_by_every_optimizer(name, monkeypatch):
     model, mup = task.model(3), task.model(3, base_width=16)
     assert all(map(torch.equal, model.state_dict().values(), mup.state_dict().values()))
     inputs, targets = task.data()[0].rows(task.batches(0, 2)[1])
-    loss = tasks.loss_of(model(inputs), targets)
+    loss = task.loss(model(inputs), targets)
     loss.backward()
-    parameters = dict(model.named_parameters())
+    loss = loss.detach()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert loss.isfinite() and len(targets) == task.batch and all(p.grad is not None for p in parameters.values())
-    for baseline in contenders.available_baselines():
+    for baseline in available_baselines():
         optimizers = BASELINES[baseline].make(model, 1e-3)
         stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, stepped)) == sorted(map(id, parameters.values()))
     # Hidden matrices, and nothing else, take smaller steps by as much as the network is wider.
     rates = {group["lr"] for group in mup_param_groups(mup, task.base(16))}
-    assert rates == {1.0, 16 / task.width}
-    tasks._pretrained.cache_clear()
+    assert rates == ({1.0} if name in WITHOUT_HIDDEN else {1.0, 16 / task.width})
+    # Losses are means over examples, so that they can be measured on any number of them.
+    if not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        with torch.no_grad():
+            halves = [float(task.loss(model(x), y)) for x, y in zip(inputs.chunk(2), targets.chunk(2), strict=True)]
+        assert float(loss) == pytest.approx(sum(halves) / 2, rel=1e-4)
 
 
 def test_a_theta_for_mup_steps_hidden_matrices_less(tmp_path):
@@ -186,7 +214,15 @@ def load_bootstrap():
 
 def test_the_docs_describe_every_task():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page.partition("## Results")[0], re.MULTILINE) == list(TASKS)
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("## Rules")[0], re.MULTILINE) == list(TASKS)
+
+
+def test_suite_2_is_as_broad_as_it_claims():
+    found = SUITES[2].values()
+    assert len(found) >= 24 and not SUITES[1].keys() & SUITES[2].keys()
+    assert len({task.batch for task in found}) >= 3
+    assert min(task.width for task in found) == 32 and max(task.width for task in found) == 512
+    assert all(default_of(name) in grid_of(name) for name in BASELINES), "a default is one of the settings that are run"
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -201,7 +237,7 @@ def record(task, name, seed, train, validation=1.0, reached=()):
     numbers = {"train": train, "train_best": train, "batches": train, "batches_best": train, "validation": validation}
     times = dict.fromkeys(TIMES, 0.001)
     return {
-        "suite": tasks.SUITE,
+        "suite": 1,
         "task": task,
         "name": name,
         "setting": setting,
@@ -305,7 +341,7 @@ def test_the_docs_say_what_the_recorded_runs_of_the_shipped_weights_say():
         cells = [counts.reaches, counts.tuned_train, counts.tuned_validation]
         cells += [counts.global_train, counts.global_validation, counts.diverged]
         assert f"| `{name}` | " + " | ".join(f"{count} of 13" for count in cells) + " |" in page
-        for task in TASKS:
+        for task in SUITES[1]:
             result = results.result(task, name)
             assert sorted(result.runs) == [0, 1, 2] and f"{result.median('train'):.4g}" in page
             sums = {run["setting"]["sha256"] for run in result.runs.values()}
@@ -330,7 +366,7 @@ def refused(capsys, tmp_path):
 def test_misuse_is_refused_in_one_line(refused, tmp_path, whole):
     assert "'mulp'; did you mean 'mulo'" in refused("--optimizers", "mulp")
     assert "schedule 'cosin'" in refused("--optimizers", "small_fc_lopt@cosin")
-    assert "celo2_base has no default weights; give some: celo2_base:WEIGHTS" in refused("--optimizers", "celo2_base")
+    assert "hub:amoudgl/celo2-base" in refused("--optimizers", "celo2_base"), "its weights are not here"
     assert "these weights are for small_fc" in refused("--optimizers", "velo:builtin:small_fc_bootstrap")
     assert "nowhere.safetensors" in refused("--optimizers", f"mulo:{tmp_path}/nowhere.safetensors@linear")
     assert "held-out task 'iris' is unknown; there are digits_mlp_256" in refused("--tasks", "iris")
@@ -345,7 +381,11 @@ def test_misuse_is_refused_in_one_line(refused, tmp_path, whole):
     (out / RUNS).write_text("step,loss\n")
     assert "line 1 of" in refused("--report", "--output", out)
     (out / RUNS).write_text(json.dumps({"suite": 0}) + "\n")
-    assert "runs of suite 0" in refused("--report", "--output", out)
+    assert "runs of suite 0, and there are 1, 2" in refused("--report", "--output", out)
+    assert "factor 'x' of 'mulo*x@linear'" in refused("--optimizers", "mulo*x@linear")
+    assert "baseline 'adam' is unknown; there are adamw, sgd" in refused("--baselines", "adamw,adam")
+    (out / RUNS).write_text((whole[0] / RUNS).read_text().splitlines()[0] + "\n")
+    assert "would hold runs of suites 1 and 2" in refused("--suite", 2, "--tasks", "cancer_gated", "--output", out)
 
 
 def test_another_theta_of_the_same_name_is_refused(tmp_path):

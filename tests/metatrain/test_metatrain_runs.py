@@ -45,6 +45,7 @@ def rows(folder):
 # -- the same every time -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_theta_bit_for_bit(whole, tmp_path):
     again = run(tmp_path)[1]
     assert again.sha256 == whole[1].sha256

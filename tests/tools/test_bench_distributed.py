@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded_cases import promised
-from thetas import distinct_rules
+from thetas import distinct_rules, slow_unless
 
 from pylo_integrations import cli
 from pylo_integrations.bench import BASELINES, SHAPES
 from pylo_integrations.bench import ranks as on_ranks
+from pylo_integrations.bench.contenders import Setting, fresh_parameter, make_contender
 from pylo_integrations.bench.counts import elements_on_rank_0, state_bytes_on_rank_0
 from pylo_integrations.bench.dry_run import dry_run
+from pylo_integrations.bench.measure import state_bytes
+from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.bench.strategies import SIMULABLE
 from pylo_integrations.sharding.agreement import HEADER
 from pylo_integrations.sharding.collectives import Collective, Collectives
@@ -103,8 +106,10 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
     assert sum(found["celo_adam:reference"]["state_bytes"] for found in by_rank) == 2 * 4 * numel
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(24, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strategy", SIMULABLE)
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [slow_unless((s, n) in [("fsdp2", 4), ("tp", 4), ("shard_step", 4)], s, n) for s in SIMULABLE for n in (4, 24)],
+)
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()
     for name, costs in dry_run(shapes, strategy, ranks, distinct_rules()).items():
@@ -210,6 +215,24 @@ def test_the_page_is_what_the_command_prints(capsys):
     assert cli.main(["bench", "--distributed", "tables"]) == 0
     page = Path(__file__).parents[2] / "docs" / "distributed_costs.md"
     assert capsys.readouterr().out == page.read_text()
+
+
+def test_the_page_on_memory_ends_with_what_the_command_prints(capsys):
+    assert cli.main(["bench", "--distributed", "memory"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "memory.md"
+    assert page.read_text().endswith("\n\n" + capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("choice", ["bfloat16", "int8"])
+def test_bytes_of_a_format_are_those_that_an_optimizer_keeps(choice):
+    for name in ("celo2", "pace"):
+        setting = Setting("tiny", "float32", "cpu", 1)
+        parameters = setting.parameters()
+        parameters.append((fresh_parameter((128, 96), torch.float32, "cpu"), ParamShape((128, 96))))
+        optimizer, _ = make_contender(f"{name}:{choice}", parameters)
+        optimizer.init_state()
+        kinds = [kind for _, kind in parameters]
+        assert state_bytes(optimizer) == state_bytes_on_rank_0(name, kinds, "ddp", 1, choice)
 
 
 @pytest.mark.dist

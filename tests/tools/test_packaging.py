@@ -145,7 +145,7 @@ def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     recipes = unpacked / "pylo_integrations" / "_recipes"
-    assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "vit")]
+    assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "nano", "vit")]
 
 
 @pytest.mark.slow
@@ -158,7 +158,8 @@ def test_version_has_one_source(wheel_metadata):
 
 @pytest.mark.slow
 def test_extras_and_dependencies(wheel_metadata):
-    assert set(wheel_metadata.get_all("Provides-Extra")) == {"hf", "lightning", "accelerate", "recipes", "dev", "docs"}
+    extras = {"hf", "lightning", "accelerate", "recipes", "evaluation", "dev", "docs"}
+    assert set(wheel_metadata.get_all("Provides-Extra")) == extras
     requirements = wheel_metadata.get_all("Requires-Dist")
     core = {canonicalize_name(Requirement(line).name) for line in requirements if "extra ==" not in line}
     assert core == {"torch", "numpy", "safetensors", "huggingface-hub", "packaging", "typing-extensions"}

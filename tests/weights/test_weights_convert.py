@@ -13,6 +13,8 @@ import torch
 from published_layouts import (
     CELO2MLP,
     GROUPS,
+    Celo2MLP,
+    DenseCelo2MLP,
     MetaMLP,
     VeLO_MLP,
     VeLO_RNN,
@@ -211,11 +213,14 @@ def test_velo_is_made_of_two_modules(tmp_path):
         torch.testing.assert_close(hidden @ got[f"rnn_params/{name}/w"] + got[f"rnn_params/{name}/b"], expected)
 
 
-def test_celo2_computes_what_its_arrays_compute(tmp_path):
-    module = CELO2MLP(random_arrays("celo2"))
+@pytest.mark.parametrize("layout", [CELO2MLP, Celo2MLP, DenseCelo2MLP])
+def test_celo2_computes_what_its_arrays_compute(layout, tmp_path):
+    module = layout(random_arrays("celo2"))
     folder = write(tmp_path, module_files(module))
     foreign = read_foreign(folder)
-    assert (foreign.optimizer, read_foreign(folder, architecture="elo_celo2").optimizer) == ("celo2", "elo_celo2")
+    assert foreign.optimizer == "celo2" and same(foreign.arrays, random_arrays("celo2"))
+    for name in ("elo_celo2", "celo2_base"):
+        assert read_foreign(folder, architecture=name).optimizer == name
     x = torch.randn(5, 30)
     torch.testing.assert_close(mlp(with_joined_groups(foreign.arrays), "ff_mod_stack/~/", x), module(x))
 

@@ -329,6 +329,8 @@ LAYOUT_OF = {
     "celo": "flax_celo",
     "celo_adam": "flax_celo_adam",
     "adafac_mlp_lopt": "flax_small_fc",
+    "celo2": "flax_celo2",
+    "celo2_base": "flax_celo2",
 }
 
 
@@ -456,7 +458,7 @@ def test_the_command_line_fetches_and_converts_in_one_go(hub, online, tmp_path):
 def test_the_catalogue_of_published_weights_is_consistent():
     names = [entry.name for entry in PUBLISHED]
     repositories = [part.name for entry in PUBLISHED for part in entry.repositories]
-    assert len(set(names)) == len(names) and len(set(repositories)) == len(repositories) == 11
+    assert len(set(names)) == len(names) and len(set(repositories)) == len(repositories) == 13
     page = (ROOT / "docs" / "weights.md").read_text()
     assert [name for name in repositories if name not in page] == []
     for entry in PUBLISHED:

@@ -35,7 +35,7 @@ _FOREIGN = {profile.converts_as: profile for profile in PROFILES.values() if pro
 OPTIMIZERS = tuple(_FOREIGN)
 """Optimizers that foreign weights may be for: what ``architecture`` accepts."""
 
-_BY_MODULES = {profile.modules: name for name, profile in _FOREIGN.items() if profile.modules}
+_BY_MODULES = {modules: name for name, profile in _FOREIGN.items() for modules in profile.modules}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """PyTorch modules as the existing PyTorch implementation publishes them: ``config.json`` and ``model.safetensors``.
 
-Matrices are (outputs, inputs) and become (inputs, outputs), but for CELO2's, which already are. The theta of VeLO is
+Matrices are (outputs, inputs) and become (inputs, outputs), but for CELO2MLP's, which already are. The theta of VeLO is
 spread over two modules: the LSTM, and the bank of networks that it mixes. The arrays decide; a config beside them, or
 none, changes nothing, but it must not contradict them.
 """
@@ -182,10 +182,29 @@ def _celo2_mlp(tensors: _Tensors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return arrays, {"feature_dims": groups, "hidden_size": hidden, "hidden_layers": depth, "output_size": outputs}
 
 
+def _celo2_linear(tensors: _Tensors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of the port of CELO2 that has ``torch.nn.Linear``: the first layer is one matrix, or one for every group."""
+    if "first_layer.weight" in tensors.tensors:
+        first, bias = tensors.take("first_layer.weight", 2), tensors.take("first_layer.bias", 1)
+        if first.shape[1] != sum(GROUPS):
+            raise ConversionError(f"Celo2MLP has {first.shape[1]} inputs, not {sum(GROUPS)}")
+        parts = torch.split(first, list(GROUPS), dim=1)
+    else:
+        parts = tuple(tensors.take(f"first_layer_weights.{group}", 2) for group in range(len(GROUPS)))
+        bias = tensors.take("first_layer_bias", 1)
+    arrays = {f"ff_mod_stack/~/w0__{group}": part.mT for group, part in enumerate(parts)} | {"ff_mod_stack/~/b0": bias}
+    for number, layer in enumerate(("hidden", "output"), start=1):
+        arrays[f"ff_mod_stack/~/w{number}"] = tensors.take(f"{layer}.weight", 2).mT
+        arrays[f"ff_mod_stack/~/b{number}"] = tensors.take(f"{layer}.bias", 1)
+    groups, outputs = [part.shape[1] for part in parts], arrays["ff_mod_stack/~/b2"].shape[0]
+    return arrays, {"input_group_dims": groups, "hidden_size": bias.shape[0], "output_size": outputs}
+
+
 MODULES: Mapping[str, _Layout] = {
     "MetaMLP": _Layout("network.input.weight", frozenset({"input_size", "hidden_size", "hidden_layers"}), _meta_mlp),
     "VeLO_RNN": _Layout("lstm.linear.weight", frozenset({"lstm_hidden_size", "param_inits"}), _velo_rnn),
     "VeLO_MLP": _Layout("input_weights_", frozenset({"param_inits", "hidden_size", "output_size"}), _velo_mlp),
     "CELO2MLP": _Layout("dense_w.0", frozenset({"feature_dims", "hidden_size", "output_size"}), _celo2_mlp),
+    "Celo2MLP": _Layout("hidden.weight", frozenset({"input_group_dims", "hidden_size", "output_size"}), _celo2_linear),
 }
 """The published modules by class name."""

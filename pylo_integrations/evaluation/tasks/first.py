@@ -1,117 +1,20 @@
-"""The held-out tasks: networks and data on which no theta of this package was trained or chosen.
-
-Networks are what people write: the usual initialisation, and batch normalisation where it is usual. For an optimizer
-that wants muP (:mod:`pylo_integrations.mup`), the same network is built with the multipliers that muP asks of a model:
-outputs divided by the width multiplier, and attention scores scaled by the size of a head.
-"""
+"""Suite 1: thirteen tasks, on which no theta of this package was trained or chosen."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pylo_integrations.evaluation.tasks import base
+from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, loss_of
 from pylo_integrations.metatrain import DataError, data
 from pylo_integrations.metatrain.seeds import generator_of, seed_of
 from pylo_integrations.metatrain.tasks import Readout, mlp
-
-SUITE = 1
-"""Version of the suite: runs of different versions are not compared. Raise it with any change that changes a loss."""
-
-SAMPLES = (16, 32)
-"""Losses are measured on so many batches' worth of training and of validation examples, if there are so many."""
-
-
-PRETRAINING_STEPS = 500
-"""Of the network that one task fine-tunes."""
-
-
-class Examples(NamedTuple):
-    """Inputs and targets, one a row: float32 targets for mean square error, int64 ones for cross entropy."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def rows(self, index: Tensor) -> Examples:
-        """Some of the rows."""
-        return Examples(self.inputs[index], self.targets[index])
-
-
-@dataclass(frozen=True)
-class HeldOutTask:
-    """A network, data, and how they are put together.
-
-    Attributes:
-        name: Lower snake case.
-        description: A few words.
-        width: What muP scales: units of a hidden layer, or channels.
-        batch: Examples in a training step.
-        network: Makes it from a width and muP's width multiplier, initialised from torch's global generator.
-        data: Training and validation examples; raises ``DataError`` if they are not on this machine.
-        initial: Weights by name that replace those of a new network.
-    """
-
-    name: str
-    description: str
-    width: int
-    batch: int
-    network: Callable[[int, float], nn.Module]
-    data: Callable[[], tuple[Examples, Examples]]
-    initial: Callable[[], Mapping[str, Tensor]] | None = None
-
-    def model(self, seed: int, base_width: int | None = None) -> nn.Module:
-        """A new network, of the same weights for the same seed.
-
-        Args:
-            seed: Of the run.
-            base_width: Where muP's multipliers are 1; None for a network without.
-        """
-        initial = self.initial() if self.initial else {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of("held out", self.name, "weights", seed))
-            model = self.network(self.width, 1.0 if base_width is None else self.width / base_width)
-        model.load_state_dict({**model.state_dict(), **initial})
-        return model
-
-    def base(self, base_width: int) -> nn.Module:
-        """The twin of muP's base width, without memory."""
-        with torch.device("meta"):
-            return self.network(base_width, 1.0)
-
-    def batches(self, seed: int, steps: int) -> Tensor:
-        """``(steps, batch)`` rows of the training examples, drawn uniformly; the same for all optimizers."""
-        generator = generator_of("held out", self.name, "batches", seed)
-        return torch.randint(len(self.data()[0].targets), (steps, self.batch), generator=generator)
-
-    def samples(self) -> tuple[Examples, Examples]:
-        """The training and validation examples that losses are measured on."""
-        return tuple(  # type: ignore[return-value]
-            examples.rows(
-                torch.randperm(len(examples.targets), generator=generator_of("sample", self.name))[
-                    : batches * self.batch
-                ]
-            )
-            for examples, batches in zip(self.data(), SAMPLES, strict=True)
-        )
-
-
-def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of integer targets, over all positions; mean square error of others."""
-    if targets.is_floating_point():
-        return F.mse_loss(outputs, targets)
-    return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]), targets.reshape(-1))
-
-
-def accuracy_of(outputs: Tensor, targets: Tensor) -> float | None:
-    """Share of integer targets that are right; None for others."""
-    return None if targets.is_floating_point() else float((outputs.argmax(-1) == targets).float().mean())
-
 
 # -- data ------------------------------------------------------------------------------------------------------------
 
@@ -343,7 +246,7 @@ def _pretrained() -> Mapping[str, Tensor]:
         torch.manual_seed(seed_of("held out", "pretraining"))
         model = _plain_conv(5)(_FINETUNED_WIDTH, 1.0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        for _ in range(PRETRAINING_STEPS):
+        for _ in range(base.PRETRAINING_STEPS):
             index = torch.randint(len(labels), (64,))
             optimizer.zero_grad()
             loss_of(model(inputs[index]), labels[index]).backward()  # type: ignore[no-untyped-call]
@@ -355,127 +258,96 @@ def _pretrained() -> Mapping[str, Tensor]:
 _FINETUNED_WIDTH = 24
 _LENGTH = 32
 
-TASKS: Mapping[str, HeldOutTask] = {
-    task.name: task
-    for task in (
-        HeldOutTask(
-            "digits_mlp_256",
-            "digits, perceptron 256 x 2",
-            256,
-            32,
-            _mlp(64, 2, 10, "relu"),
-            lambda: _images("digits"),
-        ),
-        HeldOutTask(
-            "fashion_mlp_32",
-            "Fashion-MNIST, perceptron 32 x 3, SiLU",
-            32,
-            32,
-            _mlp(196, 3, 10, "silu"),
-            lambda: _images("fashion_mnist"),
-        ),
-        HeldOutTask(
-            "fashion_mlp_128",
-            "Fashion-MNIST, perceptron 128 x 2",
-            128,
-            32,
-            _mlp(196, 2, 10, "relu"),
-            lambda: _images("fashion_mnist"),
-        ),
-        HeldOutTask(
-            "fashion_mlp_512",
-            "Fashion-MNIST, perceptron 512 x 2",
-            512,
-            32,
-            _mlp(196, 2, 10, "relu"),
-            lambda: _images("fashion_mnist"),
-        ),
-        HeldOutTask(
-            "fashion_conv_bn",
-            "Fashion-MNIST, two convolutions with batch normalisation",
-            24,
-            32,
-            _batch_norm_conv,
-            lambda: _images("fashion_mnist", flat=False),
-        ),
-        HeldOutTask(
-            "fashion_resnet",
-            "Fashion-MNIST, residual network of 7 convolutions with batch normalisation",
-            16,
-            32,
-            _resnet,
-            lambda: _images("fashion_mnist", flat=False),
-        ),
-        HeldOutTask(
-            "fashion_vit",
-            "Fashion-MNIST, vision transformer of depth 3 and width 64",
-            64,
-            16,
-            _VisionTransformer,
-            lambda: _images("fashion_mnist", flat=False),
-        ),
-        HeldOutTask(
-            "text_gpt",
-            "characters, GPT-2 of depth 3 and width 64",
-            64,
-            8,
-            functools.partial(_LanguageModel, _LENGTH),
-            lambda: _text(_LENGTH),
-        ),
-        HeldOutTask("text_lstm", "characters, LSTM of width 96", 96, 8, _LSTM, lambda: _text(_LENGTH)),
-        HeldOutTask(
-            "fashion_autoencoder",
-            "Fashion-MNIST, autoencoder 96-96-16-96-96",
-            96,
-            32,
-            _autoencoder(196, 16),
-            _reconstructed,
-        ),
-        HeldOutTask(
-            "friedman",
-            "Friedman's function, perceptron 100 x 3",
-            100,
-            32,
-            _mlp(10, 3, 1, "silu"),
-            _friedman,
-        ),
-        HeldOutTask("diabetes", "diabetes data, perceptron 48 x 2", 48, 32, _mlp(10, 2, 1, "gelu"), _diabetes),
-        HeldOutTask(
-            "fashion_finetune",
-            "2000 examples of five classes of Fashion-MNIST, convolutions pretrained on the other five",
-            _FINETUNED_WIDTH,
-            32,
-            _plain_conv(5),
-            lambda: _fashion_classes(5, 9, 2000),
-            _pretrained,
-        ),
-    )
-}
-"""The suite by name."""
-
-
-def split_width(name: str) -> tuple[str, str]:
-    """``<name>:<width>`` in two; the width is "" where a task has its own."""
-    key, _, width = name.partition(":")
-    return key, width
-
-
-def find_task(name: str) -> HeldOutTask:
-    """A task by its name, or by ``<name>:<width>`` at another width, with the same seeds.
-
-    Raises:
-        ValueError: There is none, the width is no positive number, or the task has weights of its own width.
-    """
-    key, width = split_width(name)
-    if key not in TASKS:
-        raise ValueError(f"held-out task {key!r} is unknown; there are {', '.join(TASKS)}")
-    task = TASKS[key]
-    if key == name:
-        return task
-    if not width.isdecimal() or len(width) > 6 or int(width) < 1:
-        raise ValueError(
-            f"width {width[:40]!r} of held-out task {name[:60]!r} is not a positive integer below a million"
-        )
-    if task.initial:
-        raise ValueError(f"{key} begins with trained weights of width {task.width}: it has no other width")
-    return replace(task, width=int(width))
+TASKS = (
+    HeldOutTask(
+        "digits_mlp_256",
+        "digits, perceptron 256 x 2",
+        256,
+        32,
+        _mlp(64, 2, 10, "relu"),
+        lambda: _images("digits"),
+    ),
+    HeldOutTask(
+        "fashion_mlp_32",
+        "Fashion-MNIST, perceptron 32 x 3, SiLU",
+        32,
+        32,
+        _mlp(196, 3, 10, "silu"),
+        lambda: _images("fashion_mnist"),
+    ),
+    HeldOutTask(
+        "fashion_mlp_128",
+        "Fashion-MNIST, perceptron 128 x 2",
+        128,
+        32,
+        _mlp(196, 2, 10, "relu"),
+        lambda: _images("fashion_mnist"),
+    ),
+    HeldOutTask(
+        "fashion_mlp_512",
+        "Fashion-MNIST, perceptron 512 x 2",
+        512,
+        32,
+        _mlp(196, 2, 10, "relu"),
+        lambda: _images("fashion_mnist"),
+    ),
+    HeldOutTask(
+        "fashion_conv_bn",
+        "Fashion-MNIST, two convolutions with batch normalisation",
+        24,
+        32,
+        _batch_norm_conv,
+        lambda: _images("fashion_mnist", flat=False),
+    ),
+    HeldOutTask(
+        "fashion_resnet",
+        "Fashion-MNIST, residual network of 7 convolutions with batch normalisation",
+        16,
+        32,
+        _resnet,
+        lambda: _images("fashion_mnist", flat=False),
+    ),
+    HeldOutTask(
+        "fashion_vit",
+        "Fashion-MNIST, vision transformer of depth 3 and width 64",
+        64,
+        16,
+        _VisionTransformer,
+        lambda: _images("fashion_mnist", flat=False),
+    ),
+    HeldOutTask(
+        "text_gpt",
+        "characters, GPT-2 of depth 3 and width 64",
+        64,
+        8,
+        functools.partial(_LanguageModel, _LENGTH),
+        lambda: _text(_LENGTH),
+    ),
+    HeldOutTask("text_lstm", "characters, LSTM of width 96", 96, 8, _LSTM, lambda: _text(_LENGTH)),
+    HeldOutTask(
+        "fashion_autoencoder",
+        "Fashion-MNIST, autoencoder 96-96-16-96-96",
+        96,
+        32,
+        _autoencoder(196, 16),
+        _reconstructed,
+    ),
+    HeldOutTask(
+        "friedman",
+        "Friedman's function, perceptron 100 x 3",
+        100,
+        32,
+        _mlp(10, 3, 1, "silu"),
+        _friedman,
+    ),
+    HeldOutTask("diabetes", "diabetes data, perceptron 48 x 2", 48, 32, _mlp(10, 2, 1, "gelu"), _diabetes),
+    HeldOutTask(
+        "fashion_finetune",
+        "2000 examples of five classes of Fashion-MNIST, convolutions pretrained on the other five",
+        _FINETUNED_WIDTH,
+        32,
+        _plain_conv(5),
+        lambda: _fashion_classes(5, 9, 2000),
+        _pretrained,
+    ),
+)
