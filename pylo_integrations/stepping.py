@@ -169,8 +169,8 @@ class Stepping:
                 f"{self.owner} needs the training loss at every step: call optimizer.step(loss=loss) or "
                 "optimizer.step(closure), or observe_loss(loss) before step(); with a framework, use "
                 "pylo_integrations.hf.Trainer, pylo_integrations.lightning.LearnedOptimizerCallback or "
-                "pylo_integrations.accelerate.attach. Optimizers that step inside backward() cannot know it: choose one "
-                "that does not need it, such as celo2"
+                "pylo_integrations.accelerate.attach. An optimizer that steps inside backward() cannot know it: choose "
+                "one that does not need it, such as celo2"
             )
         if rule.needs_horizon and self._settled(groups, state).num_steps is None:
             raise RuntimeError(
