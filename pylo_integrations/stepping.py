@@ -99,7 +99,7 @@ class Stepping:
                 self.resumption.check_overwritten(groups, state)
             self.whole.clear()
             own = self.compiled.progress_of(tensors, progress)
-            self.advice.before_step(groups, own)
+            self._look(groups, own)
             used = loss if self.ledger.rule.needs_loss else None
             try:
                 taken = self.compiled.step(tensors, groups, state, own, used, now)
@@ -146,7 +146,7 @@ class Stepping:
             engine.agreement.tell(error, groups)
             raise
         self.whole.clear()
-        self.advice.before_step(groups, progress)
+        self._look(groups, progress)
         used = observed if rule.needs_loss else None
         try:
             return engine.step(groups, state, progress, used, now, recalled=recalled)
@@ -156,6 +156,12 @@ class Stepping:
                 del state[param]
             raise
 
+    def _look(self, groups: Groups, progress: Progress) -> None:
+        """At what will not train well."""
+        if progress.iteration == 0:
+            self.advice.before_first_step(self.owner, self.ledger, groups)
+        self.advice.before_step(groups, progress)
+
     def _check_needs(self, loss: Tensor | None, groups: Groups, state: States) -> None:
         rule = self.ledger.rule
         if rule.needs_loss and loss is None:
@@ -163,7 +169,8 @@ class Stepping:
                 f"{self.owner} needs the training loss at every step: call optimizer.step(loss=loss) or "
                 "optimizer.step(closure), or observe_loss(loss) before step(); with a framework, use "
                 "pylo_integrations.hf.Trainer, pylo_integrations.lightning.LearnedOptimizerCallback or "
-                "pylo_integrations.accelerate.attach"
+                "pylo_integrations.accelerate.attach. An optimizer that steps inside backward() cannot know it: choose "
+                "one that does not need it, such as celo2"
             )
         if rule.needs_horizon and self._settled(groups, state).num_steps is None:
             raise RuntimeError(

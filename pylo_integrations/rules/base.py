@@ -88,6 +88,8 @@ class Rule(ABC):
         needs_horizon: Whether every step needs to know how many steps the run takes.
         features: Names of the per-parameter inputs of the network, in order; empty if there is none.
         finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.
+        steps_by_scale: Whether a step is in proportion to the root mean square of the tensor that it is for, so that
+            a tensor of zeros hardly moves.
     """
 
     kind: ClassVar[str]
@@ -95,6 +97,7 @@ class Rule(ABC):
     needs_horizon: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
     finishes: ClassVar[bool] = False
+    steps_by_scale: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

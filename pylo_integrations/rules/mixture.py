@@ -49,6 +49,7 @@ class MixtureRule(MomentRule):
 
     needs_loss: ClassVar[bool] = True
     needs_horizon: ClassVar[bool] = True
+    steps_by_scale: ClassVar[bool] = True
     vector_momentum_eps: ClassVar[float] = 0.0
     architecture: ClassVar[str]
     controller_inputs: ClassVar[int]

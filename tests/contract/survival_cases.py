@@ -188,3 +188,72 @@ def distance(model: nn.Module, twin: nn.Module) -> float:
 
 def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def post_local_case(rank: int, world: int, name: str) -> tuple[Any, Any, float, tuple[int, int]]:
+    """``PostLocalSGDOptimizer`` around the optimizer; progress, distance, and steps of both averagers."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    def begin(num_steps: int | None) -> tuple[nn.Module, Any]:
+        model = net(torch.float32)
+        optimizer = make(name, model.named_parameters())
+        optimizer.set_num_steps(num_steps)
+        return model, PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2, warmup_steps=1))
+
+    def train_locally(model: nn.Module, wrapper: Any, steps: range) -> None:
+        for step in steps:
+            loss = loss_of(model, step, rank, torch.float32)
+            loss.backward()
+            wrapper.optim.observe_loss(loss.detach())  # its step() takes nothing
+            wrapper.step()
+            wrapper.zero_grad()
+
+    model, wrapper = begin(40)
+    train_locally(model, wrapper, range(STEPS))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": wrapper.state_dict()}, file)
+    twin, other = begin(None)
+    saved = torch.load(io.BytesIO(file.getvalue()))
+    twin.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    found = progress(wrapper.optim), progress(other.optim)
+    train_locally(model, wrapper, range(STEPS, STEPS + 3))
+    train_locally(twin, other, range(STEPS, STEPS + 3))
+    return *found, distance(model, twin), (wrapper.averager.step, other.averager.step)
+
+
+def in_backward_case(rank: int, world: int, name: str, folder: str) -> tuple[Any, Any, float, float]:
+    """``_apply_optimizer_in_backward``, an optimizer for every parameter.
+
+    Progress of all before and after, how far the run is from that of one optimizer, and a resumed one from it.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.optim import _apply_optimizer_in_backward, _get_in_backward_optimizers
+
+    cls, options = recipe(name)
+
+    def begin(num_steps: int | None) -> tuple[nn.Module, list[Any]]:
+        model = net(torch.float32)
+        _apply_optimizer_in_backward(cls, model.parameters(), {**options, "num_steps": num_steps})
+        return model, _get_in_backward_optimizers(model)
+
+    def descend(model: nn.Module, steps: range) -> None:
+        for step in steps:
+            loss_of(model, step, rank, torch.float32).backward()
+
+    model, optimizers = begin(40)
+    descend(model, range(STEPS))
+    dcp.save(get_optimizer_state_dict(model, optimizers), checkpoint_id=folder)
+    twin, others = begin(None)
+    twin.load_state_dict(model.state_dict())
+    state = get_optimizer_state_dict(twin, others)
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(twin, others, state)
+    found = [progress(one) for one in optimizers], [progress(one) for one in others]
+    descend(model, range(STEPS, STEPS + 2))
+    descend(twin, range(STEPS, STEPS + 2))
+    plain = net(torch.float32)
+    train(plain, cls(plain.parameters(), **options), range(STEPS + 2), rank)
+    return *found, distance(model, plain), distance(model, twin)

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from survival_cases import first_version_case, flatten_case, in_place_case, zero_case
+from survival_cases import (
+    first_version_case,
+    flatten_case,
+    in_backward_case,
+    in_place_case,
+    post_local_case,
+    recipe,
+    zero_case,
+)
 from thetas import create, distinct_rules
 from torch import nn
 
-from pylo_integrations import CheckpointError
+from pylo_integrations import CheckpointError, get_optimizer_info
 from pylo_integrations.state import from_canonical, load_canonical
 
 NAMES = [*distinct_rules(), "toy_loss"]
@@ -59,6 +67,42 @@ def test_loading_in_place_on_ranks(workers, tmp_path, name, wrapper):
 @pytest.mark.parametrize("name", distinct_rules())
 def test_zero_redundancy_optimizer(workers, name):
     check(workers.run(2 if name in REMEMBERING else 1, zero_case, name=name))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["celo", "celo2", "small_fc_lopt"])
+def test_post_local_sgd_optimizer(workers, name):
+    for *result, averaged in workers.run(2, post_local_case, name=name):
+        check([result])
+        assert averaged == (6, 6)
+
+
+WITHOUT_LOSS = [name for name in distinct_rules() if not get_optimizer_info(name).needs_loss]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", WITHOUT_LOSS)
+def test_optimizers_in_backward(workers, tmp_path, name):
+    """Without DistributedDataParallel, whose hook for them wants an accelerator."""
+    ((before, after, apart, distance),) = workers.run(1, in_backward_case, name=name, folder=str(tmp_path))
+    assert before == after and len(before) > 3 and {counts[:2] for counts, _ in before} == {(3, 40)}
+    assert distance == 0 and (apart <= 1e-6 or name == "pace")  # which decides for the whole model
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_an_optimizer_in_backward_that_needs_the_loss_is_refused(name):
+    """It is known when backward() is over."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    cls, options = recipe(name)
+    model = nn.Linear(4, 3)
+    _apply_optimizer_in_backward(cls, model.parameters(), options)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=f"{cls.__name__} needs the training loss .* inside backward.* such as celo2"
+    ):
+        model(torch.ones(2, 4)).sum().backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 # -- on one device -----------------------------------------------------------------------------------------------------
