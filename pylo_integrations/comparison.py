@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import math
 import random
@@ -24,9 +25,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from pylo_integrations.catalog import create_optimizer, get_optimizer_info
 from pylo_integrations.paths import check_file
 from pylo_integrations.schedules import linear, warmed_up
+from pylo_integrations.weights import load_theta
 
 LAST = 0.05
 """Part of the run whose mean loss is where a run ended."""
+
+_LEAST_SEEN = 6
+"""Losses from which their scatter is estimated, however short a run is."""
 
 OptimizerOf: TypeAlias = Callable[[nn.Module], Optimizer]
 """What a training function calls, once, with its model."""
@@ -37,6 +42,10 @@ class TrainingFunction(Protocol):
 
     def __call__(self, optimizer_of: OptimizerOf, /) -> Iterable[Tensor | float]:
         """Train without end, or for long enough; one loss for every optimizer step."""
+
+
+class RunFailed(RuntimeError):
+    """A user's training function raised, which is the cause; the message says in which run and at which step."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,10 @@ class Trial:
 
     @property
     def uncertainty(self) -> float:
-        """Standard error of :attr:`final` as the mean of so many losses; of one loss, its size."""
-        last = self.losses[-self._window :]
-        return stdev(last) / len(last) ** 0.5 if len(last) > 1 else abs(last[0])
+        """Standard error of :attr:`final`, from how much neighbouring losses differ beyond a trend."""
+        last = self.losses[-max(_LEAST_SEEN, self._window) :]
+        changes = [after - before for before, after in itertools.pairwise(last)]
+        return stdev(changes) / (2 * self._window) ** 0.5 if len(changes) > 1 else abs(last[-1])
 
     def steps_to(self, loss: float) -> int | None:
         """Steps until the mean of as many losses as :attr:`final` has is at most ``loss``; None if it never is."""
@@ -80,6 +90,10 @@ class Trial:
     @property
     def _window(self) -> int:
         return max(1, round(LAST * len(self.losses)))
+
+
+class _Refusal(Exception):
+    """What the function asked of us, and should not have."""
 
 
 class _LossTakingAdamW(AdamW):
@@ -101,6 +115,7 @@ def find_function(name: str) -> TrainingFunction:
     if not place or not attribute:
         raise ValueError(f"{name!r} is not MODULE:FUNCTION, such as train.py:train or my.package:train")
     path = Path(place) if place.endswith(".py") else None
+    sys.path.insert(0, "")  # the current folder, as where Python runs a module
     if path is not None:
         check_file(path)
     try:
@@ -148,7 +163,9 @@ def compare(
         ValueError: Unknown name, or the function is not as :class:`TrainingFunction` says.
     """
     for name in learned:
-        get_optimizer_info(name)
+        spec = get_optimizer_info(name)
+        if spec.weights is not None:
+            load_theta(spec.weights, name)  # not after the other runs
     for lr in adamw_lrs:
 
         def adamw(model: nn.Module, lr: float = lr) -> tuple[Optimizer, Callable[[float], float]]:
@@ -172,19 +189,21 @@ def _run(
     np.random.seed(seed)
     torch.manual_seed(seed)
     made: list[LambdaLR | None] = []
+    stepped: list[bool] = []
 
     def optimizer_of(model: nn.Module) -> Optimizer:
         if not isinstance(model, nn.Module):
-            raise ValueError(f"optimizer_of() takes the model, not {type(model).__name__}")
+            raise _Refusal(f"optimizer_of() takes the model, not {type(model).__name__}")
         if made:
-            raise ValueError("optimizer_of() was called twice; a training function makes one optimizer")
+            raise _Refusal("optimizer_of() was called twice; a training function makes one optimizer")
         optimizer, shape = make(model)
-        made.append(None if shape is None else LambdaLR(optimizer, lambda step: shape(min(1.0, step / steps))))
+        made.append(None if shape is None else LambdaLR(optimizer, lambda step: shape(min(1.0, (step + 0.5) / steps))))
+        optimizer.register_step_post_hook(lambda *_: stepped.append(True) if not stepped else None)
         return optimizer
 
     losses: list[float] = []
     began = 0.0
-    for value in itertools.islice(_iterate(train, optimizer_of), steps):
+    for value in itertools.islice(_iterate(train, optimizer_of, name), steps):
         if not made:
             raise ValueError("the function yielded a loss before it called optimizer_of(model)")
         losses.append(_number(value))
@@ -192,24 +211,37 @@ def _run(
             began = time.perf_counter()
         if not math.isfinite(losses[-1]):
             break
-        if made[0] is not None:
+        if made[0] is not None and stepped:
             made[0].step()
     if not losses:
         raise ValueError("the function yielded no loss: it has to yield one for every step")
+    if not stepped:
+        raise ValueError("the function never stepped the optimizer that optimizer_of(model) returned")
     if len(losses) < steps and math.isfinite(losses[-1]):
         raise ValueError(f"the function ended after {len(losses)} losses, and {steps} steps were asked for")
     seconds = (time.perf_counter() - began) / max(1, len(losses) - 1)
     return Trial(name, losses, seconds, is_adamw=name.startswith("adamw "))
 
 
-def _iterate(train: TrainingFunction, optimizer_of: OptimizerOf) -> Iterator[Any]:
+def _iterate(train: TrainingFunction, optimizer_of: OptimizerOf, name: str) -> Iterator[Any]:
+    """What the function yields; what it raises, but for our own refusals, comes as the cause of :class:`RunFailed`."""
+    if not inspect.isgeneratorfunction(train):
+        raise ValueError("the training function must be a generator: it has to yield every loss, and not return them")
     try:
-        yielded = iter(train(optimizer_of))
+        inspect.signature(train).bind(optimizer_of)
     except TypeError as error:
-        raise ValueError(
-            f"the training function must take optimizer_of and be a generator of losses: {error}"
-        ) from error
-    yield from yielded
+        raise ValueError(f"the training function must take optimizer_of, and nothing else: {error}") from error
+    yielded = train(optimizer_of)
+    for step in itertools.count():
+        try:
+            value = next(yielded)
+        except StopIteration:
+            return
+        except _Refusal as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:
+            raise RunFailed(f"in the run of {name}, at step {step}, the training function failed") from error
+        yield value
 
 
 def _number(value: Any) -> float:
@@ -232,13 +264,17 @@ def describe(trials: Sequence[Trial]) -> str:
         final = "diverged" if trial.diverged else f"{trial.final:.4g}"
         told = "never" if reached is None else str(reached)
         lines.append(f"{trial.name:{width}}  {final:>10}  {told:>22}  {1000 * trial.seconds:>9.1f}")
+    lines.append(f"training losses: the mean of the last {LAST:.0%} of the steps")
     learned = [trial for trial in trials if not trial.is_adamw]
     return "\n".join([*lines, "", *(_verdict(trial, baseline) for trial in learned)])
 
 
 def _verdict(trial: Trial, baseline: Trial) -> str:
+    at = len(trial.losses) - 1
+    if trial.diverged and baseline.diverged:
+        return f"{trial.name} and AdamW both met a loss that is not finite, at step {at}: look at data and loss."
     if trial.diverged:
-        return f"{trial.name} diverged: a loss was not finite. Try gradient clipping, or report it."
+        return f"{trial.name} diverged: the loss of step {at} was not finite. Try gradient clipping, or report it."
     if baseline.diverged:
         return f"{trial.name} ended at {trial.final:.4g}; AdamW diverged at every rate: try smaller ones."
     cost = trial.seconds / max(baseline.seconds, 1e-12)

@@ -62,7 +62,8 @@ def fit_states(stepped: Sequence[Stepped], groups: Sequence[Mapping[str, Any]]) 
             if name not in one.state:
                 raise StateError(
                     f"the state of {subject} has no {name!r}, only {sorted(map(str, one.state))}: load a checkpoint "
-                    "that has it, or delete optimizer.state[param] to start from a fresh state"
+                    "that has it; if state_dtype or the parameter's type was changed, convert what is there by "
+                    "optimizer.load_state_dict(optimizer.state_dict()); or delete optimizer.state[param] to start anew"
                 )
             value = one.state[name]
             fit = _fitted(value, f"the state {name!r} of {subject}", stored, one)

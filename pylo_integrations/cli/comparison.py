@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+import traceback
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -42,23 +44,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run, print the comparison and draw it; the exit code is 0 whoever won."""
+    """Run, print the comparison and draw it; the exit code is 0 whoever won, 1 if the function failed."""
     from pylo_integrations import comparison, plot
+    from pylo_integrations.plot.axes import check_output
 
     if not 0 <= args.weight_decay < math.inf:
         args.parser.error(f"--weight-decay={args.weight_decay:g} must be at least 0")
-    train = comparison.find_function(args.function)
-    trials = []
-    options = {"steps": args.steps, "adamw_lrs": args.adamw, "weight_decay": args.weight_decay, "seed": args.seed}
-    for trial in comparison.compare(train, args.optimizers, **options):
-        print(f"{trial.name}: {args.steps} steps, {trial.seconds * len(trial.losses):.0f} s", flush=True)
-        trials.append(trial)
-    print(f"\n{comparison.describe(trials)}")
     if args.plot is not None:
+        check_output(args.plot)  # not after the runs
+    train = comparison.find_function(args.function)
+    trials: list[comparison.Trial] = []
+    options = {"steps": args.steps, "adamw_lrs": args.adamw, "weight_decay": args.weight_decay, "seed": args.seed}
+    failed = False
+    try:
+        for trial in comparison.compare(train, args.optimizers, **options):
+            print(f"{trial.name}: {len(trial.losses)} steps, {trial.seconds * len(trial.losses):.0f} s", flush=True)
+            trials.append(trial)
+    except comparison.RunFailed as error:
+        failed, cause = True, error.__cause__
+        assert cause is not None and cause.__traceback__ is not None, "it is raised from another"
+        traceback.print_exception(cause.with_traceback(cause.__traceback__.tb_next))  # of their code, without ours
+        print(f"{error}: {type(cause).__name__}", file=sys.stderr)
+    if trials:
+        print(f"\n{comparison.describe(trials)}")
+    if args.plot is not None and trials:
         curves = {trial.name: _smoothed(trial.losses) for trial in trials}
         plot.plot_curves([("training loss", "step", curves)], args.plot)
         print(f"picture: {args.plot}")
-    return 0
+    return int(failed)
 
 
 def _smoothed(losses: Sequence[float]) -> dict[int, float]:

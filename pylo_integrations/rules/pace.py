@@ -51,8 +51,8 @@ WIDTH, HORIZON = 256.0, 1000.0
 NARROWEST = 16
 """Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
 
-LONGEST = 100_000
-"""Steps up to which the law of the horizon is followed."""
+SHORTEST, LONGEST = 100, 100_000
+"""Steps from which on and up to which the law of the horizon is followed; shorter runs were not meta-trained on."""
 
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
@@ -234,7 +234,7 @@ def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Ten
     left = 1 - iteration / num_steps
     if left <= 0:
         return torch.zeros_like(c["log_power"])
-    law = c[horizon_exponent] * math.log(min(num_steps, LONGEST) / HORIZON)
+    law = c[horizon_exponent] * math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
     warm = ((iteration + 1) / (c["log_warmup"].exp() * num_steps)).clamp_max(1)
     return warm * torch.exp(law + c["log_power"].exp() * math.log(left))
 

@@ -42,7 +42,7 @@ def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
-    known = horizon or 1000
+    known = max(horizon or 1000, 100)
     b = 1 / (1 + math.exp(-c["momentum"]))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
