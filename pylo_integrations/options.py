@@ -42,6 +42,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.in
 """Of tensors in a number's place: those that torch can compute with."""
 
 _COMPARED = (*OPTIONS, *USUAL, "base_lr")
+_ABSENT = (object(),) * len(_COMPARED)
+"""In the place of options that a group has not: None is a value, and a wrong one."""
 
 
 def check_group(group: Mapping[str, Any], choices: Collection[str], index: int | None = None) -> None:
@@ -152,7 +154,7 @@ class OptionCheck:
         if len(good) != len(groups):
             good[:] = [()] * len(groups)
         for index, group in enumerate(groups):
-            values: tuple[Any, ...] = tuple(map(group.get, _COMPARED))
+            values: tuple[Any, ...] = tuple(map(group.get, _COMPARED, _ABSENT))
             known = len(good[index]) and all(map(is_, values, good[index]))
             if not known or any(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
                 good[index] = ()

@@ -56,6 +56,7 @@ BAD = [
     ("rule", "sgd"),
     ("rule", None),
     ("state_dtype", "int4"),
+    ("state_dtype", None),
     ("state_dtype", torch.int8),
     ("base_lr", math.nan),
     ("base_lr", "1"),

@@ -675,6 +675,7 @@ def auto_agreement_case(rank: int, world: int, *, say: str) -> tuple[list[int], 
     import logging
     from types import SimpleNamespace
 
+    from pylo_integrations import formats
     from pylo_integrations.ops import cuda, select, self_check
     from pylo_integrations.sharding.rounds import Ranks
 
@@ -683,7 +684,9 @@ def auto_agreement_case(rank: int, world: int, *, say: str) -> tuple[list[int], 
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    bucket = SimpleNamespace(device=torch.device("cuda", rank), layout=SimpleNamespace(shape=(3, 2)))
+    bucket = SimpleNamespace(
+        device=torch.device("cuda", rank), layout=SimpleNamespace(shape=(3, 2)), form=formats.FLOAT32
+    )
     kept = select.obstacle, select.local_obstacle, select.entangled_buckets, cuda.load, self_check.verdict
     select.obstacle = select.local_obstacle = lambda rule, bucket: None
     select.entangled_buckets = lambda buckets: set()
