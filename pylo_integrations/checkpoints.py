@@ -36,7 +36,7 @@ from pylo_integrations.progress import COUNTS, FLOATS, INTEGERS, LARGEST_COUNT, 
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.pieces import Held, local_part
+from pylo_integrations.sharding.pieces import Held, local_part, placed_like
 from pylo_integrations.sharding.wholes import gather_whole
 
 logger = logging.getLogger(__name__)
@@ -615,15 +615,7 @@ def _decoded(form: Format, saved: Sequence[Tensor], what: str) -> Tensor:
             f"expected {scale_shape(codes.shape)}: they were divided among ranks in different ways"
         )
     numbers, whole = decoded(form, [codes, scales]), saved[0]
-    if not hasattr(whole, "placements"):
-        return numbers
-    from torch.distributed.tensor import DTensor
-
-    mesh: Any = getattr(whole, "device_mesh")  # noqa: B009
-    made: Tensor = DTensor.from_local(
-        numbers, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-    return made
+    return placed_like(numbers, whole, whole.shape) if hasattr(whole, "placements") else numbers
 
 
 def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any, entry: Entry, form: Format) -> None:

@@ -115,15 +115,14 @@ def find_function(name: str) -> TrainingFunction:
     if not place or not attribute:
         raise ValueError(f"{name!r} is not MODULE:FUNCTION, such as train.py:train or my.package:train")
     path = Path(place) if place.endswith(".py") else None
-    sys.path.insert(0, "")  # the current folder, as where Python runs a module
     if path is not None:
         check_file(path)
+    sys.path.insert(0, "" if path is None else str(path.parent.absolute()))  # as where Python runs a module, or a file
     try:
         if path is not None:
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None and spec.loader is not None, "it is a .py file"
             module = importlib.util.module_from_spec(spec)
-            sys.path.insert(0, str(path.parent.absolute()))  # what is beside it, as where Python runs a file
             sys.modules[path.stem] = module
             spec.loader.exec_module(module)
         else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pylo_integrations.formats import FORMATS, Format, Stored, format_of, stored_parts, wanted_format
+from pylo_integrations.formats import FLOAT32, INT8, Format, Stored, format_of, stored_parts, wanted_format
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import may_step
@@ -98,7 +98,7 @@ class Ledger:
     def __init__(self, rule: Rule, holdings: Holdings) -> None:
         self.rule = rule
         self.holdings = holdings
-        every = stored_parts(dict.fromkeys(rule.state_names), (), FORMATS["int8"], torch.float32)
+        every = stored_parts(dict.fromkeys(rule.state_names), (), INT8, torch.float32)
         self.names = rule.state_names.union(*every.values())
         self.memory_shapes = {name: tuple(value.shape) for name, value in rule.initial_memory().items()}
 
@@ -111,7 +111,7 @@ class Ledger:
         dtype = state_dtype(param)
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
-            return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FORMATS["float32"])
+            return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FLOAT32)
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
         rule = self.rule.rule_for(layout, group)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -223,12 +223,17 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 """Types of what others read of a record."""
 
 
+_SETTING = {entry.name for entry in fields(Setting)}
+
+
 def _is_run(record: Mapping[str, Any]) -> bool:
     """Whether a record that was read has all that reports need."""
     if not all(isinstance(record.get(name, ...), kinds) for name, kinds in _KINDS.items()):
         return False
     setting, curve = record["setting"], record["train_curve"]
     if any(isinstance(record[name], int) and abs(record[name]) >= 2**63 for name in _KINDS):
+        return False
+    if not setting.keys() <= _SETTING or not isinstance(setting.get("factor", 1.0), (int, float)):
         return False
     return all(isinstance(setting.get(name), str) for name in ("optimizer", "schedule", "sha256")) and all(
         isinstance(point, list) and len(point) == 2 and isinstance(point[0], int) for point in curve

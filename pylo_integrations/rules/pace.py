@@ -124,12 +124,12 @@ class PaceRule(Rule):
     @cached_property
     def tables(self) -> PacedAdamRule:
         """Who steps embeddings, and other matrices that are not to be orthogonalised."""
-        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, step="log_table_step")
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, rate="log_table_step")
 
     @cached_property
     def vectors(self) -> PacedAdamRule:
         """Who steps biases, gains and scalars."""
-        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, step="log_vector_step")
+        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, rate="log_vector_step")
 
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """What is left of the run, to a learned power."""
@@ -192,12 +192,12 @@ class PacedAdamRule(AdamWRule):
 
     Attributes:
         numbers: As there.
-        step: Which of them is the logarithm of the rate.
+        rate: The name of the number that is the rate's logarithm.
     """
 
     kind: ClassVar[str] = "PacedAdam"
     numbers: Tensor = torch.empty(0)
-    step: str = "log_vector_step"
+    rate: str = "log_vector_step"
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -218,7 +218,7 @@ class PacedAdamRule(AdamWRule):
         return step * self._size(ctx).reshape(-1, *(1,) * (step.dim() - 1))
 
     def _size(self, ctx: StepContext) -> Tensor:
-        return torch.exp(ctx.constants[self.step]) * pace_of(ctx, "vector_horizon_exponent")
+        return torch.exp(ctx.constants[self.rate]) * pace_of(ctx, "vector_horizon_exponent")
 
 
 def by_name(numbers: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from pylo_integrations.sharding.pieces import (
     local_part,
     locate,
     parameter_names,
+    placed_like,
     read_flat_slices,
 )
 from pylo_integrations.sharding.rounds import Ranks
@@ -112,14 +113,7 @@ class Holdings:
             return shared_rows(local, scale_shape(param.shape), self.ranks)
         if not hasattr(param, "placements"):
             return local
-        from torch.distributed.tensor import DTensor
-
-        mesh: Any = getattr(param, "device_mesh")  # noqa: B009
-        shape = scale_shape(param.shape)
-        scales: Tensor = DTensor.from_local(
-            local, mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
-        )
-        return scales
+        return placed_like(local, param, scale_shape(param.shape))
 
     def check_blocks(self, param: Tensor) -> None:
         """Raise ShardingError unless ranks divide a parameter so that no block of elements with one scale is divided.

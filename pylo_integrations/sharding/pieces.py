@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pylo_integrations.sharding.layout import Box
@@ -186,6 +187,17 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
         return where.shape, Held(tuple(pieces), where.parts)
     shape = tuple(param.shape)
     return shape, Held(_one_piece((0,) * len(shape), shape))
+
+
+def placed_like(local: Tensor, whole: Any, shape: Sequence[int]) -> Tensor:
+    """A contiguous DTensor of ``shape``, of which ``local`` is here, divided among ranks as another DTensor is."""
+    from torch.distributed.tensor import DTensor
+
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    made: Tensor = DTensor.from_local(
+        local, whole.device_mesh, whole.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return made
 
 
 def _one_piece(start: Sequence[int], shape: Sequence[int]) -> tuple[Piece, ...]:

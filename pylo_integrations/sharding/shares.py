@@ -46,23 +46,21 @@ def share_of(shape: Sequence[int], ranks: Ranks) -> Held:
 
 def zero_state(param: Tensor, held: Held, dtype: torch.dtype, ranks: Ranks) -> Tensor:
     """Zeros for the state of a share, as a ``DTensor`` of the shape of ``param``."""
-    from torch.distributed.tensor import DTensor, Shard
-
     local = torch.zeros_like(held.of(param.detach()), dtype=dtype)
-    mesh, placement = ranks.mesh(param.device.type), Shard(share_axis(param.shape))
-    whole: Tensor = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=param.shape, stride=param.stride()
-    )
-    return whole
+    return _shared(local, share_axis(param.shape), param.shape, param.stride(), ranks)
 
 
 def shared_rows(local: Tensor, shape: Sequence[int], ranks: Ranks) -> Tensor:
-    """A ``DTensor`` whose rows are shared out like those of parameters; of contiguous tensors, this rank's share."""
+    """A contiguous ``DTensor`` whose rows are shared out like those of parameters, of this rank's share."""
+    return _shared(local, 0, shape, [math.prod(shape[axis + 1 :]) for axis in range(len(shape))], ranks)
+
+
+def _shared(local: Tensor, axis: int, shape: Sequence[int], stride: Sequence[int], ranks: Ranks) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh, strides = ranks.mesh(local.device.type), [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    mesh = ranks.mesh(local.device.type)
     whole: Tensor = DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=tuple(strides)
+        local, mesh, [Shard(axis)], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
     )
     return whole
 

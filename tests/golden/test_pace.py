@@ -17,6 +17,7 @@ SHAPES = [(12, 20), (20, 12), (40, 3), (6, 5, 3, 3), (1, 9), (9, 1), (9,), (1, 1
 TABLE = len(SHAPES) - 1
 """The one that is in a group of ``rule="adamw"``, as embeddings are."""
 STEPS = 8
+DECAY = 10.0  # so that it shows in so few steps
 
 
 def numbers() -> dict[str, float]:
@@ -55,6 +56,7 @@ def expected(starts, grads, horizon):
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
             pace = warm * (1 - t / horizon) ** math.exp(c["log_power"])
         for i, matrix in enumerate(is_matrix):
+            params[i] = params[i] * (1 - DECAY * 1e-3 * pace)  # AdamW's at 1e-3; it follows the schedule alone
             if matrix:
                 m[i] = b * m[i] + (1 - b) * g[i]
                 d = b * m[i] + (1 - b) * g[i]
@@ -94,7 +96,7 @@ def test_steps_are_the_formulas(backend, dtype, horizon):
     ]
     params = [nn.Parameter(start.clone()) for start in starts]
     groups = [{"params": params[:TABLE]}, {"params": params[TABLE:], "rule": "adamw"}]
-    optimizer = Pace(groups, backend=backend, num_steps=horizon)
+    optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)
     for t, want in enumerate(expected(starts, grads, horizon)):
         for param, grad in zip(params, grads[t], strict=True):
             param.grad = grad

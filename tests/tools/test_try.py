@@ -32,12 +32,11 @@ def train(optimizer_of):
 def training(seen):
     def train(optimizer_of):
         model = nn.Linear(3, 1)
-        optimizer = optimizer_of(model)
+        optimizer, run = optimizer_of(model), []
+        seen.append(run)
         while True:
             inputs = torch.randn(8, 3)
-            seen.setdefault(id(model), []).append(
-                (model.weight.detach().clone(), inputs, optimizer.param_groups[0]["lr"])
-            )
+            run.append((model.weight.detach().clone(), inputs, optimizer.param_groups[0]["lr"]))
             loss = model(inputs).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -52,16 +51,16 @@ def trial(name, losses, seconds=1.0):
 
 
 def test_every_run_has_the_same_start_and_batches_and_the_schedule_that_suits_it():
-    seen = {}
+    seen = []
     trials = list(compare(training(seen), ["celo2", "pace"], steps=20, adamw_lrs=[1e-3, 1e-2]))
     assert [each.name for each in trials] == ["adamw lr=0.001", "adamw lr=0.01", "celo2", "pace"]
     assert all(len(each.losses) == 20 and each.seconds > 0 for each in trials)
-    first, *others = seen.values()
+    first, *others = seen
     for other in others:
         torch.testing.assert_close(other[0][0], first[0][0], rtol=0, atol=0)
         for mine, theirs in zip(first, other, strict=True):
             torch.testing.assert_close(mine[1], theirs[1], rtol=0, atol=0)
-    rates = [[lr for _, _, lr in run] for run in seen.values()]
+    rates = [[lr for _, _, lr in run] for run in seen]
     assert rates[0][0] < rates[0][1] == max(rates[0]) == pytest.approx(1e-3, rel=0.01), "warm-up"
     assert rates[0][-1] < 1e-4, "cosine"
     assert rates[2][-1] == pytest.approx(rates[2][0] / 39), "celo2 falls along a line"

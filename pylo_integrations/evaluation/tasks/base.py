@@ -122,6 +122,17 @@ def divided(inputs: Tensor, targets: Tensor) -> tuple[Examples, Examples]:
     return Examples(inputs[~held_out], targets[~held_out]), Examples(inputs[held_out], targets[held_out])
 
 
+def text_windows(length: int, *, backwards: bool = False) -> tuple[Examples, Examples]:
+    """Windows of text and the next character at every position; those for validation do not overlap."""
+
+    def windows(characters: Tensor, stride: int) -> Examples:
+        characters = characters.flip(0) if backwards else characters
+        return Examples(characters[:-1].unfold(0, length, stride), characters[1:].unfold(0, length, stride))
+
+    training, validation = data.text()
+    return windows(training, 1), windows(validation, length)
+
+
 def standardised(array: Tensor) -> Tensor:
     """Mean 0 and variance 1, column by column."""
     return (array - array.mean(0)) / array.std(0)

@@ -46,14 +46,8 @@ def _fashion_classes(first: int, last: int, training_examples: int) -> tuple[Exa
 
 
 @functools.cache
-def _text(length: int) -> tuple[Examples, Examples]:
-    """Windows of text and the next character at every position; those for validation do not overlap."""
-
-    def windows(characters: Tensor, stride: int) -> Examples:
-        return Examples(characters[:-1].unfold(0, length, stride), characters[1:].unfold(0, length, stride))
-
-    training, validation = data.text()
-    return windows(training, 1), windows(validation, length)
+def _text() -> tuple[Examples, Examples]:
+    return base.text_windows(_LENGTH)
 
 
 @functools.cache
@@ -321,9 +315,9 @@ TASKS = (
         64,
         8,
         functools.partial(_LanguageModel, _LENGTH),
-        lambda: _text(_LENGTH),
+        _text,
     ),
-    HeldOutTask("text_lstm", "characters, LSTM of width 96", 96, 8, _LSTM, lambda: _text(_LENGTH)),
+    HeldOutTask("text_lstm", "characters, LSTM of width 96", 96, 8, _LSTM, _text),
     HeldOutTask(
         "fashion_autoencoder",
         "Fashion-MNIST, autoencoder 96-96-16-96-96",

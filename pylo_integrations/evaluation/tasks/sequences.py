@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, standardised
+from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, standardised, text_windows
 from pylo_integrations.metatrain import data
 from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.metatrain.tasks.networks import Positions, Readout
@@ -31,13 +31,7 @@ _LENGTH = 32
 
 @functools.cache
 def _text() -> tuple[Examples, Examples]:
-    """Windows of text and the next character at every position."""
-
-    def windows(characters: Tensor, stride: int) -> Examples:
-        return Examples(characters[:-1].unfold(0, _LENGTH, stride), characters[1:].unfold(0, _LENGTH, stride))
-
-    training, validation = data.text()
-    return windows(training, 1), windows(validation, _LENGTH)
+    return text_windows(_LENGTH)
 
 
 @functools.cache

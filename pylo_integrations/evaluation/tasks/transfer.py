@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pylo_integrations.evaluation.tasks import base
-from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, first_images
+from pylo_integrations.evaluation.tasks.base import Examples, HeldOutTask, divided, first_images, text_windows
 from pylo_integrations.metatrain import data
 from pylo_integrations.metatrain.tasks.networks import Positions, Readout, mlp
 
@@ -20,20 +20,13 @@ _ADAPTERS = (".down", ".up")
 
 @functools.cache
 def _forwards() -> Examples:
-    characters, _ = data.text()
-    return Examples(characters[:-1].unfold(0, _LENGTH, 1), characters[1:].unfold(0, _LENGTH, 1))
+    return text_windows(_LENGTH)[0]
 
 
 @functools.cache
 def _backwards() -> tuple[Examples, Examples]:
     """Windows of the text, read from its end."""
-
-    def windows(characters: Tensor, stride: int) -> Examples:
-        characters = characters.flip(0)
-        return Examples(characters[:-1].unfold(0, _LENGTH, stride), characters[1:].unfold(0, _LENGTH, stride))
-
-    training, validation = data.text()
-    return windows(training, 1), windows(validation, _LENGTH)
+    return text_windows(_LENGTH, backwards=True)
 
 
 def _teacher() -> nn.Module:
