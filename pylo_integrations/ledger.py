@@ -112,6 +112,7 @@ class Ledger:
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
             return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FLOAT32)
+        self.holdings.check_home(param)
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
         rule = self.rule.rule_for(layout, group)
@@ -159,7 +160,7 @@ class Ledger:
             return self.holdings.zero_scales(entry.param, entry.held)
         if stored.shape is None:
             return self.holdings.zero_state(entry.param, entry.held, stored.dtype)
-        return torch.zeros(stored.shape, dtype=stored.dtype, device=entry.param.device)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=self.holdings.home(entry.param))
 
     def new_states(
         self, groups: Groups, state: States, born: Sequence[Sequence[int]]
