@@ -71,6 +71,12 @@ class Entry:
         """All tensors that hold its states, by the name that they have in ``optimizer.state[p]``."""
         return {name: stored for parts in self.parts.values() for name, stored in parts.items()}
 
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Names, in any format, of states that its rule would keep with other weights."""
+        parts = stored_parts(dict.fromkeys(self.rule.unread), (), INT8, self.dtype)
+        return frozenset(self.rule.unread).union(*parts.values())
+
     def parts_in(self, form: Format) -> dict[str, dict[str, Stored]]:
         """:attr:`parts`, if states were stored in another format."""
         return stored_parts(self.shapes, SECOND_MOMENTS, form, self.dtype)
