@@ -60,7 +60,7 @@ CODES = (torch.int8, torch.uint8)
 """Types of codes, of signed states and of averages of squares."""
 
 NOISE = {"rms": ("momentum_0", 16), "momentum_2": ("momentum_1", 16)}
-"""States that are rounded by the upper half of another's hash, whose noise is the lower: to hash takes the most time."""
+"""States that are rounded by the upper half of a hash whose lower half rounds another: hashing takes the most time."""
 
 Shape: TypeAlias = tuple[int, ...]
 

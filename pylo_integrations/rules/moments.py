@@ -143,8 +143,8 @@ class MomentRule(Rule):
             recipe=recipe,
         )
         for names, value in accumulators.items():
-            kept = self._kept_of(names)
-            block.store_(kept, value if kept == names else value[:, [names.index(name) for name in kept]])
+            if kept := self._kept_of(names):
+                block.store_(kept, value if kept == names else value[:, [names.index(name) for name in kept]])
         return {"features": PartialSum(total, recipe.axes)}
 
     def normalised_features(self, block: Block, prepared: Sums, sums: Sums, ctx: StepContext) -> Tensor:
