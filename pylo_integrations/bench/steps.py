@@ -15,7 +15,7 @@ from pylo_integrations.formats import FORMATS
 
 
 def compared(optimizers: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Who of :data:`EIGHT_BIT` is measured too, as some of ``optimizers`` store state in few bits; why others are not."""
+    """Who of :data:`EIGHT_BIT` is measured too, if some of ``optimizers`` store state in few bits; why others not."""
     if not any(name.partition(":")[2] in FORMATS for name in optimizers):
         return [], []
     absent = {name: package for name in EIGHT_BIT if (package := missing_package(name))}
