@@ -39,6 +39,9 @@ NUMBERS = (
     "horizon_exponent",
     "vector_horizon_exponent",
     "momentum",
+    "momentum_horizon",
+    "momentum_rise",
+    "log_nesterov",
     "log_warmup",
     "log_power",
     "flatness",
@@ -146,8 +149,7 @@ class PaceRule(Rule):
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
-        numbers = by_name(self.numbers.to(device, dtype))
-        return numbers | {"momentum_weight": torch.sigmoid(-numbers["momentum"]).unsqueeze(-1)}
+        return by_name(self.numbers.to(device, dtype))
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -156,13 +158,13 @@ class PaceRule(Rule):
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the momentum."""
-        weight = ctx.constants["momentum_weight"]
+        weight = momentum_weight(ctx).unsqueeze(-1)
         block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
         return {}
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Nesterov's momentum."""
-        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), ctx.constants["momentum_weight"])
+        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), nesterov_weight(ctx).unsqueeze(-1))
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise, and go as far as laws and schedule say."""
@@ -246,3 +248,17 @@ def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float
     warmup, power = (math.exp(numbers[NUMBERS.index(name)]) for name in ("log_warmup", "log_power"))
     left = max(0.0, 1 - iteration / num_steps)
     return float(min(1.0, (iteration + 1) / (warmup * num_steps)) * left**power)
+
+
+def momentum_weight(ctx: StepContext) -> Tensor:
+    """Weight of a new gradient in the momentum."""
+    c, num_steps = ctx.constants, ctx.num_steps
+    logit = c["momentum"]
+    if num_steps is not None:
+        logit = logit + c["momentum_horizon"] * math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
+        logit = logit + c["momentum_rise"] * (min(1.0, ctx.iteration / num_steps) - 0.5)
+    return torch.sigmoid(-logit)
+
+
+def nesterov_weight(ctx: StepContext) -> Tensor:
+    return (momentum_weight(ctx) * ctx.constants["log_nesterov"].exp()).clamp_max(1)
