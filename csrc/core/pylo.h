@@ -36,7 +36,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 8u
+#define PYLO_ABI_VERSION 9u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
@@ -128,6 +128,8 @@ typedef struct pylo_step {
     float grad_scale; /* factor on the gradient: sign and clipping */
     float l2;         /* multiple of the parameter added to the gradient */
     float momentum_correction, rms_correction; /* divisors of Adam's averages: 1 - beta^t, or 1 for none */
+    float momentum_weight; /* of PYLO_NESTEROV: weight of the gradient in momentum, in (0, 1] */
+    float step_weight;     /* of PYLO_NESTEROV: weight of the gradient, beside momentum, in the step, in [0, 1] */
     int32_t grad_dtype;
     int32_t flags;
     int32_t reserved;

@@ -35,8 +35,11 @@ void advance(const Job &job) {
         float *grad = buffer[3];
         for (int lane = 0; lane < run.padded; lane += Vec::lanes)
             seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(grad + lane);
+        if (rule.layers == PYLO_NESTEROV) {
+            move(0, run, grad, 1 - step.momentum_weight, step.momentum_weight);
+            continue;
+        }
         for (int k = 0; k < momenta; ++k) move(k, run, grad, rule.momentum_keep[k], rule.momentum_weight[k]);
-        if (rule.layers == PYLO_NESTEROV) continue;
         for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec g = Vec::load(grad + lane);
             (g * g).store(grad + lane);

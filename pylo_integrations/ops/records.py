@@ -59,7 +59,7 @@ STEP = np.dtype(
         ("network", "u8"),
         *((name, "i8") for name in ("grad_bytes", "network_bytes")),
         *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
-        *((name, "f4") for name in ("momentum_correction", "rms_correction")),
+        *((name, "f4") for name in ("momentum_correction", "rms_correction", "momentum_weight", "step_weight")),
         *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
     ]
 )

@@ -148,23 +148,28 @@ class PaceRule(Rule):
         return dict.fromkeys(_MOMENTUM)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
+        """The numbers, each 0-d by its name."""
         return by_name(self.numbers.to(device, dtype))
 
     @property
     def kernel_spec(self) -> KernelSpec:
         """Momentum, which :meth:`directions` finishes."""
-        return KernelSpec(NesterovSpec(), CLIP, directions=self.directions, has_cuda=True)
+        return KernelSpec(NesterovSpec(self._weights), CLIP, directions=self.directions, has_cuda=True)
+
+    def _weights(self, iteration: int, num_steps: int | None) -> tuple[float, float]:
+        momentum, step = momentum_weights(by_name(self.numbers), iteration, num_steps)
+        return momentum.item(), step.item()
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the momentum."""
-        weight = momentum_weight(ctx).unsqueeze(-1)
-        block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
+        weight, _ = momentum_weights(ctx.constants, ctx.iteration, ctx.num_steps)
+        block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight.unsqueeze(-1)))
         return {}
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Nesterov's momentum."""
-        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), nesterov_weight(ctx).unsqueeze(-1))
+        _, weight = momentum_weights(ctx.constants, ctx.iteration, ctx.num_steps)
+        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight.unsqueeze(-1))
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise, and go as far as laws and schedule say."""
@@ -228,6 +233,21 @@ def by_name(numbers: Tensor) -> dict[str, Tensor]:
     return dict(zip(NUMBERS, numbers.unbind(-1), strict=True))
 
 
+def log_horizon(num_steps: int) -> float:
+    """What the laws of the horizon read."""
+    return math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
+
+
+def momentum_weights(numbers: Mapping[str, Tensor], iteration: int, num_steps: int | None) -> tuple[Tensor, Tensor]:
+    """Weights of a new gradient in the momentum, and beside it in the step: momenta grow longer as a run goes on."""
+    decay = numbers["momentum"]
+    if num_steps is not None:
+        part = min(1.0, iteration / num_steps)
+        decay = decay + numbers["momentum_horizon"] * log_horizon(num_steps) + numbers["momentum_rise"] * (part - 0.5)
+    weight = torch.sigmoid(-decay)
+    return weight, (weight * numbers["log_nesterov"].exp()).clamp_max(1)
+
+
 def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Tensor:
     """Factor on steps by time: the law of the horizon, which is 1 where it is not known, and the schedule."""
     c, iteration, num_steps = ctx.constants, ctx.iteration, ctx.num_steps
@@ -236,7 +256,7 @@ def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Ten
     left = 1 - iteration / num_steps
     if left <= 0:
         return torch.zeros_like(c["log_power"])
-    law = c[horizon_exponent] * math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
+    law = c[horizon_exponent] * log_horizon(num_steps)
     warm = ((iteration + 1) / (c["log_warmup"].exp() * num_steps)).clamp_max(1)
     return warm * torch.exp(law + c["log_power"].exp() * math.log(left))
 
@@ -248,17 +268,3 @@ def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float
     warmup, power = (math.exp(numbers[NUMBERS.index(name)]) for name in ("log_warmup", "log_power"))
     left = max(0.0, 1 - iteration / num_steps)
     return float(min(1.0, (iteration + 1) / (warmup * num_steps)) * left**power)
-
-
-def momentum_weight(ctx: StepContext) -> Tensor:
-    """Weight of a new gradient in the momentum."""
-    c, num_steps = ctx.constants, ctx.num_steps
-    logit = c["momentum"]
-    if num_steps is not None:
-        logit = logit + c["momentum_horizon"] * math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
-        logit = logit + c["momentum_rise"] * (min(1.0, ctx.iteration / num_steps) - 0.5)
-    return torch.sigmoid(-logit)
-
-
-def nesterov_weight(ctx: StepContext) -> Tensor:
-    return (momentum_weight(ctx) * ctx.constants["log_nesterov"].exp()).clamp_max(1)

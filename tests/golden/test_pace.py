@@ -44,22 +44,23 @@ def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
     known = max(horizon or 1000, 100)
-    b = 1 / (1 + math.exp(-c["momentum"]))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i != TABLE for i, p in enumerate(params)]
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
-        pace = 1.0
+        pace, decay = 1.0, c["momentum"]
         if horizon is not None:
+            decay += c["momentum_horizon"] * math.log(known / 1000) + c["momentum_rise"] * (t / horizon - 0.5)
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
             pace = warm * (1 - t / horizon) ** math.exp(c["log_power"])
+        w = 1 / (1 + math.exp(decay))
         for i, matrix in enumerate(is_matrix):
             params[i] = params[i] * (1 - DECAY * 1e-3 * pace)  # AdamW's at 1e-3; it follows the schedule alone
             if matrix:
-                m[i] = b * m[i] + (1 - b) * g[i]
-                d = b * m[i] + (1 - b) * g[i]
+                m[i] = m[i] + w * (g[i] - m[i])
+                d = m[i] + min(1, w * math.exp(c["log_nesterov"])) * (g[i] - m[i])
                 d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
                 u = orthogonal(d)
                 u = (u * flatness(d, u) ** c["flatness"]).movedim((-1, -2), (0, 1))

@@ -58,7 +58,7 @@ class ImageMLP(Family):
 
 
 class ImageConv(Family):
-    """Classification of small images by a convolutional network of two layers of stride 2, batch-normalised on request."""
+    """Classification of small images by two convolutions of stride 2, with batch normalisation on request."""
 
     kind = "image_conv"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -71,7 +71,7 @@ class ImageConv(Family):
 
     def build(self, generator: Generator, width_mult: float, **options: Any) -> Task:
         """The network; ``width`` is the number of channels, ``norm`` is ``none`` or ``batch``."""
-        norms = {"none": nn.Identity, "batch": lambda: BatchNorm(options["width"])}
+        norms: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "batch": lambda: BatchNorm(options["width"])}
         if options["norm"] not in norms:
             raise ValueError(f"task family {self.kind}: norm={options['norm']!r} must be one of {sorted(norms)}")
         norm = norms[options["norm"]]
