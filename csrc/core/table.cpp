@@ -8,7 +8,7 @@
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
 static_assert(sizeof(pylo_tensor) == 600, "");
-static_assert(sizeof(pylo_step) == 80, "");
+static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
 static_assert(sizeof(pylo_call) == 88, "");
 static_assert(sizeof(pylo_stored) == 112, "");

@@ -12,7 +12,6 @@ void nesterov(const Job &job) {
     const pylo_rule rule = *job.rule;  // copies, as in adam()
     const pylo_step step = *job.step;
     const float weight = step.momentum_weight, keep = 1 - weight;
-    const float step_weight = step.step_weight, step_keep = 1 - step_weight;
     const bool moved = is_moved(job);
     alignas(64) float buffer[4][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
@@ -25,7 +24,7 @@ void nesterov(const Job &job) {
             const Vec p = param ? Vec::load(param + lane) : Vec(0.0f);
             const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
             const Vec old = Vec::load(momentum + lane), m = moved ? old : ema(keep, weight, old, g);
-            const Vec proposed = Vec(step.step_mult) * ema(step_keep, step_weight, m, g);
+            const Vec proposed = Vec(step.step_mult) * ema(keep, weight, m, g);
             m.store(momentum + lane);
             if (direction)
                 proposed.store(direction + lane);

@@ -30,14 +30,13 @@ __device__ __forceinline__ void apply_nesterov(const Arguments &arguments) {
     const pylo_tensor &t = arguments.records[part.record].tensor;
     const pylo_step step = arguments.steps[part.record];
     const float weight = step.momentum_weight, keep = 1 - weight;
-    const float step_weight = step.step_weight, step_keep = 1 - step_weight;
     const bool needs_param = !t.direction || (!Plain && step.l2 != 0.0f);
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const float param = needs_param ? read<Plain>(t.param, t.param_dtype, i) : 0.0f;
         const float grad = seen_gradient<Plain>(arguments.rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
         const float momentum = ema(keep, weight, device(t.momentum[0])[i], grad);
         device(t.momentum[0])[i] = momentum;
-        finish<Plain, true>(t, step, i, param, step.step_mult * ema(step_keep, step_weight, momentum, grad));
+        finish<Plain, true>(t, step, i, param, step.step_mult * ema(keep, weight, momentum, grad));
     }
 }
 

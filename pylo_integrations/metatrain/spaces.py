@@ -364,10 +364,12 @@ class PaceNumbers(LinearSpace):
         "width_exponent": -0.4,
         "horizon_exponent": -0.3,
         "vector_horizon_exponent": -0.6,
-        "momentum": math.log(0.8 / 0.2),
-        "momentum_rise": 2.0,
+        "momentum": math.log(0.9 / 0.1),
+        "momentum_horizon": 0.3,
+        "momentum_exponent": 0.75,
         "log_warmup": math.log(0.02),
-        "log_power": math.log(1.7),
+        "log_power": math.log(1.4),
+        "power_horizon": -0.1,
         "flatness": 0.8,
     }
     _UNITS: Mapping[str, float] = {
@@ -378,16 +380,16 @@ class PaceNumbers(LinearSpace):
         "aspect_exponent": 0.15,
         "horizon_exponent": 0.15,
         "vector_horizon_exponent": 0.2,
-        "momentum": 0.4,
-        "momentum_horizon": 0.2,
-        "momentum_rise": 1.5,
-        "log_nesterov": 0.3,
+        "momentum": 0.5,
+        "momentum_horizon": 0.3,
+        "momentum_exponent": 0.15,
         "log_warmup": 0.5,
         "log_power": 0.3,
+        "power_horizon": 0.2,
         "flatness": 0.4,
     }
 
-    def __init__(self, *, step: float = 8e-3, seed: int = 0) -> None:
+    def __init__(self, *, step: float = 3.5e-3, seed: int = 0) -> None:
         super().__init__(step)
         start = {**self._START, "log_step": math.log(step)}
         self._template = torch.tensor([start.get(name, 0.0) for name in NUMBERS])

@@ -606,7 +606,7 @@ class NativeStages:
         if isinstance(step, AdamSpec):
             averages["momentum_correction"], averages["rms_correction"] = step.corrections(ctx.iteration)
         elif isinstance(step, NesterovSpec):
-            averages["momentum_weight"], averages["step_weight"] = step.weights(ctx.iteration, ctx.num_steps)
+            averages["momentum_weight"] = step.weight(ctx.num_steps)
         for index, control in enumerate(controls):
             values: dict[str, Any] = dict(averages)
             if isinstance(step, NetworkSpec):

@@ -59,8 +59,8 @@ STEP = np.dtype(
         ("network", "u8"),
         *((name, "i8") for name in ("grad_bytes", "network_bytes")),
         *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
-        *((name, "f4") for name in ("momentum_correction", "rms_correction", "momentum_weight", "step_weight")),
-        *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
+        *((name, "f4") for name in ("momentum_correction", "rms_correction", "momentum_weight")),
+        *((name, "i4") for name in ("grad_dtype", "flags")),
     ]
 )
 """``pylo_step``."""

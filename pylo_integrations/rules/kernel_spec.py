@@ -29,14 +29,14 @@ class AdamSpec:
 
 @dataclass(frozen=True)
 class NesterovSpec:
-    """Of a rule whose step is Nesterov's momentum, ``m + step_weight * (g - m)`` of the new ``m``.
+    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``.
 
     Attributes:
-        weights: That of the gradient ``g`` in the momentum, in (0, 1], and in the step, in [0, 1], by the number of
-            steps taken before and the steps of the run, None if they are not known.
+        weight: That of the gradient ``g`` in the momentum too, in (0, 1], by the steps of the run, None if they are not
+            known.
     """
 
-    weights: Callable[[int, int | None], tuple[float, float]]
+    weight: Callable[[int | None], float]
 
 
 @dataclass(frozen=True)

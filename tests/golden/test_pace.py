@@ -44,29 +44,30 @@ def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
     known = max(horizon or 1000, 100)
+    w = 1 / (1 + math.exp(c["momentum"] + c["momentum_horizon"] * math.log(known / 1000)))
+    power = math.exp(c["log_power"] + c["power_horizon"] * math.log(known / 1000))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i != TABLE for i, p in enumerate(params)]
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
-        pace, decay = 1.0, c["momentum"]
+        pace = 1.0
         if horizon is not None:
-            decay += c["momentum_horizon"] * math.log(known / 1000) + c["momentum_rise"] * (t / horizon - 0.5)
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
-            pace = warm * (1 - t / horizon) ** math.exp(c["log_power"])
-        w = 1 / (1 + math.exp(decay))
+            pace = warm * (1 - t / horizon) ** power
         for i, matrix in enumerate(is_matrix):
             params[i] = params[i] * (1 - DECAY * 1e-3 * pace)  # AdamW's at 1e-3; it follows the schedule alone
             if matrix:
                 m[i] = m[i] + w * (g[i] - m[i])
-                d = m[i] + min(1, w * math.exp(c["log_nesterov"])) * (g[i] - m[i])
+                d = m[i] + w * (g[i] - m[i])
                 d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
                 u = orthogonal(d)
                 u = (u * flatness(d, u) ** c["flatness"]).movedim((-1, -2), (0, 1))
                 outputs, inputs = params[i].shape[:2]
                 length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
                 length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
+                length *= (w / 0.1) ** c["momentum_exponent"]
                 params[i] = params[i] - length * pace * u
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2

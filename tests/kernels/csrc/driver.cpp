@@ -202,7 +202,7 @@ struct Table {
             steps[i].scale = steps[i].grad_scale = 1;
             steps[i].step_mult = 0.01f;
             steps[i].momentum_correction = steps[i].rms_correction = 0.5f;
-            steps[i].momentum_weight = steps[i].step_weight = 0.3f;
+            steps[i].momentum_weight = 0.3f;
             if (rule.layers <= 0) reduce_to_adam(i);
             steps[i].l2 = i % 2 ? 0.01f : 0;
             steps[i].flags = i % 3 ? PYLO_ZERO_NONFINITE : 0;
@@ -437,7 +437,7 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_correction = NAN; }, adam_rule());
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = 0; }, momentum_rule());
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = NAN; }, momentum_rule());
-    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].step_weight = 1.5f; }, momentum_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = 1.5f; }, momentum_rule());
 
     buffers_that_are_too_small_are_refused();
 
