@@ -63,6 +63,9 @@ SHORTEST, LONGEST = 100, 100_000
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
+LARGEST_LOGIT = 10.0
+"""Of a gradient's weight in the momentum, either way."""
+
 LARGEST_NUMBER = 20
 """Of theta: most are logarithms."""
 
@@ -74,7 +77,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(11,)``, those of :data:`NUMBERS`.
+        numbers: ``(14,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
     """
 
@@ -90,10 +93,11 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(11,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(14,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
-                and in the horizon, for matrices and for others; logit of the momentum's decay; logarithms of the part
-                of the run that warms up and of the exponent of what is left; exponent of flatness.
+                and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
+                logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
+                the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -244,7 +248,7 @@ def log_horizon(num_steps: int) -> float:
 def momentum_weight(numbers: Mapping[str, Tensor], num_steps: int | None) -> Tensor:
     """Weight of a new gradient in the momentum."""
     law = 0.0 if num_steps is None else numbers["momentum_horizon"] * log_horizon(num_steps)
-    return torch.sigmoid(-numbers["momentum"] - law)
+    return torch.sigmoid((-numbers["momentum"] - law).clamp(-LARGEST_LOGIT, LARGEST_LOGIT))
 
 
 def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Tensor:
