@@ -8,10 +8,11 @@ from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_sp
 from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH
 from pylo_integrations.ops.packing import norm_axes_of, spec_of
-from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, run_start, same_format
+from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, same_format
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.kernel_spec import NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import local_part
 
 
