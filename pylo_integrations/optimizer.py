@@ -84,6 +84,9 @@ class LearnedOptimizer(Informed):
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
 
+    splits_fused: ClassVar[bool] = False
+    """Whether groups made from a model divide parameters in which several tensors are fused."""
+
     @spelled_out
     def __init__(
         self,
