@@ -131,7 +131,7 @@ class Ledger:
         flat = self.holdings.flat_slices.get(param)
         name = flat.name if flat else name
         form = format_of(wanted_format(group), shape, dtype)
-        if form.per_block and not all(component.keeps_rows for component in components):
+        if form.per_block and not all(component.keeps_rows(shape) for component in components):
             form = BFLOAT16  # scales are of rows of the parameter
         if form.per_block:
             self.holdings.check_blocks(param)

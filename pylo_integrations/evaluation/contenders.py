@@ -113,7 +113,7 @@ class Setting:
             params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=lr)
         options: dict[str, Any] = {"weights": theta} if theta else {}
         if self.split is not None and self.base_width is None:
-            parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            parts = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
             options["split"] = self.split and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor

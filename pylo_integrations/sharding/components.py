@@ -53,10 +53,9 @@ class Component:
     is_stacked: bool
     layout: TensorLayout
 
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether rows of the parameter, which have scales of their own in 8 bits, are rows of the component."""
-        return not self.is_stacked and len(self.layout.shape) > 1 and self.layout.shape[1:] == self.box.shape[1:]
+    def keeps_rows(self, shape: Sequence[int]) -> bool:
+        """Whether rows of a parameter of this shape, which have scales in 8 bits, are rows of the component."""
+        return not self.is_stacked and self.box.shape[1:] == tuple(shape[1:])
 
     def cut(self, held: Held) -> Cut:
         """What is here of the component, where ``held`` is here of its parameter.
