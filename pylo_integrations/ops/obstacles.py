@@ -44,6 +44,8 @@ def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
             is_run = local.is_contiguous() and run_start(piece.box, bucket.layout.shape) is not None
             if bucket.form is not FLOAT32 and piece.box.numel and not is_run:
                 return f"state stored in {bucket.form.kind} has to be a run of elements of the whole tensor, in order"
+            if order is None and any(bucket.origins[position : position + 1]):
+                return "tensors that share a weight stored (in, out) lie scattered in it, unless split=False"
             if order is None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
             axes = norm_axes_of(spec, bucket.layout)

@@ -46,6 +46,13 @@ def test_kernels_step_it_alike(name, kind):
     assert_equal(fused, apart, kind)
 
 
+@needs_kernels
+def test_columns_that_kernels_do_not_read_are_told_of_where_kernels_must_run():
+    fused, _ = fused_and_apart("in_out", "celo2", torch.float32, backend="native")
+    with pytest.raises(RuntimeError, match="split=False"):
+        train(fused, "in_out", range(1))
+
+
 def test_columns_that_kernels_do_not_read_are_left_to_the_reference():
     fused, apart = fused_and_apart("in_out", "celo2", torch.float32)
     train(fused, "in_out", range(STEPS))
