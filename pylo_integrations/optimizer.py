@@ -47,9 +47,9 @@ class LearnedOptimizer(Informed):
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
-            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the
-            optimizer has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See
-            :func:`~pylo_integrations.param_groups`.
+            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; ``split`` and
+            ``stacked`` where a parameter is several tensors (:mod:`pylo_integrations.fused`); and, where the optimizer
+            has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -83,6 +83,9 @@ class LearnedOptimizer(Informed):
 
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
+
+    splits_fused: ClassVar[bool] = False
+    """Whether groups made from a model divide parameters in which several tensors are fused."""
 
     @spelled_out
     def __init__(
@@ -124,6 +127,7 @@ class LearnedOptimizer(Informed):
             "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
+            **USUAL,
             "state_dtype": keywords["state_dtype"],
             MOMENTUM: 0.0,
         }
@@ -282,6 +286,8 @@ class LearnedOptimizer(Informed):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        if isinstance(group["split"], list):
+            group["split"] = tuple(group["split"])
         for option, usual in USUAL.items():
             if group[option] == usual:
                 del group[option]

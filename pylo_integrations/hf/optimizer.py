@@ -65,9 +65,9 @@ class FromGroups(Optimizer):
         cls, groups: Iterable[dict[str, Any]], *, name: str, owner: nn.Module, lr: float, options: dict[str, Any]
     ) -> Any:
         """Create the optimizer ``name`` of ``groups``, which hold parameters of ``owner``."""
-        optimizer = create_optimizer(
-            _split_as_wanted(groups, get_optimizer_info(name).param_groups(owner)), name, lr, **options
-        )
+        wanted = get_optimizer_info(name).param_groups(owner, split=options.get("split"))
+        rest = {option: value for option, value in options.items() if option != "split"}
+        optimizer = create_optimizer(_split_as_wanted(groups, wanted), name, lr, **rest)
         optimizer.bind_model(owner)
         if "num_steps" not in options:
             horizon_is_ours.add(optimizer)
@@ -75,15 +75,21 @@ class FromGroups(Optimizer):
 
 
 def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's groups, divided by how weights are stored and which rule steps them in ``wanted``, with names."""
-    known = {param: (name, (group["axes"], group["rule"])) for group in wanted for name, param in group["params"]}
+    """The Trainer's groups, divided by how weights are stored and what steps them in ``wanted``, with names."""
+    kinds: list[dict[str, Any]] = []
+    known: dict[nn.Parameter, tuple[str, int]] = {}
+    for group in wanted:
+        kind = {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
+        if kind not in kinds:
+            kinds.append(kind)
+        known |= {param: (name, kinds.index(kind)) for name, param in group["params"]}
     divided = []
     for group in groups:
-        members: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
+        members: dict[int, list[tuple[str, nn.Parameter]]] = {}
         for param in group["params"]:
-            name, kind = known[param]
-            members.setdefault(kind, []).append((name, param))
-        divided += [{**group, "params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
+            name, number = known[param]
+            members.setdefault(number, []).append((name, param))
+        divided += [{**group, "params": params, **kinds[number]} for number, params in members.items()]
     return divided
 
 

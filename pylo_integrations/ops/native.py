@@ -35,7 +35,6 @@ from pylo_integrations.ops.records import (
     piece_order,
     pieces_of,
     record_axes,
-    run_start,
     same_format,
     strides,
 )
@@ -44,6 +43,7 @@ from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
 from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
+from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import Piece, local_part
 from pylo_integrations.telemetry import StepRecord
 
@@ -206,6 +206,7 @@ class NativeStages:
         self._sizes = self._sizes_now()
         # Wrappers and what they wrap count by themselves.
         self._written = self._known + local if self._sharded else self._known
+        self._written = self._written + [tensor for bucket in buckets for tensor in bucket.wrappers()]
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_rooms: tuple[list[int], list[int]] = [], []

@@ -29,11 +29,12 @@ LAYERS = [
     {"informed"},
     {"optimizer"},
     {"optimizers", "state"},
-    {"groups", "attach"},
+    {"fused", "attach"},
+    {"groups"},
     {"mup"},
     {"catalog"},
     {"__init__"},
-    {"hf", "lightning", "accelerate", "timm"},
+    {"hf", "lightning", "accelerate", "timm", "torchtitan"},
     {"plot", "workers", "kernel_check"},
     {"bench", "metatrain", "comparison"},
     {"evaluation"},
@@ -44,6 +45,7 @@ FRAMEWORKS = {
     "lightning": {"lightning"},
     "accelerate": {"accelerate", "hf"},
     "timm": {"timm"},
+    "torchtitan": {"torchtitan"},
     "matplotlib": {"plot"},
 }
 
