@@ -74,6 +74,12 @@ class Entry:
         """All tensors that hold its states, by the name that they have in ``optimizer.state[p]``."""
         return {name: stored for parts in self.parts.values() for name, stored in parts.items()}
 
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Names, in any format, of states that its rule would keep with other weights."""
+        parts = stored_parts(dict.fromkeys(self.rule.unread), (), INT8, self.dtype)
+        return frozenset(self.rule.unread).union(*parts.values())
+
     def parts_in(self, form: Format) -> dict[str, dict[str, Stored]]:
         """:attr:`parts`, if states were stored in another format."""
         return stored_parts(self.shapes, SECOND_MOMENTS, form, self.dtype)
@@ -120,6 +126,7 @@ class Ledger:
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
             return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FLOAT32)
+        self.holdings.check_home(param)
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
         components = components_of(shape, group)
@@ -174,7 +181,7 @@ class Ledger:
             return self.holdings.zero_scales(entry.param, entry.held)
         if stored.shape is None:
             return self.holdings.zero_state(entry.param, entry.held, stored.dtype)
-        return torch.zeros(stored.shape, dtype=stored.dtype, device=entry.param.device)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=self.holdings.home(entry.param))
 
     def new_states(
         self, groups: Groups, state: States, born: Sequence[Sequence[int]]

@@ -23,6 +23,7 @@ from pylo_integrations.informed import Informed
 from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.naming import name_new
+from pylo_integrations.offload import Offload
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, USUAL, OptionCheck, check_group
 from pylo_integrations.progress import Progress
@@ -115,7 +116,10 @@ class LearnedOptimizer(Informed):
         wants_schedule = self.wants_schedule if wants_schedule is None else wants_schedule
         rates = self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr
         self._advice = Advice(SettingsWatch(type(self).__name__, *rates, wants_schedule))
-        self._holdings = Holdings(keywords["shard_step"])
+        offloads = keywords["offload_state"]
+        if not isinstance(offloads, bool):
+            raise TypeError(f"offload_state={offloads!r} must be True or False")
+        self._holdings = Holdings(keywords["shard_step"], offloads=offloads)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
         self._start_engines()
@@ -161,6 +165,11 @@ class LearnedOptimizer(Informed):
     def shard_step(self) -> bool:
         """Whether processes that all have the whole parameters share the work of a step."""
         return self._holdings.shares_steps
+
+    @property
+    def offload_state(self) -> bool:
+        """Whether the state of parameters on a device lives on the host, where they are stepped."""
+        return self._holdings.offloads
 
     def bind_model(self, model: nn.Module, process_group: ProcessGroup | None = None) -> None:
         """Tell the optimizer what it cannot see from its parameters; idempotent.
@@ -227,7 +236,7 @@ class LearnedOptimizer(Informed):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        alone = self._holdings.ranks.size == 1
+        alone = self._holdings.ranks.size == 1 and not self.offload_state
         if alone and torch.compiler.is_compiling() and self._compiled.allows(self.param_groups, self.state):
             self._step_traced(self._stepping.take_loss(loss, result))
         else:
@@ -403,7 +412,8 @@ class LearnedOptimizer(Informed):
         name = type(self).__name__
         self._resumption = Resumption(name, self.ledger, self.theta, self._progress, self._options)
         checks = self._options, self._resumption, self._progress, self._advice
-        self._stepping = Stepping(name, self.ledger, self._engine, self._compiled, *checks, self._whole)
+        offload = Offload(self.ledger)
+        self._stepping = Stepping(name, self.ledger, self._engine, self._compiled, *checks, offload, self._whole)
         self._steplock = self._stepping.lock
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 

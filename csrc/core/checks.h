@@ -69,8 +69,8 @@ inline int check_stored(long long record, const pylo_tensor &t, const pylo_store
     if (t.state_dtype != PYLO_INT8) return PYLO_OK;
     const int64_t scales = numel / stored->row * ((stored->row + PYLO_BLOCK - 1) / PYLO_BLOCK);
     for (int k = 0; k < 4; ++k) {
-        const bool is_read = k == 3 ? rule.layers != PYLO_NESTEROV : k == 0 || rule.layers > 0;
-        if (!is_read) continue;
+        const bool is_kept = k == 3 ? rule.layers != PYLO_NESTEROV && t.rms : (k == 0 || rule.layers > 0) && t.momentum[k];
+        if (!is_kept) continue;
         if (!stored->scale[k] || !aligned(stored->scale[k], sizeof(float)))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: scale %d is null or misaligned", record, k);
         if (stored->scale_bytes[k] < scales * (int64_t)sizeof(float))

@@ -232,7 +232,9 @@ class NativeStages:
         }
         if "rms" in owned:
             enter_buffers(record, "rms", held["rms"][:1], piece)
-        enter_buffers(record, "momentum", [held[name][0] for name in MOMENTUM if name in owned], piece)
+        for k, name in enumerate(MOMENTUM):
+            if name in owned:
+                enter_buffers(record, "momentum", [held[name][0]], piece, k)
         if bucket.form is not FLOAT32:
             self._fill_stored(nth.table.stored[where], bucket, piece, held)
             record["state_dtype"] = STATE_DTYPES[bucket.form.kind]
@@ -281,10 +283,10 @@ class NativeStages:
                 if bucket.form is FLOAT32:
                     continue
                 keys = [
-                    [noise_keys(iteration, bucket.numbers[position], name) for name in STORED_STATES]
+                    [noise_keys(iteration, bucket.numbers[position], name) for name in MOMENTUM[:2]]
                     for position in members
                 ]
-                nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, len(STORED_STATES), 2)
+                nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, 2, 2)
 
     def _tensors_now(self) -> Iterator[Tensor]:
         """All that the kernels write, parameters first, as it is now."""

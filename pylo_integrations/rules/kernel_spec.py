@@ -52,6 +52,7 @@ class NetworkSpec:
         rms_eps: See :class:`~pylo_integrations.rules.moments.MomentRule`.
         vector_momentum_eps: See there.
         norm_eps: See there.
+        unread: States that are not kept, since no weight reads a channel that is made of them.
     """
 
     features: tuple[str, ...]
@@ -62,6 +63,7 @@ class NetworkSpec:
     rms_eps: float
     vector_momentum_eps: float
     norm_eps: float
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
