@@ -50,6 +50,22 @@ def attach(engine: Any, num_steps: int | None = None) -> Attachment:
             names the nearest way that does not.
     """
     learned = require_learned(engine.basic_optimizer)
+    if not isinstance(engine.backward, Attachment):
+        _divide(engine, learned)
+    steps_seen = -1
+
+    def observe(loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
+        nonlocal steps_seen
+        if engine.global_steps != steps_seen:  # losses that are still there are of a step that was skipped
+            learned.clear_observed_loss()
+            steps_seen = engine.global_steps
+        learned.observe_loss(loss.detach() / (engine.gradient_accumulation_steps() if scale_wrt_gas else 1))
+
+    return attach_to_backward(engine, learned, num_steps, observe)
+
+
+def _divide(engine: Any, learned: LearnedOptimizer) -> None:
+    """Give the optimizer of an engine its part of every parameter."""
     check_config(engine._config._param_dict)
     if engine.pipeline_parallelism:
         raise ShardingError(
@@ -63,16 +79,6 @@ def attach(engine: Any, num_steps: int | None = None) -> Attachment:
             zero.optimizer = ZeroOptimizer(learned, params)
         zero.optimizer.adopt(parameter_names(engine.module))
     learned.bind_model(engine.module, engine.seq_data_parallel_group)
-    steps_seen = -1
-
-    def observe(loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> None:
-        nonlocal steps_seen
-        if engine.global_steps != steps_seen:  # losses that are still there are of a step that was skipped
-            learned.clear_observed_loss()
-            steps_seen = engine.global_steps
-        learned.observe_loss(loss.detach() / (engine.gradient_accumulation_steps() if scale_wrt_gas else 1))
-
-    return attach_to_backward(engine, learned, num_steps, observe)
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Entry:
         rule: Who steps it.
         shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
         dtype: Of arithmetic, and of states that are stored as they are.
-        is_slice: Whether it is a 1-D slice made by FSDP1.
+        is_slice: Whether it is a 1-D slice made by FSDP1 or ZeRO.
         form: How states are stored that are shaped like the parameter.
     """
 
@@ -191,5 +191,6 @@ def _check_flattening(params: Sequence[Tensor], born: Sequence[int], index: int,
         raise ShardingError(
             f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
             f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
-            "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+            "tensors; call pylo_integrations.deepspeed.attach(engine) after deepspeed.initialize(), or use torch's "
+            "fully_shard() (FSDP2) or DistributedDataParallel"
         )

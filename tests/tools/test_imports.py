@@ -33,6 +33,7 @@ LAYERS = [
     {"mup"},
     {"catalog"},
     {"__init__"},
+    {"deepspeed"},
     {"hf", "lightning", "accelerate", "timm"},
     {"plot", "workers", "kernel_check"},
     {"bench", "metatrain", "comparison"},
@@ -44,6 +45,7 @@ FRAMEWORKS = {
     "lightning": {"lightning"},
     "accelerate": {"accelerate", "hf"},
     "timm": {"timm"},
+    "deepspeed": set(),
     "matplotlib": {"plot"},
 }
 
