@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from launched_cases import fresh_accelerate, hf_case
 from sharded_cases import digest
 from thetas import create
 from torch import Tensor, nn
@@ -204,6 +205,44 @@ def arrive_case(rank: int, world: int, name: str, stage: int, canonical: Any, pa
     engine, optimizer = start(name, stage, canonical, params)
     take_steps(engine, range(2, 4), (rank, world))
     return end_of(engine, optimizer)
+
+
+def hf_zero_case(rank: int, world: int, **options: Any) -> dict[str, Any]:
+    deepspeed()
+    return hf_case(rank, world, **options)
+
+
+def accelerate_case(rank: int, world: int, name: str, stage: int, folder: str) -> dict[str, Any]:
+    """Four steps of two micro-batches, and the last two once more from ``save_state``."""
+    deepspeed()
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from torch.utils.data import DataLoader
+
+    from pylo_integrations.accelerate import attach
+
+    runs = []
+    for again in (False, True):
+        with fresh_accelerate():
+            plugin = DeepSpeedPlugin(hf_ds_config=config_of(stage, gradient_accumulation_steps=2))
+            accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin, gradient_accumulation_steps=2)
+            model = net()
+            optimizer = create(model, name)
+            # Accelerate wants batch sizes; ours are of the steps.
+            engine, wrapped, _ = accelerator.prepare(model, optimizer, DataLoader([0], batch_size=1))
+            attach(accelerator, wrapped, num_steps=20)
+            if again:
+                accelerator.load_state(folder)
+            for step in range(2 if again else 0, 4):
+                tokens, wanted = (part.chunk(world)[rank].chunk(2) for part in batch(step))
+                for pair in zip(tokens, wanted, strict=True):
+                    with accelerator.accumulate(engine):
+                        accelerator.backward(loss_of(engine, *pair))
+                        wrapped.step()
+                        wrapped.zero_grad()
+                if step == 1 and not again:
+                    accelerator.save_state(folder)
+            runs.append(end_of(engine, optimizer))
+    return {"whole": runs[0], "resumed": runs[1]}
 
 
 def refused_case(rank: int, world: int) -> dict[str, str]:

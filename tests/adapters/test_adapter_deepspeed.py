@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 from deepspeed_cases import (
+    accelerate_case,
     arrive_case,
     half_case,
+    hf_zero_case,
     other_size_case,
     overflow_case,
     plain_run,
@@ -20,6 +23,8 @@ from deepspeed_cases import (
     resume_case,
     steps_case,
 )
+from launched_cases import hf_case
+from test_adapters_distributed import LIMIT, check, check_resumed
 
 from pylo_integrations import ShardingError
 from pylo_integrations.deepspeed import check_config
@@ -106,6 +111,38 @@ def test_checkpoints_go_on(ranks, tmp_path, name, stage):
     for world in (1, 2):
         arrived = ranks.run(world, arrive_case, name=name, stage=stage, canonical=canonical, params=params)
         assert arrived[0]["iteration"] == 4 and distance(arrived[0]["params"], want) < CLOSE
+
+
+@pytest.mark.parametrize(("name", "stage", "lr", "stock"), [("velo", 1, 0.7, True), ("celo2", 2, 3e-4, False)])
+def test_hf_trainer_goes_on(ranks, tmp_path, name, stage, lr, stock):
+    options = {"name": name, "learning_rate": lr, "timeout": LIMIT}
+    [want] = ranks.run(1, hf_case, wrapper="ddp", folder=str(tmp_path), per_device_train_batch_size=4, **options)
+    folder = str(tmp_path / "divided")
+    got = ranks.run(2, hf_zero_case, wrapper=f"zero{stage}", folder=folder, stock=stock, resume=True, **options)
+    check_resumed(got)
+    check(got, in_float32(want["runs"][0]))
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_hf_trainer_tells_the_loss_of_every_micro_batch_once(ranks, tmp_path, stock):
+    """Though the step is taken inside of ``backward``."""
+    options = {"name": "velo", "max_steps": 2, "gradient_accumulation_steps": 2, "timeout": LIMIT}
+    [want] = ranks.run(1, hf_case, wrapper="ddp", folder=str(tmp_path), per_device_train_batch_size=4, **options)
+    got = ranks.run(2, hf_zero_case, wrapper="zero2", folder=str(tmp_path / "divided"), stock=stock, **options)
+    check(got, in_float32(want["runs"][0]))
+
+
+def in_float32(run):
+    return {**run, "params": {key: value.astype(np.float32) for key, value in run["params"].items()}}
+
+
+@pytest.mark.parametrize(("name", "stage"), [("velo", 2)])
+def test_accelerate_goes_on(ranks, tmp_path, name, stage):
+    want, *_ = plain_run(name, range(4))
+    for end in ranks.run(2, accelerate_case, name=name, stage=stage, folder=str(tmp_path), timeout=LIMIT):
+        assert end["whole"]["iteration"] == end["resumed"]["iteration"] == 4
+        assert end["whole"]["digest"] == end["resumed"]["digest"]
+        assert distance(end["whole"]["params"], want) < CLOSE
 
 
 def test_what_hides_whole_tensors_is_refused_before_anything_is_written(ranks):
