@@ -67,10 +67,10 @@ def attach(engine: Any, num_steps: int | None = None) -> Attachment:
 def _divide(engine: Any, learned: LearnedOptimizer) -> None:
     """Give the optimizer of an engine its part of every parameter."""
     check_config(engine._config._param_dict)
-    if engine.pipeline_parallelism:
+    if engine.pipeline_parallelism or (engine.mpu is not None and engine.mpu.get_model_parallel_world_size() > 1):
         raise ShardingError(
-            "DeepSpeed's pipelines leave each rank a part of the model, and a learned optimizer decides for the whole "
-            "of it: train without PipelineModule"
+            "DeepSpeed's pipelines and model parallelism (mpu=) leave each rank a part of the model, and a learned "
+            "optimizer decides for the whole of it: train without"
         )
     zero = engine.optimizer
     params = getattr(zero, "bit16_groups", None) or getattr(zero, "bf16_groups", None)
@@ -220,6 +220,7 @@ class ZeroOptimizer(Optimizer):
         try:
             for i, gradient in self._gradients.items():
                 for run in self._runs[i]:
+                    run.follow(self._flats[i])
                     run.set_gradient(gradient)
             self.optimizer.step()
         finally:
@@ -246,7 +247,8 @@ class ZeroOptimizer(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: gradients are DeepSpeed's."""
+        """Under ZeRO nothing is left to do: a step leaves no gradients."""
+        self.optimizer.zero_grad(set_to_none)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,10 +271,19 @@ class _Run:
     start: int
     ranks: Any
 
+    def follow(self, flat: Tensor) -> None:
+        """See to it that the master is in the flat tensor, which has other memory after ``engine.reload_states()``."""
+        here = self.view(flat.detach())
+        if here.data_ptr() != self.master.data_ptr():
+            self.master.data = here
+
+    def view(self, flat: Tensor) -> Tensor:
+        """What of a flat tensor is the master's, in its shape; shares memory."""
+        return flat.narrow(0, self.start, self.master.numel()).view(self.master.shape)
+
     def set_gradient(self, flat: Tensor | None) -> None:
         """Give the master its part of the gradient of the flat tensor."""
-        master = self.master
-        master.grad = None if flat is None else flat.narrow(0, self.start, master.numel()).view(master.shape)
+        self.master.grad = None if flat is None else self.view(flat)
 
     def copy_to_model(self) -> None:
         """Write what is here to the parameter, rounded to its type."""

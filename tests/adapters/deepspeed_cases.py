@@ -95,12 +95,14 @@ def config_of(stage: int, **config: Any) -> dict[str, Any]:
     }
 
 
-def start(name: str, stage: int, canonical: Any = None, params: Any = None, **config: Any) -> tuple[Any, Any]:
+def start(
+    name: str, stage: int, canonical: Any = None, params: Any = None, options: Any = None, **config: Any
+) -> tuple[Any, Any]:
     from pylo_integrations.deepspeed import attach
 
     model = net()
     model.load_state_dict({**model.state_dict(), **(params or {})})
-    optimizer = create(model, name)
+    optimizer = create(model, name, **(options or {}))
     engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer, config=config_of(stage, **config))
     attach(engine, num_steps=20)
     attach(engine)  # adds nothing
@@ -139,9 +141,15 @@ def end_of(engine: Any, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def steps_case(rank: int, world: int, name: str, stage: int, accumulate: int = 1) -> dict[str, Any]:
-    engine, optimizer = start(name, stage, gradient_accumulation_steps=accumulate)
-    take_steps(engine, range(4), (rank, world))
+def steps_case(
+    rank: int, world: int, name: str, stage: int, accumulate: int = 1, reload: bool = False, **options: Any
+) -> dict[str, Any]:
+    engine, optimizer = start(name, stage, gradient_accumulation_steps=accumulate, options=options)
+    take_steps(engine, range(2), (rank, world))
+    if reload:
+        engine.offload_states()
+        engine.reload_states()
+    take_steps(engine, range(2, 4), (rank, world))
     return end_of(engine, optimizer)
 
 

@@ -63,6 +63,14 @@ def test_the_steps_are_those_of_one_process(ranks, name, stage):
     assert distance(ends[0]["params"], want) < CLOSE
 
 
+@pytest.mark.parametrize("options", [{"state_dtype": "bfloat16"}, {"max_grad_norm": 0.1}, {"reload": True}], ids=str)
+def test_so_they_are_with_options(ranks, options):
+    of_optimizer = {key: value for key, value in options.items() if key != "reload"}
+    want, *_ = plain_run("celo2", range(4), **of_optimizer)
+    ends = ranks.run(2, steps_case, name="celo2", stage=2, **options)
+    assert distance(ends[0]["params"], want) < CLOSE
+
+
 def test_alone_the_steps_are_the_same_to_the_bit(ranks):
     want, *_ = plain_run("velo", range(4))
     [end] = ranks.run(1, steps_case, name="velo", stage=2)
@@ -128,7 +136,8 @@ def test_hf_trainer_tells_the_loss_of_every_micro_batch_once(ranks, tmp_path, st
     """Though the step is taken inside of ``backward``."""
     options = {"name": "velo", "max_steps": 2, "gradient_accumulation_steps": 2, "timeout": LIMIT}
     [want] = ranks.run(1, hf_case, wrapper="ddp", folder=str(tmp_path), per_device_train_batch_size=4, **options)
-    got = ranks.run(2, hf_zero_case, wrapper="zero2", folder=str(tmp_path / "divided"), stock=stock, **options)
+    wrapper = "zero0" if stock else "zero2"
+    got = ranks.run(2, hf_zero_case, wrapper=wrapper, folder=str(tmp_path / "divided"), stock=stock, **options)
     check(got, in_float32(want["runs"][0]))
 
 
