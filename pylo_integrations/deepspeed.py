@@ -67,7 +67,8 @@ def attach(engine: Any, num_steps: int | None = None) -> Attachment:
 def _divide(engine: Any, learned: LearnedOptimizer) -> None:
     """Give the optimizer of an engine its part of every parameter."""
     check_config(engine._config._param_dict)
-    if engine.pipeline_parallelism or (engine.mpu is not None and engine.mpu.get_model_parallel_world_size() > 1):
+    model_parallel_size = getattr(engine.mpu, "get_model_parallel_world_size", lambda: 1)
+    if engine.pipeline_parallelism or model_parallel_size() > 1:
         raise ShardingError(
             "DeepSpeed's pipelines and model parallelism (mpu=) leave each rank a part of the model, and a learned "
             "optimizer decides for the whole of it: train without"
@@ -87,6 +88,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     zero = zero if isinstance(zero, Mapping) else {}
     offloads = {key for key in ("offload_optimizer", "offload_param") if _device_of(zero.get(key)) != "none"}
     offloads |= {key for key in ("cpu_offload", "cpu_offload_params") if zero.get(key)}
+    autocast = config.get("torch_autocast") or {}
     is_half = any((config.get(dtype) or {}).get("enabled") for dtype in ("fp16", "bf16"))
     stage_2 = "set zero_optimization.stage to 2 or 1, or use torch's fully_shard() (FSDP2)"
     refused = (
@@ -112,6 +114,12 @@ def check_config(config: Mapping[str, Any]) -> None:
             (config.get("checkpoint") or {}).get("load_universal"),
             "universal checkpoints hold exp_avg and exp_avg_sq, and no other state",
             "change the number of ranks by pylo_integrations.state.to_canonical()",
+        ),
+        (
+            autocast.get("enabled")
+            and str(autocast.get("dtype")).removeprefix("torch.") in ("fp16", "float16", "half"),
+            "torch_autocast with float16 leaves it to a GradScaler for each group to skip a step",
+            "use fp16, or bfloat16",
         ),
         (
             (config.get("tensor_parallel") or {}).get("autotp_size", 1) > 1,
@@ -172,10 +180,8 @@ class ZeroOptimizer(Optimizer):
         """
         groups = self.optimizer.param_groups
         given = [params for params in self._params if params]  # DeepSpeed drops empty groups
-        is_untouched = all(
-            list(map(id, group["params"])) == list(map(id, params)) for group, params in zip(groups, given, strict=True)
-        )
-        if self._runs or is_untouched:
+        now = [[*map(id, group["params"])] for group in groups]
+        if self._runs or now == [[*map(id, params)] for params in given]:  # the latter in stage 0
             return
         known = _names_in(groups, given) if names is None else names
         flats = [group["params"][0] for group in groups]
@@ -304,7 +310,7 @@ def _find(param: Any, flat: Tensor, name: str) -> _Run:
         )
     if getattr(param, "tensor_model_parallel", False) or hasattr(param, "ds_autotp_universal_checkpoint_meta"):
         raise ShardingError(
-            f"{name} is a part of a matrix, by tensor parallelism, whose whole DeepSpeed does not tell of"
+            f"{name} is a part of a tensor, by tensor parallelism: set tensor_parallel.autotp_size to 1"
         )
     ranks, here = param._dp_group, param._hp_mapping
     parts = dist.get_world_size(ranks)
