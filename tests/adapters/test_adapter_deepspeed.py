@@ -173,6 +173,7 @@ def test_what_hides_whole_tensors_is_refused_before_anything_is_written(ranks):
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients.*to false"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint.*to_canonical"),
         ({"checkpoint": {"load_universal": True}}, "universal checkpoints.*to_canonical"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.*use fp16, or bfloat16"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size.*set it to 1"),
     ],
 )
