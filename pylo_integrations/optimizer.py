@@ -30,6 +30,7 @@ from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
+from pylo_integrations.sharding.pieces import FlatSlice
 from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
 from pylo_integrations.steplock import between_steps
 from pylo_integrations.stepping import Stepping
@@ -194,6 +195,38 @@ class LearnedOptimizer(Informed):
         if has_slices:
             self._resumption.reserve(self.param_groups)
             self.init_state()
+
+    @between_steps
+    def replace_params(
+        self,
+        params: Sequence[Sequence[tuple[str, Tensor]]],
+        slices: Mapping[Tensor, FlatSlice],
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Step other tensors in the place of parameters, for adapters of frameworks that keep masters of them.
+
+        Args:
+            params: What to step, with names, in the groups that there are.
+            slices: Those of them that are 1-D runs of whole tensors.
+            process_group: As for :meth:`bind_model`.
+
+        Raises:
+            ValueError: There is state of the parameters; or this process is not in ``process_group``.
+        """
+        if any(self.state.values()):
+            raise ValueError(
+                f"{type(self).__name__} has state of parameters that masters are to take the place of: wrap it before "
+                "its first step, and load checkpoints after"
+            )
+        self._holdings.ranks.bind(process_group)
+        self._holdings.flat_slices.update(slices)
+        for group, members in zip(self.param_groups, params, strict=True):
+            if "param_names" in group:
+                group["param_names"] = [name for name, _ in members]
+            group["params"] = [tensor for _, tensor in members]
+        self.state.clear()
+        self._born[:] = [[tensor.dim() for _, tensor in members] for members in params]
+        self._resumption.reserve(self.param_groups)
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
