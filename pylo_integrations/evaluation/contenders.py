@@ -44,12 +44,9 @@ class Setting:
         sha256: Of theta.
         base_width: Where muP's multipliers are 1; None for an optimizer without.
         factor: On a learned optimizer's own learning rate.
-<<<<<<< HEAD
         split: Whether tensors that share a parameter are stepped each by itself, see
             :func:`~pylo_integrations.param_groups`; None for what is the optimizer's default.
-=======
         state_dtype: How a learned optimizer stores its state.
->>>>>>> memory
     """
 
     optimizer: str
@@ -59,11 +56,8 @@ class Setting:
     sha256: str = ""
     base_width: int | None = None
     factor: float = 1.0
-<<<<<<< HEAD
     split: bool | None = None
-=======
     state_dtype: StateDtype = "float32"
->>>>>>> memory
 
     @property
     def name(self) -> str:
@@ -76,11 +70,7 @@ class Setting:
 
     @classmethod
     def learned(cls, text: str) -> Setting:
-<<<<<<< HEAD
-        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE]`` and look at theta.
-=======
-        """Parse ``NAME[:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]``, of which FORMAT is of its state, and look at theta.
->>>>>>> memory
+        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]`` and look at theta.
 
         Raises:
             ValueError: Unknown optimizer or schedule, a factor that is not positive, or theta is for another
@@ -108,11 +98,8 @@ class Setting:
             sha256=theta.sha256 if theta else "",
             base_width=_base_width_of(spec, theta),
             factor=_factor(factor, text) if times else 1.0,
-<<<<<<< HEAD
             split=splits,
-=======
             state_dtype=cast(StateDtype, form),
->>>>>>> memory
         )
 
     def optimizers(self, model: nn.Module, task: HeldOutTask, steps: int) -> list[Optimizer]:
