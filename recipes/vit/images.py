@@ -81,11 +81,9 @@ def load(data_dir: Path | None, image_size: int) -> tuple[Any, Any, str, str]:
             f"--data-dir {data_dir} holds neither {IMAGES}[.gz] and {LABELS}[.gz] nor folders train/ and val/"
         )
     images, labels = (read_idx(path) for name in (IMAGES, LABELS) if (path := _find(folder, name)))
-    title, origin = (
-        ("Fashion-MNIST at 14 x 14", "part of it, with this recipe")
-        if data_dir is None
-        else (data_dir.name, str(folder))
-    )
+    title, origin = "Fashion-MNIST at 14 x 14", "a third of it, which comes with this recipe"
+    if data_dir is not None:
+        title, origin = data_dir.name, str(folder)
     held_out = numpy.arange(len(images)) % 10 == 9
     training, validation = (ByteImages(images[part], labels[part]) for part in (~held_out, held_out))
     return training, validation, title, origin
