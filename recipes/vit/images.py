@@ -1,4 +1,4 @@
-"""Where the pictures come from: a folder, or the part of Fashion-MNIST that lies beside this file."""
+"""Where the pictures come from: a folder, or Fashion-MNIST at half its size, which lies beside this file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ImageData(LightningDataModule):
 
     Args:
         data_dir: A folder with the training files of MNIST or Fashion-MNIST (`train-images-idx3-ubyte.gz`,
-            `train-labels-idx1-ubyte.gz`), or with `train/CLASS/*.jpg` and `val/CLASS/*.jpg`. Without it, the first
-            20 000 pictures of Fashion-MNIST at 14 x 14, which come with this recipe.
+            `train-labels-idx1-ubyte.gz`), or with `train/CLASS/*.jpg` and `val/CLASS/*.jpg`. Without it,
+            Fashion-MNIST at 14 x 14, which comes with this recipe.
         image_size: Height and width; smaller images are enlarged.
         batch_size: Images per step, of all processes together.
         num_workers: Processes that read image files; the other data are in memory.
@@ -81,7 +81,7 @@ def load(data_dir: Path | None, image_size: int) -> tuple[Any, Any, str, str]:
             f"--data-dir {data_dir} holds neither {IMAGES}[.gz] and {LABELS}[.gz] nor folders train/ and val/"
         )
     images, labels = (read_idx(path) for name in (IMAGES, LABELS) if (path := _find(folder, name)))
-    title, origin = "Fashion-MNIST at 14 x 14", "a third of it, which comes with this recipe"
+    title, origin = "Fashion-MNIST at 14 x 14", "which comes with this recipe"
     if data_dir is not None:
         title, origin = data_dir.name, str(folder)
     held_out = numpy.arange(len(images)) % 10 == 9

@@ -21,7 +21,7 @@ ADAPTERS = {"hf": "transformers", "lightning": "lightning", "accelerate": "accel
 
 
 def python_of(page: Path) -> str:
-    """A page's snippets as one script, every line where it stands on the page; all else is blank. Or a notebook's cells."""
+    """A page's snippets as one script, each line where it stands on the page, all else blank; or a notebook's cells."""
     if page.suffix == ".ipynb":
         cells = json.loads(page.read_text())["cells"]
         return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
