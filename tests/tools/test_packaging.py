@@ -193,6 +193,7 @@ CI_STEPS = [
     "ruff check .",
     "ruff format --check .",
     "mypy",
+    "typos",
     "mkdocs build --strict --config-file .mkdocs.yml",
     "python -m pytest -n 2 --dist loadfile -m not slow and not dist",
     "python -m pytest -n 2 --dist loadfile -m slow or dist",
@@ -208,7 +209,7 @@ def test_ci_takes_the_steps_of_the_readmes_command_and_stops_where_one_fails(tmp
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for tool in ("ruff", "mypy", "mkdocs", "python", "python3", "pip"):
+    for tool in ("ruff", "mypy", "typos", "mkdocs", "python", "python3", "pip"):
         script = f'#!/bin/sh\nstep=$(echo {tool} "$@")\necho "$step" >> trace\n[ "$step" != "{failing}" ]\n'
         (tools / tool).write_text(script)
         (tools / tool).chmod(0o755)
