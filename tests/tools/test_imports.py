@@ -22,7 +22,7 @@ LAYERS = [
     {"profiles"},
     {"weights", "decay", "progress", "telemetry"},
     {"ops", "options", "hints", "ledger"},
-    {"step", "checkpoints", "advice"},
+    {"step", "checkpoints", "advice", "offload"},
     {"engine", "resume", "keywords"},
     {"compiled"},
     {"stepping"},
