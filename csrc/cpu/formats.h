@@ -63,8 +63,20 @@ PYLO_FN int code_at(const void *codes, int64_t element) {
 }
 
 template <bool Square>
-__attribute__((noinline)) void decode_codes(const void *codes, int64_t first, int count, float scale, float *__restrict values) {
-    for (int i = 0; i < count; ++i) values[i] = decoded<Square>(code_at<Square>(codes, first + i)) * scale;
+PYLO_FN void decode_codes(const void *codes, int64_t first, int count, float scale, float *values) {
+    int i = 0;
+    for (; i + Vec::lanes <= count; i += Vec::lanes) {
+        Vec curve;
+        if constexpr (Square) {
+            const Vec code = from_bytes((const uint8_t *)codes + first + i), square = code * code * Vec(SQUARE);
+            curve = square * square;
+        } else {
+            const Vec code = from_bytes((const int8_t *)codes + first + i);
+            curve = code * at_least(code, Vec(0.0f) - code) * Vec(SIGNED);
+        }
+        (curve * Vec(scale)).store(values + i);
+    }
+    for (; i < count; ++i) values[i] = decoded<Square>(code_at<Square>(codes, first + i)) * scale;
 }
 
 template <bool Square>

@@ -112,9 +112,9 @@ def state_bytes(optimizer: Optimizer | Together) -> int:
 def _plain_parts(value: Tensor) -> list[Tensor]:
     """The tensors that others' subclasses, such as those for quantised numbers, are made of."""
     flatten = getattr(value, "__tensor_flatten__", None)
-    return (
-        [value] if flatten is None else [part for name in flatten()[0] for part in _plain_parts(getattr(value, name))]
-    )
+    if flatten is None:
+        return [value]
+    return [part for name in flatten()[0] for part in _plain_parts(getattr(value, name))]
 
 
 def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:

@@ -36,7 +36,9 @@ from pylo_integrations.ops import loader, select
 from pylo_integrations.progress import Progress
 
 SHAPES = [(), (1,), (7,), (64,), (1, 5), (6, 1), (5, 3), (9, 17), (16, 16), (3, 2, 5), (4, 3, 3, 3), (2, 1, 3, 2, 2)]
-SHAPES += [(65, 80), (16, 8, 6, 6)]  # whose state may be stored in few bits
+LARGE = (64, 65)
+"""Of a tensor whose state may be stored in few bits."""
+
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GUARD = 16
 """Elements before and after a guarded tensor."""
@@ -100,7 +102,7 @@ class Session:
             "stochastic_rounding": self.random.random() < 0.2,
             "on_nonfinite": self.random.choice(["skip", "zero", "error"]),
             "max_grad_norm": self.random.choice([None, None, 1.0]),
-            "state_dtype": self.random.choice(["float32", "float32", "bfloat16", "int8"]),
+            "state_dtype": self.random.choice([*["float32"] * 6, "bfloat16", "int8"]),
         }
         self.params = [self.parameter() for _ in range(self.random.randint(1, 6))]
         cut = self.random.randint(0, len(self.params))
@@ -126,7 +128,8 @@ class Session:
         return inside.copy_(values)
 
     def parameter(self) -> nn.Parameter:
-        values = self.normal(self.random.choice(SHAPES), self.random.choice(DTYPES))
+        shapes = SHAPES if self.options["state_dtype"] == "float32" else [*SHAPES, LARGE, LARGE]
+        values = self.normal(self.random.choice(shapes), self.random.choice(DTYPES))
         return nn.Parameter(self.guarded(values))
 
     def one(self) -> nn.Parameter:
@@ -269,7 +272,7 @@ class Session:
         for group in self.optimizer.param_groups:
             group.update(lr=self.spec.lr, weight_decay=0.0, weight_decay_policy="before", maximize=False)
             group.update(axes="out_in", rule="learned", base_lr=self.spec.lr)
-            if group.get("state_dtype") not in FORMATS:
+            if str(group.get("state_dtype")) not in FORMATS:
                 group.pop("state_dtype", None)
         if damaged is not self.params and self.attempts_to_heal():
             self.optimizer.state.clear()

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops", "options", "hints", "ledger"},
     {"step", "checkpoints", "advice", "offload"},
     {"engine", "resume", "keywords"},
-    {"compiled"},
+    {"compiled", "offload"},
     {"stepping"},
     {"informed"},
     {"optimizer"},
