@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -154,6 +155,30 @@ def test_version_has_one_source(wheel_metadata):
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{pylo_integrations.__version__}]" in changelog
+
+
+def test_changelog_and_citation_tell_this_version_and_one_date():
+    version = re.escape(pylo_integrations.__version__)
+    [date] = re.findall(rf"^## \[{version}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = ROOT / ".github" / "CITATION.cff"
+    if not citation.exists():
+        pytest.skip("no checkout")
+    lines = citation.read_text().splitlines()
+    assert f"version: {pylo_integrations.__version__}" in lines and f"date-released: {date}" in lines
+
+
+def test_releases_are_built_for_the_platforms_that_the_documentation_names():
+    release = ROOT / ".github" / "workflows" / "release.yml"
+    if not release.exists():
+        pytest.skip("no checkout")
+    jobs = yaml.safe_load(release.read_text())["jobs"]
+    built = {entry["runner"] for entry in jobs["wheel"]["strategy"]["matrix"]["include"]}
+    assert built == {"ubuntu-24.04", "ubuntu-24.04-arm", "macos-14", "windows-2022"}
+    assert {"container", "source"} <= set(jobs["publish"]["needs"]) and jobs["container"]["needs"] == "wheel"
+    assert jobs["publish"]["permissions"]["id-token"] == "write", "trusted publishing"
+    configuration = (ROOT / "pyproject.toml").read_text()
+    assert configuration.count('"manylinux_2_28"') == 2 and "--exclude libgomp.so.1" in configuration
+    assert ".ci/check_wheel" in configuration and os.access(ROOT / ".ci" / "check_wheel", os.X_OK)
 
 
 @pytest.mark.slow
