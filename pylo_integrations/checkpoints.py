@@ -644,7 +644,7 @@ def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any
         besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
             f"{named} of shape {entry.shape} has state {found}{besides}, expected {expected}. Was it written by "
-            "another optimizer, or for a model with other shapes or parameter order?"
+            "another optimizer, or for a model with other shapes, parameter order, or split or stacked of groups?"
         )
 
 

@@ -38,7 +38,8 @@ StateDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 ``"float32"``; ``"bfloat16"``, half as much, rounded stochastically; ``"int8"``, a quarter, in blocks with a scale each
 (:mod:`pylo_integrations.formats`). Steps are computed in float32 all the same. Vectors, tensors of fewer than 4,096
 elements, row and column statistics and state of float64 parameters stay as they are; with ``"int8"`` also tensors with
-rows of fewer than 16 elements.
+rows of fewer than 16 elements; and what ``stacked``, or ``split`` of ``axes="in_out"``, divides within rows is then in
+``"bfloat16"``.
 """
 
 BLOCK = 256

@@ -30,6 +30,7 @@ from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
+from pylo_integrations.sharding.pieces import FlatSlice
 from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
 from pylo_integrations.steplock import between_steps
 from pylo_integrations.stepping import Stepping
@@ -48,9 +49,9 @@ class LearnedOptimizer(Informed):
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
-            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the
-            optimizer has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See
-            :func:`~pylo_integrations.param_groups`.
+            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; ``split`` and
+            ``stacked`` where a parameter is several tensors (:mod:`pylo_integrations.fused`); and, where the optimizer
+            has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -84,6 +85,9 @@ class LearnedOptimizer(Informed):
 
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
+
+    splits_fused: ClassVar[bool] = False
+    """Whether groups made from a model divide parameters in which several tensors are fused."""
 
     @spelled_out
     def __init__(
@@ -128,6 +132,7 @@ class LearnedOptimizer(Informed):
             "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
+            **USUAL,
             "state_dtype": keywords["state_dtype"],
             MOMENTUM: 0.0,
         }
@@ -190,6 +195,38 @@ class LearnedOptimizer(Informed):
         if has_slices:
             self._resumption.reserve(self.param_groups)
             self.init_state()
+
+    @between_steps
+    def replace_params(
+        self,
+        params: Sequence[Sequence[tuple[str, Tensor]]],
+        slices: Mapping[Tensor, FlatSlice],
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Step other tensors in the place of parameters, for adapters of frameworks that keep masters of them.
+
+        Args:
+            params: What to step, with names, in the groups that there are.
+            slices: Those of them that are 1-D runs of whole tensors.
+            process_group: As for :meth:`bind_model`.
+
+        Raises:
+            ValueError: There is state of the parameters; or this process is not in ``process_group``.
+        """
+        if any(self.state.values()):
+            raise ValueError(
+                f"{type(self).__name__} has state of parameters that masters are to take the place of: wrap it before "
+                "its first step, and load checkpoints after"
+            )
+        self._holdings.ranks.bind(process_group)
+        self._holdings.flat_slices.update(slices)
+        for group, members in zip(self.param_groups, params, strict=True):
+            if "param_names" in group:
+                group["param_names"] = [name for name, _ in members]
+            group["params"] = [tensor for _, tensor in members]
+        self.state.clear()
+        self._born[:] = [[tensor.dim() for _, tensor in members] for members in params]
+        self._resumption.reserve(self.param_groups)
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
@@ -291,6 +328,8 @@ class LearnedOptimizer(Informed):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        if isinstance(group["split"], list):
+            group["split"] = tuple(group["split"])
         for option, usual in USUAL.items():
             if group[option] == usual:
                 del group[option]

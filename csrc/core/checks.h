@@ -86,4 +86,16 @@ inline int check_corrections(long long record, const pylo_step &step) {
     return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
 }
 
+// The weight of PYLO_NESTEROV.
+inline int check_weight(long long record, const pylo_step &step) {
+    if (step.momentum_weight > 0 && step.momentum_weight <= 1) return PYLO_OK;  // and not NaN
+    return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_weight must be above 0 and at most 1", record);
+}
+
+// What else apply needs of a step, by the kind of rule.
+inline int check_for_apply(long long record, const pylo_step &step, const pylo_rule &rule) {
+    if (rule.layers == PYLO_NESTEROV) return check_weight(record, step);
+    return rule.layers ? check_network(record, step, rule) : check_corrections(record, step);
+}
+
 }  // namespace pylo

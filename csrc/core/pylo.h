@@ -128,9 +128,9 @@ typedef struct pylo_step {
     float grad_scale; /* factor on the gradient: sign and clipping */
     float l2;         /* multiple of the parameter added to the gradient */
     float momentum_correction, rms_correction; /* divisors of Adam's averages: 1 - beta^t, or 1 for none */
+    float momentum_weight; /* of PYLO_NESTEROV: weight of the gradient in momentum and, beside it, in the step, in (0, 1] */
     int32_t grad_dtype;
     int32_t flags;
-    int32_t reserved;
 } pylo_step;
 
 /* The rule. An exponential moving average is  keep * old + weight * new. */

@@ -22,8 +22,9 @@ void advance(const Job &job) {
             make_hashes(job.stored->noise[pair], (uint64_t)(job.stored->first + run.index), run.count, hashes);
         };
         const auto momentum = [&](int k, auto half) __attribute__((always_inline)) {
-            move_block<false, decltype(half)::value, false>(
-                job, k, run, block, grad, hashes, rule.momentum_keep[k], rule.momentum_weight[k], values);
+            const float weight = is_network ? rule.momentum_weight[k] : job.step->momentum_weight;
+            const float keep = is_network ? rule.momentum_keep[k] : 1 - weight;
+            move_block<false, decltype(half)::value, false>(job, k, run, block, grad, hashes, keep, weight, values);
         };
         const bool has_rms = is_network && t.rms;
         if (t.momentum[0] || has_rms) hash(0);

@@ -28,6 +28,10 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosi
 zero; linear to zero, the default of the Hugging Face Trainer."""
 
 
+_FUSED = {"query_key_value": 3}
+"""Of the held-out tasks, what no module type tells."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """An optimizer with all that it needs to know.
@@ -40,6 +44,8 @@ class Setting:
         sha256: Of theta.
         base_width: Where muP's multipliers are 1; None for an optimizer without.
         factor: On a learned optimizer's own learning rate.
+        split: Whether tensors that share a parameter are stepped each by itself, see
+            :func:`~pylo_integrations.param_groups`; None for what is the optimizer's default.
         state_dtype: How a learned optimizer stores its state.
     """
 
@@ -50,19 +56,21 @@ class Setting:
     sha256: str = ""
     base_width: int | None = None
     factor: float = 1.0
+    split: bool | None = None
     state_dtype: StateDtype = "float32"
 
     @property
     def name(self) -> str:
         """As on the command line; of a baseline also its learning rate."""
         name = self.optimizer if self.lr is None else f"{self.optimizer} lr={self.lr:g}"
+        name += "" if self.split is None else "+split" if self.split else "-split"
         name += f":{self.weights}" * bool(self.weights) + f"*{self.factor:g}" * (self.factor != 1)
         name += f"@{self.schedule}" * (self.schedule != "constant")
         return name + f"+{self.state_dtype}" * (self.state_dtype != "float32")
 
     @classmethod
     def learned(cls, text: str) -> Setting:
-        """Parse ``NAME[:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]``, of which FORMAT is of its state, and look at theta.
+        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]`` and look at theta.
 
         Raises:
             ValueError: Unknown optimizer or schedule, a factor that is not positive, or theta is for another
@@ -79,6 +87,8 @@ class Setting:
             raise ValueError(f"schedule {schedule!r} of {text!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         head, times, factor = head.partition("*")
         optimizer, _, weights = head.partition(":")
+        splits = {"+split": True, "-split": False}.get(optimizer[-6:])
+        optimizer = optimizer if splits is None else optimizer[:-6]
         spec = get_optimizer_info(optimizer)
         theta = _theta_of(spec, weights)
         return cls(
@@ -88,6 +98,7 @@ class Setting:
             sha256=theta.sha256 if theta else "",
             base_width=_base_width_of(spec, theta),
             factor=_factor(factor, text) if times else 1.0,
+            split=splits,
             state_dtype=cast(StateDtype, form),
         )
 
@@ -109,6 +120,9 @@ class Setting:
             lr = spec.lr * self.factor
             params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=lr)
         options: dict[str, Any] = {"weights": theta} if theta else {}
+        if self.split is not None and self.base_width is None:
+            parts = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+            options["split"] = self.split and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor
         if self.state_dtype != "float32":

@@ -35,15 +35,15 @@ from pylo_integrations.ops.records import (
     piece_order,
     pieces_of,
     record_axes,
-    run_start,
     same_format,
     strides,
 )
 from pylo_integrations.rounding import noise_keys
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
+from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import Piece, local_part
 from pylo_integrations.telemetry import StepRecord
 
@@ -206,6 +206,7 @@ class NativeStages:
         self._sizes = self._sizes_now()
         # Wrappers and what they wrap count by themselves.
         self._written = self._known + local if self._sharded else self._known
+        self._written = self._written + [tensor for bucket in buckets for tensor in bucket.wrappers()]
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_rooms: tuple[list[int], list[int]] = [], []
@@ -604,11 +605,14 @@ class NativeStages:
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
+        step, averages = self._spec.step, {}
+        if isinstance(step, AdamSpec):
+            averages["momentum_correction"], averages["rms_correction"] = step.corrections(ctx.iteration)
+        elif isinstance(step, NesterovSpec):
+            averages["momentum_weight"] = step.weight(ctx.num_steps)
         for index, control in enumerate(controls):
-            values: dict[str, Any] = {}
-            if isinstance(self._spec.step, AdamSpec):
-                values["momentum_correction"], values["rms_correction"] = self._spec.step.corrections(ctx.iteration)
-            elif isinstance(self._spec.step, NetworkSpec):
+            values: dict[str, Any] = dict(averages)
+            if isinstance(step, NetworkSpec):
                 layers = layers_of(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:

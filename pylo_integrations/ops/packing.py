@@ -37,7 +37,6 @@ def rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
     if isinstance(spec.step, NesterovSpec):
-        assert "momentum_weight" in constants, "a momentum that takes no gradient in would never move anything"
         struct.layers = NESTEROV
         return struct
     rms = constants["rms_weight"]

@@ -59,8 +59,8 @@ STEP = np.dtype(
         ("network", "u8"),
         *((name, "i8") for name in ("grad_bytes", "network_bytes")),
         *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
-        *((name, "f4") for name in ("momentum_correction", "rms_correction")),
-        *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
+        *((name, "f4") for name in ("momentum_correction", "rms_correction", "momentum_weight")),
+        *((name, "i4") for name in ("grad_dtype", "flags")),
     ]
 )
 """``pylo_step``."""
@@ -160,15 +160,6 @@ def record_axes(
         role.index(d0),
         role.index(d1),
     )
-
-
-def run_start(box: Box, shape: Sequence[int]) -> int | None:
-    """Where a box begins in a tensor in row-major order, if its elements are neighbours there; else None."""
-    rest = [axis for axis, extent in enumerate(box.shape) if extent > 1]
-    first = rest[0] if rest else len(shape) - 1
-    if any(box.shape[axis] != shape[axis] for axis in range(first + 1, len(shape))):
-        return None
-    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(box.start))
 
 
 def pieces_of(bucket: Bucket, position: int) -> tuple[Piece, ...]:

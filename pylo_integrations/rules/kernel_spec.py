@@ -29,7 +29,14 @@ class AdamSpec:
 
 @dataclass(frozen=True)
 class NesterovSpec:
-    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``."""
+    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``.
+
+    Attributes:
+        weight: That of the gradient ``g`` in the momentum too, in (0, 1], by the steps of the run, None if they are not
+            known.
+    """
+
+    weight: Callable[[int | None], float]
 
 
 @dataclass(frozen=True)

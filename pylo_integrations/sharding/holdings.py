@@ -36,7 +36,7 @@ class Holdings:
     Attributes:
         shares_steps: Whether ranks that all have a whole parameter share the work of its step.
         ranks: The processes that train together.
-        flat_slices: What is known about FSDP1's 1-D slices; may be filled later.
+        flat_slices: What is known about the 1-D slices of FSDP1 and ZeRO; may be filled later.
         names: Of parameters in the model that was bound; may be filled later.
         offloads: Whether the state of parameters on a device lives on the host.
     """
@@ -56,7 +56,7 @@ class Holdings:
             process_group: The ranks that train together; None for those of the last call, else all.
 
         Returns:
-            Whether some of ours are slices of FSDP1.
+            Whether some of ours are slices of FSDP1 or ZeRO.
 
         Raises:
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
@@ -157,7 +157,7 @@ class Holdings:
         """
         shape, fault = tuple(param.shape), None
         if param in self.flat_slices:
-            fault = "is a slice made by FSDP1, in which rows are cut: use fully_shard() (FSDP2)"
+            fault = "is a slice made by FSDP1 or ZeRO, in which rows are cut: use fully_shard() (FSDP2)"
         elif hasattr(param, "placements"):
             sizes = dict[int, list[int]]()
             mesh: Any = getattr(param, "device_mesh")  # noqa: B009
