@@ -48,7 +48,7 @@ class Entry:
         rule: Who steps it.
         shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
         dtype: Of arithmetic, and of states that are stored as they are.
-        is_slice: Whether it is a 1-D slice made by FSDP1.
+        is_slice: Whether it is a 1-D slice made by FSDP1 or ZeRO.
         form: How states are stored that are shaped like the parameter.
         components: The tensors that share it, which the rule steps; none if it is one tensor.
     """
@@ -73,6 +73,12 @@ class Entry:
     def stored(self) -> dict[str, Stored]:
         """All tensors that hold its states, by the name that they have in ``optimizer.state[p]``."""
         return {name: stored for parts in self.parts.values() for name, stored in parts.items()}
+
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Names, in any format, of states that its rule would keep with other weights."""
+        parts = stored_parts(dict.fromkeys(self.rule.unread), (), INT8, self.dtype)
+        return frozenset(self.rule.unread).union(*parts.values())
 
     def parts_in(self, form: Format) -> dict[str, dict[str, Stored]]:
         """:attr:`parts`, if states were stored in another format."""
@@ -120,6 +126,7 @@ class Ledger:
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
             return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FLOAT32)
+        self.holdings.check_home(param)
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
         components = components_of(shape, group)
@@ -174,7 +181,7 @@ class Ledger:
             return self.holdings.zero_scales(entry.param, entry.held)
         if stored.shape is None:
             return self.holdings.zero_state(entry.param, entry.held, stored.dtype)
-        return torch.zeros(stored.shape, dtype=stored.dtype, device=entry.param.device)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=self.holdings.home(entry.param))
 
     def new_states(
         self, groups: Groups, state: States, born: Sequence[Sequence[int]]
@@ -211,9 +218,12 @@ def _check_flattening(params: Sequence[Tensor], born: Sequence[int], index: int,
     """Raise ShardingError if a 1-D tensor has taken the place of the parameters that a group was given."""
     param, is_alone = params[position], len(params) == 1 < len(born)
     replaced = is_alone or (len(params) == len(born) and born[position] != 1)
-    if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
+    # Of several vectors one may be left, but hardly as a tensor that is no parameter of a module.
+    tells = max(born, default=0) > 1 or (is_alone and not isinstance(param, torch.nn.Parameter))
+    if replaced and param.dim() == 1 and tells and not is_sharded(param):
         raise ShardingError(
-            f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
+            f"group {index} was given {len(born)} parameters of up to {max(born)} axes, but now has a flattened one of "
             f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
-            "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+            "tensors; call pylo_integrations.deepspeed.attach(engine) after deepspeed.initialize(), or use torch's "
+            "fully_shard() (FSDP2) or DistributedDataParallel"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info
 from pylo_integrations.evaluation.baselines import BASELINES
 from pylo_integrations.evaluation.tasks import HeldOutTask
+from pylo_integrations.formats import FORMATS, StateDtype
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizers import MuLO
 from pylo_integrations.schedules import constant, linear, warmed_up
@@ -45,6 +46,7 @@ class Setting:
         factor: On a learned optimizer's own learning rate.
         split: Whether tensors that share a parameter are stepped each by itself, see
             :func:`~pylo_integrations.param_groups`; None for what is the optimizer's default.
+        state_dtype: How a learned optimizer stores its state.
     """
 
     optimizer: str
@@ -55,6 +57,7 @@ class Setting:
     base_width: int | None = None
     factor: float = 1.0
     split: bool | None = None
+    state_dtype: StateDtype = "float32"
 
     @property
     def name(self) -> str:
@@ -62,20 +65,24 @@ class Setting:
         name = self.optimizer if self.lr is None else f"{self.optimizer} lr={self.lr:g}"
         name += "" if self.split is None else "+split" if self.split else "-split"
         name += f":{self.weights}" * bool(self.weights) + f"*{self.factor:g}" * (self.factor != 1)
-        return name + f"@{self.schedule}" * (self.schedule != "constant")
+        name += f"@{self.schedule}" * (self.schedule != "constant")
+        return name + f"+{self.state_dtype}" * (self.state_dtype != "float32")
 
     @classmethod
     def learned(cls, text: str) -> Setting:
-        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE]`` and look at theta.
+        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]`` and look at theta.
 
         Raises:
             ValueError: Unknown optimizer or schedule, a factor that is not positive, or theta is for another
                 optimizer.
             FileNotFoundError: There is no such theta.
         """
-        head, at, schedule = text.rpartition("@")
+        rest, plus, form = text.rpartition("+")
+        if form not in FORMATS or not plus:  # paths may have a plus
+            rest, form = text, "float32"
+        head, at, schedule = rest.rpartition("@")
         if not at or "/" in head and schedule not in SCHEDULES:  # hub:<owner>/<repo>@<revision>
-            head, schedule = text, "constant"
+            head, schedule = rest, "constant"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} of {text!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         head, times, factor = head.partition("*")
@@ -92,6 +99,7 @@ class Setting:
             base_width=_base_width_of(spec, theta),
             factor=_factor(factor, text) if times else 1.0,
             split=splits,
+            state_dtype=cast(StateDtype, form),
         )
 
     def optimizers(self, model: nn.Module, task: HeldOutTask, steps: int) -> list[Optimizer]:
@@ -117,6 +125,8 @@ class Setting:
             options["split"] = self.split and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor
+        if self.state_dtype != "float32":
+            options["state_dtype"] = self.state_dtype
         return [create_optimizer(params, self.optimizer, num_steps=steps, **options)]
 
 

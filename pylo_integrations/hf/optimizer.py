@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info
+from pylo_integrations.deepspeed import ZeroOptimizer, check_config
 from pylo_integrations.hf.options import parse_optim_args
 from pylo_integrations.hf.run import horizon_is_ours
 
@@ -62,7 +63,14 @@ class FromGroups(Optimizer):
     """
 
     def __new__(
-        cls, groups: Iterable[dict[str, Any]], *, name: str, owner: nn.Module, lr: float, options: dict[str, Any]
+        cls,
+        groups: Iterable[dict[str, Any]],
+        *,
+        name: str,
+        owner: nn.Module,
+        lr: float,
+        options: dict[str, Any],
+        for_deepspeed: bool,
     ) -> Any:
         """Create the optimizer ``name`` of ``groups``, which hold parameters of ``owner``."""
         wanted = get_optimizer_info(name).param_groups(owner, split=options.get("split"))
@@ -71,7 +79,7 @@ class FromGroups(Optimizer):
         optimizer.bind_model(owner)
         if "num_steps" not in options:
             horizon_is_ours.add(optimizer)
-        return optimizer
+        return ZeroOptimizer(optimizer) if for_deepspeed else optimizer
 
 
 def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,19 +108,27 @@ def describe(
     check_supported(spec, args)
     options = parse_optim_args(spec, args.optim_args)
     lr, chosen = _choose_rate_and_schedule(spec, args, schedule, options)
-    return {"name": spec.name, "owner": model, "lr": lr, "options": options}, chosen
+    for_deepspeed = args.deepspeed_plugin is not None
+    return {"name": spec.name, "owner": model, "lr": lr, "options": options, "for_deepspeed": for_deepspeed}, chosen
 
 
 def check_supported(spec: OptimizerSpec, args: transformers.TrainingArguments) -> None:
     """Refuse what hides whole tensors from the optimizer.
 
     Raises:
-        ValueError: DeepSpeed or the FSDP of XLA.
+        ShardingError: DeepSpeed, so configured.
+        ValueError: The FSDP of XLA; or the configuration of DeepSpeed has an optimizer of its own.
     """
-    is_xla = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")
-    for is_used, what in ((args.fsdp and is_xla, "FSDP of XLA"), (args.deepspeed_plugin, "DeepSpeed")):
-        if is_used:
+    if args.fsdp and isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla"):
+        raise ValueError(
+            f"{spec.name}: FSDP of XLA hides whole tensors from the optimizer, and a learned one needs statistics of "
+            "them; train with torch's FSDP (TrainingArguments(fsdp=...)), DistributedDataParallel or one device"
+        )
+    if args.deepspeed_plugin is not None:
+        config = args.deepspeed_plugin.hf_ds_config.config
+        if "optimizer" in config:
             raise ValueError(
-                f"{spec.name}: {what} hides whole tensors from the optimizer, and a learned one needs statistics of "
-                "them; train with torch's FSDP (TrainingArguments(fsdp=...)), DistributedDataParallel or one device"
+                f"{spec.name} would not be used: the configuration of DeepSpeed has an optimizer of its own, "
+                f"{config['optimizer']!r:.100}; remove it"
             )
+        check_config(config)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylo_integrations.formats import FLOAT32, Format, Stored
+from pylo_integrations.formats import FLOAT32, NOISE, Format, Stored
 from pylo_integrations.rounding import box_noise, noise_keys
 from pylo_integrations.sharding.components import Origin
 from pylo_integrations.sharding.layout import Box, TensorLayout
@@ -210,8 +210,9 @@ class Block:
         for name, values in zip(names, value.unbind(1), strict=True):
             parts = self.bucket.stored[name]
             is_square = any(part.dtype == torch.uint8 for part in parts.values())
-            keys = [noise_keys(self.bucket.iteration, number, name) for number in self.bucket.numbers[self.tensors]]
-            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device)
+            hashed, bit = NOISE.get(name, (name, 0))
+            keys = [noise_keys(self.bucket.iteration, number, hashed) for number in self.bucket.numbers[self.tensors]]
+            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device, bit)
             encoded = self.bucket.form.encode(values, is_square, noise)
             for (part, stored), new in zip(parts.items(), encoded, strict=True):
                 torch._foreach_copy_(self._stored([part], stored.per_block), list(new.unbind()))

@@ -20,7 +20,8 @@ data = [{"x": torch.ones(3), "labels": torch.zeros(3)} for _ in range(8)]
 trainer = Trainer(Net(), args, train_dataset=data)
 if __name__ == "__main__":
     trainer.train()
-    print("ran", sys.argv[0][-8:], rest, type(trainer.optimizer.optimizer).__name__, trainer.optimizer.optimizer.iteration)
+    learned = trainer.optimizer.optimizer
+    print("ran", sys.argv[0][-8:], rest, type(learned).__name__, learned.iteration)
 """
 BESIDE = """
 import torch

@@ -22,9 +22,9 @@ LAYERS = [
     {"profiles"},
     {"weights", "decay", "progress", "telemetry"},
     {"ops", "options", "hints", "ledger"},
-    {"step", "checkpoints", "advice"},
+    {"step", "checkpoints", "advice", "offload"},
     {"engine", "resume", "keywords"},
-    {"compiled"},
+    {"compiled", "offload"},
     {"stepping"},
     {"informed"},
     {"optimizer"},
@@ -34,6 +34,7 @@ LAYERS = [
     {"mup"},
     {"catalog"},
     {"__init__"},
+    {"deepspeed"},
     {"hf", "lightning", "accelerate", "timm", "torchtitan"},
     {"plot", "workers", "kernel_check"},
     {"bench", "metatrain", "comparison"},
@@ -46,6 +47,7 @@ FRAMEWORKS = {
     "accelerate": {"accelerate", "hf"},
     "timm": {"timm"},
     "torchtitan": {"torchtitan"},
+    "deepspeed": set(),
     "matplotlib": {"plot"},
 }
 
