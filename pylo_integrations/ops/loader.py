@@ -130,7 +130,9 @@ def open_library(path: Path, version_function: str) -> ctypes.CDLL:
         dll = ctypes.CDLL(str(path))
         tell = getattr(dll, version_function)
     except (OSError, AttributeError) as error:
-        raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
+        # torch brings it, but some versions under a name of their own.
+        remedy = "; apt-get install libgomp1, or dnf install libgomp" if "libgomp" in str(error) else ""
+        raise NativeError(f"the native library {path} cannot be loaded: {error}{remedy}") from error
     tell.restype = ctypes.c_uint32
     if (version := tell()) != ABI_VERSION:
         raise NativeError(
