@@ -21,7 +21,7 @@ from pylo_integrations.sharding.pieces import ShardingError
 from pylo_integrations.sharding.rounds import RankError
 from pylo_integrations.weights.theta import Theta
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",

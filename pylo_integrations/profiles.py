@@ -100,14 +100,14 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         for profile in (
             Profile(
                 name="small_fc_lopt",
-                description="per-parameter MLP over Adafactor-style features (Metz et al., CoLLAs 2022)",
+                description="MLP for every parameter, Adafactor's features (Metz et al., 2022)",
                 architecture="small_fc",
                 weights="builtin:small_fc_bootstrap",
                 converts_as="small_fc",
             ),
             Profile(
                 name="mulo",
-                description="small_fc_lopt in the maximal-update parametrisation (Therien et al., 2024)",
+                description="small_fc_lopt for models in muP (Therien et al., 2024)",
                 architecture="small_fc",
                 weights="builtin:mulo",
                 hyper={"step_mult": 1e-2},
@@ -131,7 +131,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="velo",
-                description="per-parameter MLP mixed by an LSTM for every tensor (Metz et al., 2022)",
+                description="MLP for every parameter, mixed by an LSTM (Metz et al., 2022)",
                 architecture="velo",
                 weights="hub:amoudgl/velo-4000",
                 converts_as="velo",
@@ -139,7 +139,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="celo",
-                description="per-parameter MLP under one learned schedule (Moudgil et al., 2025)",
+                description="MLP for every parameter, learned schedule (Moudgil et al., 2025)",
                 architecture="celo",
                 weights="builtin:celo",
                 converts_as="celo",
@@ -153,7 +153,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="celo2",
-                description="orthogonalised per-parameter MLP for matrices, Adam for vectors and embeddings",
+                description="orthogonalised MLP for matrices, Adam for vectors and embeddings",
                 architecture="celo2",
                 weights="builtin:celo2",
                 lr=3e-4,
@@ -168,7 +168,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="pace",
-                description="orthogonalised momentum whose step size is learned, Adam for vectors",
+                description="orthogonalised momentum, learned step size; Adam for vectors",
                 architecture="pace",
                 weights="builtin:pace",
                 anneals=True,
@@ -176,7 +176,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="celo2_base",
-                description="the per-parameter MLP of celo2 for all tensors, not orthogonalised",
+                description="the MLP of celo2 for all tensors, not orthogonalised",
                 architecture="celo2",
                 weights="hub:amoudgl/celo2-base",
                 lr=1e-3,
@@ -186,7 +186,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             ),
             Profile(
                 name="elo_celo2",
-                description="the rule of celo2 for matrices, AdamW for vectors, clipped gradients",
+                description="celo2 with AdamW for vectors and clipped gradients",
                 architecture="celo2",
                 weights="hub:DiamondXL/elo-celo2",
                 lr=3e-4,

@@ -23,9 +23,7 @@ def run_list(args: argparse.Namespace) -> int:
     names = list_optimizers(args.filter)
     if not names:
         args.parser.error(f"no optimizer matches {args.filter!r}; there are {', '.join(list_optimizers())}")
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:{width}}  {get_optimizer_info(name).description}")
+    print_table([(name, get_optimizer_info(name).description) for name in names])
     return 0
 
 
@@ -51,6 +49,8 @@ def run_info(args: argparse.Namespace) -> int:
         ("class", f"{spec.cls.__module__}.{spec.cls.__qualname__}"),
         ("needs", " and ".join(needs) or "gradients only"),
     ]
+    if spec.anneals:
+        rows.append(("takes", "num_steps, over which its steps fall to zero: no schedule then"))
     if spec.wants_schedule:
         rows.append(("wants", "a learning rate that falls to zero over the run: give it a scheduler"))
     rows += _describe_theta(spec)

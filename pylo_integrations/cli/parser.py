@@ -39,6 +39,9 @@ class Family:
     commands: Mapping[str, Command]
 
 
+_FIRST = "First: pylo doctor. Then pylo recipe vit, or pylo try train.py:train on a training function of your own."
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {on_one_line(message)}\n")
@@ -46,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(commands: Mapping[str, Command | Family]) -> argparse.ArgumentParser:
     """A parser whose result has the ``run`` of the command that was given, and its ``parser``."""
-    parser = _Parser("pylo", description=pylo_integrations.__doc__)
+    parser = _Parser("pylo", description=pylo_integrations.__doc__, epilog=_FIRST)
     parser.add_argument("--version", action="version", version=f"%(prog)s {pylo_integrations.__version__}")
     _add(commands, parser, "COMMAND")
     return parser

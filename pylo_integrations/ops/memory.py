@@ -45,6 +45,18 @@ def read_memory(tensors: Iterable[Tensor], count: int) -> Memory:
     return np.array(known, np.uint64).reshape(count, _COLUMNS)
 
 
+def look_at(tensors: Sequence[Tensor]) -> bytes:
+    """Which tensors these are, where what is here of them is, of what kind, and in how large a storage, to be compared.
+
+    Raises:
+        RuntimeError: One has no memory.
+    """
+    local = [tensor if type(tensor) in (Tensor, torch.nn.Parameter) else local_part(tensor) for tensor in tensors]
+    memory = read_memory(local, len(local))
+    memory[:, _IDENTITY] = list(map(id, tensors))
+    return memory.tobytes()
+
+
 def addresses(memory: Memory) -> Memory:
     """Where the tensors begin, ``(count,)``."""
     return memory[:, _ADDRESS]
@@ -66,13 +78,19 @@ class Written:
     Args:
         params: Parameters, the same ones as long as this is used.
         entries: Of states, each with the name of a tensor in it.
+        wrappers: Tensors whose memory is that of others here, and which count their versions by themselves.
 
     Raises:
         RuntimeError: One of them has no memory.
     """
 
-    def __init__(self, params: Sequence[Tensor], entries: Sequence[tuple[Mapping[str, Tensor], str]]) -> None:
-        self._params, self._entries = params, entries
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        entries: Sequence[tuple[Mapping[str, Tensor], str]],
+        wrappers: Sequence[Tensor] = (),
+    ) -> None:
+        self._params, self._entries, self._wrappers = params, entries, wrappers
         self.tensors = self._now()
         local = list(map(local_part, self.tensors))
         # Wrappers and what they wrap count their versions by themselves.
@@ -108,6 +126,8 @@ class Written:
         """Tell autograd that all of them are written to."""
         if self._asked is None or not self._asked.raise_versions(self._where[2], len(self.tensors)):
             torch.autograd.graph.increment_version(self._versioned)
+        if self._wrappers:
+            torch.autograd.graph.increment_version(self._wrappers)
 
     def _now(self) -> list[Tensor]:
         return [*self._params, *(state[name] for state, name in self._entries)]

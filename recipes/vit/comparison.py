@@ -1,4 +1,4 @@
-"""What a run was, and several of them side by side: a table and a plot."""
+"""What a run was, and several of them side by side: a table, a verdict and a plot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ class History(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.training or trainer.validating and trainer.state.fn == "fit":
-            self.validation.append((trainer.global_step, trainer.callback_metrics["validation_loss"].item()))
+            loss, accuracy = (trainer.callback_metrics[f"validation_{name}"].item() for name in ("loss", "accuracy"))
+            self.validation.append((trainer.global_step, loss))
+            if trainer.is_global_zero and trainer.progress_bar_callback is None:
+                done = f"step {trainer.global_step} of {int(trainer.estimated_stepping_batches)}"
+                told = f"validation loss {loss:.3f}, accuracy {accuracy:.1%}; {self.seconds:.0f} s"
+                print(f"{done:>17}: {told}", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         self.losses = [float(loss) for loss in self.losses]
@@ -86,21 +91,34 @@ class Run:
 
 def make_table(runs: list[Run]) -> str:
     """A Markdown table with a line for each run, and what must be said about them."""
-    head = "optimizer, lr, final train loss, best train loss, val. loss, val. accuracy, steps, seconds, ms/step"
-    lines = [tuple(head.split(", "))]
+    lines = [("optimizer", "lr", "train loss", "val. loss", "accuracy", "steps", "ms/step")]
     for run in runs:
-        smooth = run.smooth_losses()
-        figures = (smooth[-1], smooth.min(), run.validation_loss, run.validation_accuracy)
-        cost = (f"{run.seconds:.1f}", f"{1000 * run.seconds / run.steps:.1f}")
-        lines.append((run.optimizer, f"{run.lr:g}", *(f"{x:.4f}" for x in figures), str(run.steps), *cost))
+        figures = (run.smooth_losses()[-1], run.validation_loss, run.validation_accuracy)
+        cost = f"{1000 * run.seconds / run.steps:.1f}"
+        lines.append((run.optimizer, f"{run.lr:g}", *(f"{x:.4f}" for x in figures), str(run.steps), cost))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     notes = [f"{run.optimizer}: {run.note}." for run in runs if run.note]
-    explanation = "Train loss: mean over the last twentieth of the steps, and the best such mean."
     shares = [f"{100 * run.share:.1f} % with {run.optimizer}" for run in runs if not math.isnan(run.share)]
     cost = [f"Of a training step, the optimizer takes {', '.join(shares)}."] if shares else []
-    return "\n".join([*rows, "", explanation, *cost, *notes])
+    return "\n".join([*rows, "", "Train loss: mean over the last twentieth of the steps.", *cost, *notes])
+
+
+def verdict(run: Run, baseline: Run) -> str:
+    """Who won, by how much and at what cost, in words."""
+    ours, theirs = run.validation_loss, baseline.validation_loss
+    names = f"{run.optimizer} at lr {run.lr:g}", f"{baseline.optimizer} at lr {baseline.lr:g}"
+    if not (math.isfinite(ours) and math.isfinite(theirs)):
+        return f"No verdict: {' and '.join(names)} ended at validation losses of {ours:g} and {theirs:g}."
+    accuracies = f"accuracy {run.validation_accuracy:.1%} against {baseline.validation_accuracy:.1%}"
+    cost = run.seconds / run.steps * baseline.steps / baseline.seconds
+    won = "won" if ours < theirs else "lost"
+    told = f"{run.optimizer} {won}: validation loss {ours:.3f} against {theirs:.3f} of {names[1]}, {accuracies}."
+    first = next((step for step, loss in run.validation if loss <= theirs), None)
+    if won == "won" and first is not None:
+        told += f" It was there after at most {first} of {run.steps} steps."
+    return f"{told} A step took {cost:.2f} times as long."
 
 
 def plot(runs: list[Run], title: str, path: Path) -> None:
@@ -111,13 +129,13 @@ def plot(runs: list[Run], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index, run in enumerate(runs):
-        smooth = run.smooth_losses()
+        smooth, colour = run.smooth_losses(), f"C{index}"
         steps = torch.linspace(0, run.steps, len(run.losses) + 1)[-len(smooth) :]
-        axes.plot(steps, smooth, color=f"C{index}", label=f"{run.optimizer}, lr {run.lr:g}")
-        if run.validation:
-            axes.plot(*zip(*run.validation, strict=True), "o--", color=f"C{index}", markersize=4)
-    axes.plot([], [], "o--", color="gray", markersize=4, label="validation")
-    axes.set(title=title, xlabel="step", ylabel="cross-entropy (train: sliding mean)", yscale="log")
+        axes.plot(steps, smooth, color=colour, alpha=0.5, linewidth=1)
+        label = f"{run.optimizer}, lr {run.lr:g}"
+        axes.plot(*zip(*run.validation, strict=True) if run.validation else ([], []), "o-", color=colour, label=label)
+    axes.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training, sliding mean; dots: validation")
+    axes.set(title=title, xlabel="step", ylabel="cross-entropy", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     axes.yaxis.set_major_formatter("{x:g}")

@@ -1,9 +1,9 @@
 """Train a vision transformer with a learned optimizer, then with AdamW on the same seed and batches, and compare.
 
 Examples:
-    python train.py                                     small ViT on Fashion-MNIST: minutes on two CPU cores
+    python train.py                                     small ViT on small pictures: minutes on two CPU cores
     python train.py --optimizer adamw --baseline null   AdamW only
-    python train.py --model.settings.celo2.lr=5e-4 --trainer.max_steps=300
+    python train.py --optimizer celo2 --model.settings.celo2.lr=5e-4 --trainer.max_steps=300
     python train.py --ckpt_path last                    go on where it was interrupted
     python train.py --preset vit_b16 --data-dir DIR     ViT-B/16 on a folder of images
     torchrun --nproc-per-node=2 train.py --config launch/ddp.yaml   on two devices, likewise fsdp2.yaml
@@ -12,16 +12,18 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 try:
     import timm
-    from comparison import History, Run, make_table, plot
+    from comparison import History, Run, make_table, plot, verdict
     from images import ImageData
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -121,13 +123,13 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         settings, lr = self.settings, {} if self.settings.lr is None else {"lr": self.settings.lr}
         if self.optimizer != "adamw":
+            info = get_optimizer_info(self.optimizer)
             return configure_optimizers(
                 self,
                 self.optimizer,
                 **lr,
                 weight_decay=settings.weight_decay,
-                # Rules that know how much of the run is left anneal by themselves.
-                scheduler=None if get_optimizer_info(self.optimizer).needs_horizon else self.schedule,
+                scheduler=None if info.needs_horizon or info.anneals else self.schedule,
                 telemetry=self.telemetry,
                 **settings.options,
             )
@@ -161,6 +163,8 @@ class Recipe(LightningCLI):
             trainer_defaults={
                 "callbacks": [LearnedOptimizerCallback(), self.history],
                 "use_distributed_sampler": False,  # the data know how to share
+                "enable_model_summary": False,
+                "enable_progress_bar": False,  # the history prints a line for every validation
             },
             save_config_kwargs={"config_filename": "config.yaml", "overwrite": True},
             parser_kwargs={
@@ -173,7 +177,7 @@ class Recipe(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         names = ", ".join(["adamw", *list_optimizers()])
         parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what to start from")
-        parser.add_argument("--optimizer", default="celo2", help=names)
+        parser.add_argument("--optimizer", default="pace", help=names)
         parser.add_argument("--baseline", type=str | None, default="adamw", help="optimizer to compare with, or null")
         parser.add_argument("--data_dir", "--data-dir", type=str | None, help="see --data.help")
         parser.add_argument(
@@ -244,13 +248,25 @@ def say(text: str) -> None:
 def conclude(runs: list[Run], title: str, output: Path) -> None:
     """Write and print the comparison."""
     output.mkdir(parents=True, exist_ok=True)  # as a dry run with --trainer.fast_dev_run=true leaves nothing there
-    table = make_table(runs)
+    table = "\n\n".join([make_table(runs), *(verdict(runs[0], baseline) for baseline in runs[1:])])
     (output / "comparison.md").write_text(f"{table}\n", encoding="utf-8")
     plot(runs, title, output / "comparison.png")
-    say(f"\n{table}\n\nwritten to {output}: comparison.md, comparison.png, and a folder for each optimizer")
+    say(f"\n{table}\n\nWritten to {output}: comparison.md, comparison.png, and a folder for each optimizer.")
+    say("Next: `pylo try train.py:train` asks the same of a training function of your own; docs/cli.md tells how.")
+
+
+def be_quiet() -> None:
+    """Of what Lightning says, leave what went wrong: not its advertisements, nor what it deprecates of torch's."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"lightning\.")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the pictures are in memory
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
 
 
 def main() -> None:
+    be_quiet()
     # LightningCLI takes arguments in a list, as the second run needs, but then warns about those in sys.argv.
     arguments, sys.argv = sys.argv[1:], sys.argv[:1]
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -13,12 +14,16 @@ from forked import Forked
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 FENCE = re.compile(r"^```(.*)$")
 ADAPTERS = {"hf": "transformers", "lightning": "lightning", "accelerate": "accelerate", "timm": "timm"}
 
 
 def python_of(page: Path) -> str:
-    """A page's snippets as one script, every line where it stands on the page; all else is blank."""
+    """A page's snippets as one script, each line where it stands on the page, all else blank; or a notebook's cells."""
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text())["cells"]
+        return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     language, script = None, []
     for line in page.read_text().splitlines():
         fence = FENCE.match(line)
@@ -45,7 +50,7 @@ def absent_modules(script: str) -> set[str]:
     return {root for root in roots if importlib.util.find_spec(root) is None}
 
 
-SNIPPETS = [page for page in PAGES if python_of(page).strip()]
+SNIPPETS = [page for page in [*PAGES, *NOTEBOOKS] if python_of(page).strip()]
 
 
 @pytest.fixture(scope="module")

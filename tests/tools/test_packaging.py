@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -156,6 +157,30 @@ def test_version_has_one_source(wheel_metadata):
     assert f"## [{pylo_integrations.__version__}]" in changelog
 
 
+def test_changelog_and_citation_tell_this_version_and_one_date():
+    version = re.escape(pylo_integrations.__version__)
+    [date] = re.findall(rf"^## \[{version}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    citation = ROOT / ".github" / "CITATION.cff"
+    if not citation.exists():
+        pytest.skip("no checkout")
+    lines = citation.read_text().splitlines()
+    assert f"version: {pylo_integrations.__version__}" in lines and f"date-released: {date}" in lines
+
+
+def test_releases_are_built_for_the_platforms_that_the_documentation_names():
+    release = ROOT / ".github" / "workflows" / "release.yml"
+    if not release.exists():
+        pytest.skip("no checkout")
+    jobs = yaml.safe_load(release.read_text())["jobs"]
+    built = {entry["runner"] for entry in jobs["wheel"]["strategy"]["matrix"]["include"]}
+    assert built == {"ubuntu-24.04", "ubuntu-24.04-arm", "macos-14", "windows-2022"}
+    assert {"container", "source"} <= set(jobs["publish"]["needs"]) and jobs["container"]["needs"] == "wheel"
+    assert jobs["publish"]["permissions"]["id-token"] == "write", "trusted publishing"
+    configuration = (ROOT / "pyproject.toml").read_text()
+    assert configuration.count('"manylinux_2_28"') == 2 and "--exclude libgomp.so.1" in configuration
+    assert ".ci/check_wheel" in configuration and os.access(ROOT / ".ci" / "check_wheel", os.X_OK)
+
+
 @pytest.mark.slow
 def test_extras_and_dependencies(wheel_metadata):
     extras = {"hf", "lightning", "accelerate", "recipes", "evaluation", "dev", "docs"}
@@ -193,6 +218,7 @@ CI_STEPS = [
     "ruff check .",
     "ruff format --check .",
     "mypy",
+    "typos",
     "mkdocs build --strict --config-file .mkdocs.yml",
     "python -m pytest -n 2 --dist loadfile -m not slow and not dist",
     "python -m pytest -n 2 --dist loadfile -m slow or dist",
@@ -208,7 +234,7 @@ def test_ci_takes_the_steps_of_the_readmes_command_and_stops_where_one_fails(tmp
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for tool in ("ruff", "mypy", "mkdocs", "python", "python3", "pip"):
+    for tool in ("ruff", "mypy", "typos", "mkdocs", "python", "python3", "pip"):
         script = f'#!/bin/sh\nstep=$(echo {tool} "$@")\necho "$step" >> trace\n[ "$step" != "{failing}" ]\n'
         (tools / tool).write_text(script)
         (tools / tool).chmod(0o755)
