@@ -6,7 +6,8 @@ accumulation, where the loss of a step is spread over micro-batches.
 
 :func:`prepare_scheduler` has a schedule step once with every optimizer step, on however many processes.
 
-DDP, FSDP1 with ``fsdp_use_orig_params: true`` and FSDP2 are supported; DeepSpeed and Megatron-LM hide whole tensors.
+DDP, FSDP1 with ``fsdp_use_orig_params: true``, FSDP2 and DeepSpeed's ZeRO, stages 1 and 2, are supported; Megatron-LM
+hides whole tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.optim.optimizer import Optimizer
 
 from pylo_integrations.attach import Attachment, observe_before_backward, require_learned
 from pylo_integrations.attach import attach as attach_to_backward
+from pylo_integrations.deepspeed import attach as attach_to_engine
 
 
 def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None = None) -> Attachment:
@@ -36,7 +38,8 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
     Args:
         accelerator: With one optimizer, else its ``backward`` raises RuntimeError. With several, e.g. in a GAN, call
             ``optimizer.step(lambda: loss)`` instead.
-        optimizer: Before or after ``accelerator.prepare``; with FSDP1, after the model was prepared.
+        optimizer: Before or after ``accelerator.prepare``; with FSDP1, after the model was prepared; with DeepSpeed,
+            after ``accelerator.prepare(model, optimizer)`` and before ``accelerator.load_state``.
         num_steps: The horizon, i.e. the optimizer steps of the whole run; see :func:`count_steps`. A prepared scheduler
             of exactly that length, which Accelerate would step once for every process, is stepped once, with a
             RuntimeWarning; :func:`prepare_scheduler` is the way to say so.
@@ -46,21 +49,26 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
 
     Raises:
         TypeError: ``optimizer`` is not a learned optimizer.
-        ValueError: ``accelerator`` reports to another optimizer; it trains with DeepSpeed or Megatron-LM; or
-            ``num_steps`` is not a positive integer.
-        ShardingError: FSDP1 melted parameters together, see :meth:`LearnedOptimizer.bind_model`.
+        ValueError: ``accelerator`` reports to another optimizer; it trains with Megatron-LM; or ``num_steps`` is not a
+            positive integer.
+        ShardingError: FSDP1 melted parameters together, see :meth:`LearnedOptimizer.bind_model`; or DeepSpeed hides
+            whole tensors, see :func:`pylo_integrations.deepspeed.attach`.
     """
     learned = require_learned(optimizer)
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.deepspeed_engine_wrapped is None:
+            raise ValueError("with DeepSpeed, call attach() after accelerator.prepare(model, optimizer)")
+        return attach_to_engine(accelerator.deepspeed_engine_wrapped.engine, num_steps)
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(
             f"{accelerator.distributed_type} hides whole tensors from the optimizer, which a learned one needs; use "
-            "one device, DDP or FSDP"
+            "one device, DDP, FSDP or DeepSpeed"
         )
     learned.bind_model(nn.ModuleList(accelerator._models))
     if num_steps is not None:
         _mend_schedules(accelerator, num_steps)
 
-    def observe(loss: Tensor) -> None:
+    def observe(loss: Tensor, **_: Any) -> None:
         if (count := len(accelerator._optimizers)) > 1:
             raise RuntimeError(
                 f"the accelerator has {count} optimizers, and which of them a loss belongs to cannot be told in "

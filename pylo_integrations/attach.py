@@ -19,7 +19,7 @@ class Attachment:
     Only this one object is changed, until :meth:`remove`, which leaving a ``with`` block calls.
     """
 
-    def __init__(self, owner: Any, optimizer: LearnedOptimizer, observe: Callable[[Tensor], None]) -> None:
+    def __init__(self, owner: Any, optimizer: LearnedOptimizer, observe: Callable[..., None]) -> None:
         self.optimizer = optimizer
         self._owner = owner
         self._observe = observe
@@ -28,14 +28,15 @@ class Attachment:
         self._others: list[Callable[[], None]] = []
         owner.backward = self
 
-    def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Report the loss, then do what ``backward`` does."""
         hears = self._attached and self.optimizer.needs_loss
         if hears:
-            self._observe(loss)
-        self._backward(loss, *args, **kwargs)
+            self._observe(loss, *args, **kwargs)
+        result = self._backward(loss, *args, **kwargs)
         if hears:
             look_after_backward(self.optimizer)
+        return result
 
     def also_removes(self, undo: Callable[[], None]) -> None:
         """Have :meth:`remove` call ``undo``."""
@@ -58,8 +59,8 @@ class Attachment:
         self.remove()
 
 
-def attach(owner: Any, optimizer: Optimizer, num_steps: int | None, observe: Callable[[Tensor], None]) -> Attachment:
-    """Call ``observe`` with every loss that goes through ``owner.backward``; a second call adds nothing.
+def attach(owner: Any, optimizer: Optimizer, num_steps: int | None, observe: Callable[..., None]) -> Attachment:
+    """Call ``observe`` with all that goes into ``owner.backward``, the loss first; a second call adds nothing.
 
     Raises:
         TypeError: ``optimizer`` is not a learned optimizer.

@@ -20,6 +20,7 @@ from pylo_integrations.groups import param_groups
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.profiles import PROFILES, Profile
+from pylo_integrations.sharding.components import Split
 from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 from pylo_integrations.weights.published import PUBLISHED, Published
 from pylo_integrations.weights.sources import Weights
@@ -106,10 +107,13 @@ class OptimizerSpec:
         decay: float = self.defaults.get("weight_decay", self.cls.default_weight_decay)
         return decay
 
-    def param_groups(self, model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, model: nn.Module, weight_decay: float | None = None, split: bool | Mapping[str, Split] | None = None
+    ) -> list[dict[str, Any]]:
         """Parameter groups of a model as this optimizer wants them; see :func:`~pylo_integrations.param_groups`."""
         decay = self.weight_decay if weight_decay is None else weight_decay
-        return param_groups(model, decay, adamw=() if self.cls.adamw_embeddings else None)
+        divided = self.cls.splits_fused if split is None else split
+        return param_groups(model, decay, adamw=() if self.cls.adamw_embeddings else None, split=divided)
 
 
 _CATALOG = {
@@ -191,6 +195,7 @@ def create_optimizer(
     step_mult: float | None = None,
     max_grad_norm: float | None = None,
     telemetry: TelemetryMode = False,
+    split: bool | Mapping[str, Split] | None = None,
     **kwargs: Any,
 ) -> LearnedOptimizer:
     """Create a learned optimizer by name.
@@ -209,11 +214,13 @@ def create_optimizer(
         max_grad_norm: Clip the global L2 norm of the gradients to this; by default the entry's, which infinity
             switches off.
         telemetry: Whether to call :meth:`LearnedOptimizer.enable_telemetry`, and how.
+        split: Of a model, whether parameters in which several tensors are fused are divided, and which, see
+            :func:`~pylo_integrations.param_groups`; by default as the entry.
         **kwargs: Further options of the entry's class.
 
     Raises:
         ValueError: Unknown name, or an option out of range.
-        TypeError: The entry's class has no such option.
+        TypeError: The entry's class has no such option; or ``split`` is given without a model.
     """
     spec, per_parameter = get_optimizer_info(name), is_per_parameter(telemetry)
     given = {"weights": weights, "num_steps": num_steps, "step_mult": step_mult, "max_grad_norm": max_grad_norm}
@@ -226,7 +233,9 @@ def create_optimizer(
             message += "; betas and eps are part of the learned weights: leave them out"
         raise TypeError(message)
     model = model_or_params if isinstance(model_or_params, nn.Module) else None
-    params: Any = model_or_params if model is None else spec.param_groups(model, decay)
+    if model is None and split is not None:
+        raise TypeError(f"split={split!r} is of a model: pass one, or groups that param_groups(model, split=...) made")
+    params: Any = model_or_params if model is None else spec.param_groups(model, decay, split)
     optimizer = spec.cls(params, lr=spec.lr if lr is None else lr, **options)
     if model is not None:
         optimizer.bind_model(model)

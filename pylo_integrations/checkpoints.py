@@ -471,10 +471,12 @@ def read_states(
     indices = [index for group in groups for index in group["params"]]
     has_stepped = progress is None or progress.iteration > 0
     converted: Counter[tuple[str, str]] = Counter()
+    unread: set[str] = set()
     for number, (index, entry) in enumerate(zip(indices, entries, strict=True)):
         found = {**(saved.get(index) or {}), **small.get(number, {})}
         mine = ledger.names if blob is None else entry.stored  # FSDP1 gives all slices the same states
-        own = {name: value for name, value in found.items() if name in mine}
+        unread |= found.keys() & entry.unread
+        own = {name: value for name, value in found.items() if name in mine and name not in entry.unread}
         others = {name: value for name, value in found.items() if name not in mine} if blob is None else {}
         if own and not entry.held.numel:  # FSDP1 drops the state of what is not here
             absent = {name: entry.param.new_zeros(0) for name, shape in entry.shapes.items() if shape is None}
@@ -487,6 +489,8 @@ def read_states(
             states[number] = {**states.get(number, {}), **_copied(others, entry.param.device)}
     if told := "; ".join(f"{old} to {new}, {count} parameters" for (old, new), count in converted.items() if count):
         logger.info("states are stored otherwise here than in the checkpoint, and were converted: %s", told)
+    if unread:
+        logger.info("states that no weight of this theta reads were left out: %s", ", ".join(sorted(unread)))
     return states
 
 
@@ -503,8 +507,8 @@ def check_states(
     """
     for number, found in states.items():
         entry = entries[number]
-        own = {name: value for name, value in found.items() if name in names}
-        others = found.keys() - own.keys()
+        own = {name: value for name, value in found.items() if name in names and name not in entry.unread}
+        others = found.keys() - own.keys() - entry.unread
         if own or (has_stepped and _lacks_state(others, entry)):
             _check_names(own, others, number, entry, entry.form)
             check_values(own, number)
@@ -640,7 +644,7 @@ def _check_names(tensors: Mapping[str, Any], others: Collection[Any], index: Any
         besides = f" and, of other code, {sorted(map(str, others))}" if others else ""
         raise CheckpointError(
             f"{named} of shape {entry.shape} has state {found}{besides}, expected {expected}. Was it written by "
-            "another optimizer, or for a model with other shapes or parameter order?"
+            "another optimizer, or for a model with other shapes, parameter order, or split or stacked of groups?"
         )
 
 

@@ -86,7 +86,17 @@ def fit_gradient(param: Tensor, held: Held, dtype: torch.dtype, groups: Sequence
     Raises:
         StateError: It has another shape or device than the parameter, or too little memory.
     """
-    grad, local = local_gradient(param), local_part(param)
+    grad = local_gradient(param)
+    _check_gradient(param, grad, groups)
+    if is_lazy(grad):
+        grad = grad.clone()
+    if grad.dtype not in _GRADIENT_DTYPES or grad.dtype.itemsize > dtype.itemsize:
+        grad = grad.to(dtype)
+    return held.of(grad)
+
+
+def _check_gradient(param: Tensor, grad: Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
+    local = local_part(param)
     if grad.shape != local.shape or grad.device != local.device:
         raise StateError(
             f"the gradient of parameter {name_of(param, groups)} is {_look(grad)}, expected {_look(local)} as the "
@@ -94,11 +104,32 @@ def fit_gradient(param: Tensor, held: Held, dtype: torch.dtype, groups: Sequence
         )
     if fault := _missing_memory(grad):
         raise StateError(f"the gradient of parameter {name_of(param, groups)} {fault}")
-    if is_lazy(grad):
-        grad = grad.clone()
-    if grad.dtype not in _GRADIENT_DTYPES or grad.dtype.itemsize > dtype.itemsize:
-        grad = grad.to(dtype)
-    return held.of(grad)
+
+
+def check_copies(params: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise StateError unless parameters, which are to be stepped in copies, can be read and written.
+
+    Args:
+        params: With their gradients.
+        groups: The parameter groups, for the names of parameters.
+    """
+    for param in params:
+        if fault := _missing_memory(param) or _write_protection(param):
+            raise StateError(f"parameter {name_of(param, groups)} {fault}")
+        if param.grad is not None:
+            _check_gradient(param, param.grad, groups)
+    spans = [
+        (str(param.device), param.data_ptr(), param.data_ptr() + memory_span(param) * param.itemsize, param)
+        for param in params
+        if has_memory(param) and param.numel()
+    ]
+    spans.sort(key=lambda span: span[:3])
+    for one, other in itertools.pairwise(spans):
+        if one[0] == other[0] and other[1] < one[2]:
+            raise StateError(
+                f"parameter {name_of(other[3], groups)} shares memory with parameter {name_of(one[3], groups)}, and "
+                "offload_state=True steps each in a copy: let them be one nn.Parameter, or give each its own memory"
+            )
 
 
 def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:

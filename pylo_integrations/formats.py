@@ -38,7 +38,8 @@ StateDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 ``"float32"``; ``"bfloat16"``, half as much, rounded stochastically; ``"int8"``, a quarter, in blocks with a scale each
 (:mod:`pylo_integrations.formats`). Steps are computed in float32 all the same. Vectors, tensors of fewer than 4,096
 elements, row and column statistics and state of float64 parameters stay as they are; with ``"int8"`` also tensors with
-rows of fewer than 16 elements.
+rows of fewer than 16 elements; and what ``stacked``, or ``split`` of ``axes="in_out"``, divides within rows is then in
+``"bfloat16"``.
 """
 
 BLOCK = 256
@@ -58,6 +59,9 @@ CODE, SCALE = "_int8", "_scale"
 
 CODES = (torch.int8, torch.uint8)
 """Types of codes, of signed states and of averages of squares."""
+
+NOISE = {"rms": ("momentum_0", 16), "momentum_2": ("momentum_1", 16)}
+"""States that are rounded by the upper half of a hash whose lower half rounds another: hashing takes the most time."""
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -142,16 +146,13 @@ class Int8(Format):
         return {name + CODE: Stored(None, code), name + SCALE: Stored(None, torch.float32, True)}
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
-        """Codes on their curve, times scales; the largest code is exactly its scale.
-
-        Divisors are tensors: CUDA multiplies by the reciprocal of a number, and would not get 1 for the largest code.
-        """
+        """Codes on their curve, times scales; the largest code is exactly its scale."""
         codes, scales = parts
         code = codes.float()
         if codes.dtype == torch.uint8:
-            curve = code.square_().div_(code.new_full((1,), _TOP**2)).square_()
+            curve = code.square_().mul_(1 / _TOP**2).square_()
         else:
-            curve = code.mul_(code.abs()).div_(code.new_full((1,), _MOST**2))
+            curve = code.mul_(code.abs()).mul_(1 / _MOST**2)
         return _unblocked(_blocked(curve).mul_(scales.unsqueeze(-1)), codes.shape)
 
     def encode(self, values: Tensor, is_square: bool, noise: Tensor | None) -> list[Tensor]:
@@ -159,31 +160,33 @@ class Int8(Format):
         blocks = _blocked(values)
         scales = blocks.abs().amax(-1)
         scales = scales.where(~(scales < TINY), 0)
-        part = blocks / scales.where(scales > 0, math.inf).unsqueeze(-1)
+        # A little more than it should be, so that the largest number has the largest code whatever is rounded.
+        unit = (_TOP**4 if is_square else _MOST**2) / scales.where(scales > 0, math.inf) * (1 + 2**-22)
+        blocks = blocks * unit.unsqueeze(-1)
         chance = 0.5 if noise is None else _blocked((noise.float() + 0.5) / 2**16)
-        codes = _square_codes(part, chance) if is_square else _signed_codes(part, chance)
+        codes = _square_codes(blocks, chance) if is_square else _signed_codes(blocks, chance)
         return [_unblocked(codes, values.shape), scales]
 
 
 _MOST, _TOP = 127.0, 255.0
 
 
-def _signed_codes(part: Tensor, chance: Tensor | float) -> Tensor:
-    """Codes of numbers from -1 to 1; those that are not finite have any."""
-    distance = part.abs() * _MOST**2
-    lower = distance.sqrt().floor()
-    upper = ((distance - lower * lower) / (lower + lower + 1) > chance).to(lower)
+def _signed_codes(values: Tensor, chance: Tensor | float) -> Tensor:
+    """Codes of numbers of magnitudes up to the largest code's; those that are not finite have any."""
+    size = values.abs()
+    lower = size.sqrt().floor()
+    upper = (size - lower * lower > chance * (2 * lower + 1)).to(lower)
     code = (lower + upper).clamp_(max=_MOST)
-    return (code * part.sign()).nan_to_num_(0).to(torch.int8)
+    return (code * values.sign()).nan_to_num_(0).to(torch.int8)
 
 
-def _square_codes(part: Tensor, chance: Tensor | float) -> Tensor:
-    """Codes of numbers from 0 to 1; what is above zero has at least 1."""
-    root = part.clamp(min=0).sqrt()
-    lower = (root.sqrt() * _TOP).floor()
-    low, high = lower * lower / _TOP**2, (lower + 1) * (lower + 1) / _TOP**2
-    upper = ((part - low * low) / (high * high - low * low) > chance).to(lower)
-    code = torch.maximum((lower + upper).clamp_(max=_TOP), (part > 0).to(lower))
+def _square_codes(values: Tensor, chance: Tensor | float) -> Tensor:
+    """Likewise, of numbers that are not negative; what is above zero has at least 1."""
+    size = values.clamp(min=0)
+    lower = size.sqrt().sqrt().floor()
+    low, high = lower.square().square(), (lower + 1).square().square()
+    upper = (size - low > chance * (high - low)).to(lower)
+    code = torch.maximum((lower + upper).clamp_(max=_TOP), (values > 0).to(lower))
     return code.nan_to_num_(0).to(torch.uint8)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from pylo_integrations.fused import FusedWeights
 from pylo_integrations.rules.base import RuleChoice
+from pylo_integrations.sharding.components import Split
 from pylo_integrations.sharding.layout import AxisOrder
 from pylo_integrations.sharding.pieces import ShardingError, parameter_names, read_flat_slices
 
@@ -25,13 +27,15 @@ def param_groups(
     *,
     no_decay: Collection[str] = (),
     adamw: Collection[str] | Choose | None = None,
+    split: bool | Mapping[str, Split] = False,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for a learned optimizer.
 
     Biases and other parameters below rank 2, all parameters of normalisation layers (by type name) and embeddings get
     no weight decay, nor do the names in ``no_decay`` or in the model's own ``no_weight_decay()`` (timm's convention for
     position embeddings and class tokens). Weights stored (in, out, ...), those of ``nn.Embedding``, transposed
-    convolutions and transformers' ``Conv1D``, get ``axes="in_out"``.
+    convolutions and transformers' ``Conv1D``, get ``axes="in_out"``. Those of experts, parameters with three axes of
+    modules whose type name ends in ``Experts``, get ``stacked=True``: each expert is a tensor.
 
     Args:
         model: Parameters it shares between modules appear once; being an embedding anywhere counts. FSDP1's slices go
@@ -42,12 +46,17 @@ def param_groups(
         adamw: For optimizers that leave some tensors to AdamW, such as ``celo2``, which tensors from rank 2 on those
             are (vectors always are): embeddings and the names given, as in ``no_decay``; or exactly what a function of
             ``(name, parameter, owning module)`` chooses. By default none.
+        split: Whether parameters in which several tensors are fused are divided, for statistics and matrices of each:
+            the gates of LSTM and GRU, queries, keys and values (``nn.MultiheadAttention``, GPT-2's ``c_attn``,
+            ``qkv``, ``Wqkv``, Phi's ``qkv_proj``) and ``gate_up_proj``; or, besides these, what names of parameters or
+            modules, or their last components, are divided into, such as ``{"query_key_value": 3}`` or
+            ``{"attn.kv.weight": (64, 128)}``; 1 leaves one whole. See :mod:`pylo_integrations.fused`.
 
     Returns:
         Groups of ``(name, parameter)`` pairs, without empty ones.
 
     Raises:
-        ValueError: Nothing is trainable.
+        ValueError: Nothing is trainable, or ``split`` names nothing.
         ShardingError: FSDP1 melted parameters together, or wraps ``model``.
     """
     slices = read_flat_slices(model)
@@ -58,7 +67,8 @@ def param_groups(
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(param, []).append((module, name))
 
-    groups: dict[tuple[bool, AxisOrder, RuleChoice], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    fused = FusedWeights(model, split)
     names = parameter_names(model)
     for param in model.parameters():
         if not param.requires_grad:
@@ -69,28 +79,34 @@ def param_groups(
                 f"{name} is a slice made by FSDP, whose shape only the FullyShardedDataParallel around it knows: "
                 "pass that one in place of the model inside it"
             )
-        rank = len(slices[param].shape) if param in slices else _rank(name, param)
+        shape = slices[param].shape if param in slices else () if is_lazy(param) else tuple(param.shape)
+        what = fused.of(name, *owners[param][0], shape)
+        rank = (len(shape) if not is_lazy(param) else _rank(name)) - what.is_stacked
         modules = [module for module, _ in owners[param]]
         decays = not (
             rank < 2
             or any(isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ for module in modules)
             or _is_named(name, exempt)
         )
-        axes: AxisOrder = "in_out" if rank >= 2 and any(map(_stores_in_out, modules)) else "out_in"
+        axes: AxisOrder = what.axes or ("in_out" if rank >= 2 and any(map(_stores_in_out, modules)) else "out_in")
         rule: RuleChoice = "adamw" if any(to_adamw(name, param, module) for module in modules) else "learned"
         group = groups.setdefault(
-            (decays, axes, rule),
+            (decays, axes, rule, what.split, what.is_stacked),
             {"params": [], "weight_decay": weight_decay if decays else 0.0, "axes": axes, "rule": rule},
         )
+        group |= {"split": what.split} if what.split != 1 else {}
+        group |= {"stacked": True} if what.is_stacked else {}
         group["params"].append((name, param))
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True")
+    if fused.unused:
+        raise ValueError(f"split names {sorted(fused.unused)}, which no trainable parameter or module is named")
     return list(groups.values())
 
 
-def _rank(name: str, param: nn.Parameter) -> int:
-    """Number of axes; of a parameter of a lazy module, which has no shape yet, those that such modules will give it."""
-    return param.dim() if not is_lazy(param) else 1 if name.rsplit(".", 1)[-1] == "bias" else 2
+def _rank(name: str) -> int:
+    """Number of axes that a lazy module will give a parameter, which has no shape yet."""
+    return 1 if name.rsplit(".", 1)[-1] == "bias" else 2
 
 
 def _is_named(name: str, names: Collection[str]) -> bool:

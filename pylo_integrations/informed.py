@@ -127,6 +127,7 @@ class Informed(Optimizer):
         numbers: dict[str, float] = {"nonfinite_steps": progress.nonfinite_steps}
         if progress.num_steps is not None:
             numbers["horizon_fraction"] = progress.iteration / progress.num_steps
-        numbers |= watching.read(self.param_groups, self.rule.telemetry(progress.memory))
+        groups = self._stepping.offload.stand_ins(self.param_groups)
+        numbers |= watching.read(groups, self.rule.telemetry(progress.memory))
         name = self._stepping.owner  # self may be a framework's wrapper, of another class
         return {f"optim/{name}/{key}": float(number) for key, number in numbers.items()}

@@ -44,6 +44,9 @@ class Keywords(TypedDict, total=False):
         stochastic_rounding: Round new bfloat16 parameters up or down at random, so that their mean is right and small
             updates are not lost (:mod:`pylo_integrations.rounding`). Without effect on parameters of other types.
         state_dtype: How state is stored, see :data:`~pylo_integrations.formats.StateDtype`; groups may have their own.
+        offload_state: Keep the state of parameters on a device in the host's memory, and step them there
+            (:mod:`pylo_integrations.offload`). Without effect on parameters on the CPU, as FSDP2's
+            ``CPUOffloadPolicy`` has them.
     """
 
     weight_decay: float | None
@@ -57,6 +60,7 @@ class Keywords(TypedDict, total=False):
     shard_step: Annotated[bool, False]
     stochastic_rounding: Annotated[bool, False]
     state_dtype: Annotated[StateDtype, "float32"]
+    offload_state: Annotated[bool, False]
 
 
 class WeightsKeywords(Keywords, total=False):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pylo_integrations.formats import FLOAT32, INT8, Format, Stored, format_of, stored_parts, wanted_format
+from pylo_integrations.formats import BFLOAT16, FLOAT32, INT8, Format, Stored, format_of, stored_parts, wanted_format
 from pylo_integrations.rules.accumulators import SECOND_MOMENTS
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.agreement import may_step
+from pylo_integrations.sharding.components import Component, components_of, joint_shapes
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
 from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded
@@ -47,8 +48,9 @@ class Entry:
         rule: Who steps it.
         shapes: Of its whole states, by name; None for "shaped, and sharded, like the parameter".
         dtype: Of arithmetic, and of states that are stored as they are.
-        is_slice: Whether it is a 1-D slice made by FSDP1.
+        is_slice: Whether it is a 1-D slice made by FSDP1 or ZeRO.
         form: How states are stored that are shaped like the parameter.
+        components: The tensors that share it, which the rule steps; none if it is one tensor.
     """
 
     param: Tensor
@@ -60,6 +62,7 @@ class Entry:
     dtype: torch.dtype
     is_slice: bool
     form: Format
+    components: tuple[Component, ...] = ()
 
     @cached_property
     def parts(self) -> dict[str, dict[str, Stored]]:
@@ -71,9 +74,19 @@ class Entry:
         """All tensors that hold its states, by the name that they have in ``optimizer.state[p]``."""
         return {name: stored for parts in self.parts.values() for name, stored in parts.items()}
 
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Names, in any format, of states that its rule would keep with other weights."""
+        parts = stored_parts(dict.fromkeys(self.rule.unread), (), INT8, self.dtype)
+        return frozenset(self.rule.unread).union(*parts.values())
+
     def parts_in(self, form: Format) -> dict[str, dict[str, Stored]]:
         """:attr:`parts`, if states were stored in another format."""
         return stored_parts(self.shapes, SECOND_MOMENTS, form, self.dtype)
+
+    def parts_of(self, component: Component) -> dict[str, dict[str, Stored]]:
+        """:attr:`parts` of one of the tensors that share it."""
+        return stored_parts(self.rule.state_shapes(component.layout), SECOND_MOMENTS, self.form, self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,20 +120,29 @@ class Ledger:
 
         Raises:
             ShardingError: The whole tensor cannot be seen from here, or is divided otherwise than its format can be.
+            ValueError: ``split`` or ``stacked`` of the group do not fit its shape.
         """
         dtype = state_dtype(param)
         if is_lazy(param):
             nothing = TensorLayout.whole((0,), group["axes"])
             return Entry(param, name, nothing, Held(()), self.rule, {}, dtype, False, FLOAT32)
+        self.holdings.check_home(param)
         shape, held = self.holdings.locate(param)
         layout = TensorLayout.whole(shape, group["axes"])
-        rule = self.rule.rule_for(layout, group)
+        components = components_of(shape, group)
+        rule = self.rule.rule_for(components[0].layout if components else layout, group)
+        shapes = rule.state_shapes(layout)
+        if components:
+            _check_alike(self.rule, components, group)
+            shapes = joint_shapes([rule.state_shapes(component.layout) for component in components])
         flat = self.holdings.flat_slices.get(param)
         name = flat.name if flat else name
         form = format_of(wanted_format(group), shape, dtype)
+        if form.per_block and not all(component.keeps_rows(shape) for component in components):
+            form = BFLOAT16  # scales are of rows of the parameter
         if form.per_block:
             self.holdings.check_blocks(param)
-        return Entry(param, name, layout, held, rule, rule.state_shapes(layout), dtype, flat is not None, form)
+        return Entry(param, name, layout, held, rule, shapes, dtype, flat is not None, form, components)
 
     def entries(self, groups: Groups, options: Groups | None = None) -> list[Entry]:
         """All parameters, in the order of torch's state dicts.
@@ -159,7 +181,7 @@ class Ledger:
             return self.holdings.zero_scales(entry.param, entry.held)
         if stored.shape is None:
             return self.holdings.zero_state(entry.param, entry.held, stored.dtype)
-        return torch.zeros(stored.shape, dtype=stored.dtype, device=entry.param.device)
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=self.holdings.home(entry.param))
 
     def new_states(
         self, groups: Groups, state: States, born: Sequence[Sequence[int]]
@@ -183,13 +205,25 @@ class Ledger:
         return made
 
 
+def _check_alike(rule: Rule, components: Sequence[Component], group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless one rule steps all tensors that share a parameter."""
+    if len({rule.rule_for(component.layout, group) for component in components}) > 1:
+        raise ValueError(
+            f"split={group.get('split')!r} leaves tensors that different rules step, as one of them is no matrix: "
+            f"{sorted({component.layout.shape for component in components})}; divide the parameter otherwise"
+        )
+
+
 def _check_flattening(params: Sequence[Tensor], born: Sequence[int], index: int, position: int) -> None:
     """Raise ShardingError if a 1-D tensor has taken the place of the parameters that a group was given."""
     param, is_alone = params[position], len(params) == 1 < len(born)
     replaced = is_alone or (len(params) == len(born) and born[position] != 1)
-    if replaced and param.dim() == 1 and max(born, default=0) > 1 and not is_sharded(param):
+    # Of several vectors one may be left, but hardly as a tensor that is no parameter of a module.
+    tells = max(born, default=0) > 1 or (is_alone and not isinstance(param, torch.nn.Parameter))
+    if replaced and param.dim() == 1 and tells and not is_sharded(param):
         raise ShardingError(
-            f"group {index} was given parameters with {max(born)} axes, but now has a flattened one of "
+            f"group {index} was given {len(born)} parameters of up to {max(born)} axes, but now has a flattened one of "
             f"{param.numel()} elements in their place, as DeepSpeed ZeRO makes: learned optimizers need whole "
-            "tensors; use torch's fully_shard() (FSDP2) or DistributedDataParallel instead"
+            "tensors; call pylo_integrations.deepspeed.attach(engine) after deepspeed.initialize(), or use torch's "
+            "fully_shard() (FSDP2) or DistributedDataParallel"
         )

@@ -23,12 +23,14 @@ from pylo_integrations.informed import Informed
 from pylo_integrations.keywords import Keywords, Unpack, spelled_out
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.naming import name_new
+from pylo_integrations.offload import Offload
 from pylo_integrations.ops.select import Backend
 from pylo_integrations.options import MOMENTUM, USUAL, OptionCheck, check_group
 from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
+from pylo_integrations.sharding.pieces import FlatSlice
 from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
 from pylo_integrations.steplock import between_steps
 from pylo_integrations.stepping import Stepping
@@ -47,9 +49,9 @@ class LearnedOptimizer(Informed):
     Args:
         params: Parameters, named parameters, or parameter groups. Groups may set ``lr``, ``weight_decay``,
             ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
-            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; and, where the
-            optimizer has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See
-            :func:`~pylo_integrations.param_groups`.
+            (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; ``split`` and
+            ``stacked`` where a parameter is several tensors (:mod:`pylo_integrations.fused`); and, where the optimizer
+            has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -84,6 +86,9 @@ class LearnedOptimizer(Informed):
     adamw_embeddings: ClassVar[bool] = False
     """Whether groups made from a model leave its embeddings to AdamW."""
 
+    splits_fused: ClassVar[bool] = False
+    """Whether groups made from a model divide parameters in which several tensors are fused."""
+
     @spelled_out
     def __init__(
         self,
@@ -112,7 +117,10 @@ class LearnedOptimizer(Informed):
         wants_schedule = self.wants_schedule if wants_schedule is None else wants_schedule
         rates = self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr
         self._advice = Advice(SettingsWatch(type(self).__name__, *rates, wants_schedule))
-        self._holdings = Holdings(keywords["shard_step"])
+        offloads = keywords["offload_state"]
+        if not isinstance(offloads, bool):
+            raise TypeError(f"offload_state={offloads!r} must be True or False")
+        self._holdings = Holdings(keywords["shard_step"], offloads=offloads)
         self._whole: dict[int, dict[str, Tensor]] = {}  # of a rank that consolidated, until the next step
         self._born: list[list[int]] = []  # number of axes of every parameter as it was given to us
         self._start_engines()
@@ -124,6 +132,7 @@ class LearnedOptimizer(Informed):
             "maximize": keywords["maximize"],
             "axes": "out_in",
             "rule": "learned",
+            **USUAL,
             "state_dtype": keywords["state_dtype"],
             MOMENTUM: 0.0,
         }
@@ -158,6 +167,11 @@ class LearnedOptimizer(Informed):
         """Whether processes that all have the whole parameters share the work of a step."""
         return self._holdings.shares_steps
 
+    @property
+    def offload_state(self) -> bool:
+        """Whether the state of parameters on a device lives on the host, where they are stepped."""
+        return self._holdings.offloads
+
     def bind_model(self, model: nn.Module, process_group: ProcessGroup | None = None) -> None:
         """Tell the optimizer what it cannot see from its parameters; idempotent.
 
@@ -181,6 +195,38 @@ class LearnedOptimizer(Informed):
         if has_slices:
             self._resumption.reserve(self.param_groups)
             self.init_state()
+
+    @between_steps
+    def replace_params(
+        self,
+        params: Sequence[Sequence[tuple[str, Tensor]]],
+        slices: Mapping[Tensor, FlatSlice],
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Step other tensors in the place of parameters, for adapters of frameworks that keep masters of them.
+
+        Args:
+            params: What to step, with names, in the groups that there are.
+            slices: Those of them that are 1-D runs of whole tensors.
+            process_group: As for :meth:`bind_model`.
+
+        Raises:
+            ValueError: There is state of the parameters; or this process is not in ``process_group``.
+        """
+        if any(self.state.values()):
+            raise ValueError(
+                f"{type(self).__name__} has state of parameters that masters are to take the place of: wrap it before "
+                "its first step, and load checkpoints after"
+            )
+        self._holdings.ranks.bind(process_group)
+        self._holdings.flat_slices.update(slices)
+        for group, members in zip(self.param_groups, params, strict=True):
+            if "param_names" in group:
+                group["param_names"] = [name for name, _ in members]
+            group["params"] = [tensor for _, tensor in members]
+        self.state.clear()
+        self._born[:] = [[tensor.dim() for _, tensor in members] for members in params]
+        self._resumption.reserve(self.param_groups)
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
@@ -223,7 +269,7 @@ class LearnedOptimizer(Informed):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        alone = self._holdings.ranks.size == 1
+        alone = self._holdings.ranks.size == 1 and not self.offload_state
         if alone and torch.compiler.is_compiling() and self._compiled.allows(self.param_groups, self.state):
             self._step_traced(self._stepping.take_loss(loss, result))
         else:
@@ -282,6 +328,8 @@ class LearnedOptimizer(Informed):
                 group.pop("param_names", None)
             raise
         group = self.param_groups[-1]
+        if isinstance(group["split"], list):
+            group["split"] = tuple(group["split"])
         for option, usual in USUAL.items():
             if group[option] == usual:
                 del group[option]
@@ -397,7 +445,8 @@ class LearnedOptimizer(Informed):
         name = type(self).__name__
         self._resumption = Resumption(name, self.ledger, self.theta, self._progress, self._options)
         checks = self._options, self._resumption, self._progress, self._advice
-        self._stepping = Stepping(name, self.ledger, self._engine, self._compiled, *checks, self._whole)
+        offload = Offload(self.ledger)
+        self._stepping = Stepping(name, self.ledger, self._engine, self._compiled, *checks, offload, self._whole)
         self._steplock = self._stepping.lock
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # the one that we are bound to
 

@@ -204,8 +204,11 @@ class Pace(ThetaOptimizer, name="pace"):
     whether gradients still agree with the momentum. Takes the arguments of :class:`ThetaOptimizer` but ``step_mult``
     and ``exp_mult``, and ``orthogonalise`` as :class:`CELO2` does. It wants ``num_steps``, over which steps shrink to
     zero by themselves, so no schedule is needed; without it they never shrink. The default weights, ``"builtin:pace"``,
-    were meta-trained by this package on small networks. The loss is unused.
+    were meta-trained by this package on small networks. The loss is unused. Of a model, tensors that share a parameter
+    are stepped each by itself (:mod:`pylo_integrations.fused`).
     """
+
+    splits_fused = True
 
     @spelled_out
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[PaceKeywords]) -> None:

@@ -13,16 +13,18 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pylo_integrations.decay import check_decay, check_decay_policy
 from pylo_integrations.formats import StateDtype, wanted_format
 from pylo_integrations.rules.base import Rule
+from pylo_integrations.sharding.components import check_split, components_of
 from pylo_integrations.sharding.layout import AxisOrder
 
 OPTIONS = ("lr", "weight_decay", "weight_decay_policy", "maximize", "axes", "rule")
 """What every parameter group has."""
 
-USUAL = {"state_dtype": "float32"}
+USUAL = {"state_dtype": "float32", "split": 1, "stacked": False}
 """What groups have only where it is not this. It is of an optimizer and not of its run: checkpoints do not set it, and
 those of optimizers that knew nothing of it are as those of today."""
 
@@ -60,6 +62,9 @@ def check_group(group: Mapping[str, Any], choices: Collection[str], index: int |
     """
     with _of_group(index):
         _read_options(group, choices, OPTIONS, read_number)
+        for param in group["params"]:
+            if not is_lazy(param) and not getattr(param, "_fsdp_flattened", False):
+                components_of(param.shape, group)
     for position, param in enumerate(group["params"]):
         if param.requires_grad and not param.is_floating_point():
             names = group.get("param_names")
@@ -96,6 +101,7 @@ def _read_options(
     if group["rule"] not in choices:
         raise ValueError(f"rule={group['rule']!r} is not a choice of this optimizer; it has {list(choices)}")
     check_state_dtype(group)
+    check_split(group)
     return numbers
 
 

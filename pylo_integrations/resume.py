@@ -243,7 +243,7 @@ class Resumption:
         return [_WITHOUT_PROGRESS.format(iteration=self._progress.iteration)]
 
     def placed(self, memory: Mapping[str, Tensor], groups: Groups, *, fresh: bool = False) -> dict[str, Tensor]:
-        """Memory of the run where the first parameter is: torch's loaders want all tensors on one device.
+        """Memory of the run where the first parameter's state is: torch's loaders want all tensors on one device.
 
         What is ``fresh`` is also made as wide as the widest parameter, as the first step would; others may be loaded
         into it in place.
@@ -252,7 +252,8 @@ class Resumption:
         if not memory or not params or params[0].is_meta:
             return dict(memory)
         dtype = max(map(state_dtype, params), key=lambda dtype: dtype.itemsize) if fresh else None
-        return {name: value.to(params[0].device, dtype) for name, value in memory.items()}
+        home = self._ledger.holdings.home(params[0])
+        return {name: value.to(home, dtype) for name, value in memory.items()}
 
     def _take_arrived(self, groups: Groups, state: States) -> list[str]:
         """Take over the progress that came with states, once all of them were looked at."""

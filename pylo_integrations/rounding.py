@@ -38,6 +38,7 @@ def box_noise(
     shape: Sequence[int],
     keys: Sequence[tuple[int, int]],
     device: torch.device,
+    bit: int = 0,
 ) -> Tensor:
     """Noise for :func:`round_stochastically`, int32 ``(keys, *extent)``.
 
@@ -47,11 +48,12 @@ def box_noise(
         shape: Of the whole tensors.
         keys: Of each, see :func:`noise_keys`.
         device: Where to make it.
+        bit: Of the hash, where the noise begins.
     """
     words = torch.tensor(keys, device=device).view(-1, 2, *(1,) * len(extent))
     index = _element_numbers(start, extent, shape, device)
-    noise = _hash((index & _WORD) ^ words[:, 0])
-    return (_hash(noise ^ (index >> 32) ^ words[:, 1]) & _LOW).to(torch.int32)
+    noise = _hash((index & _WORD) ^ _hash(index >> 32) ^ words[:, 0]) ^ words[:, 1]
+    return (noise >> bit & _LOW).to(torch.int32)
 
 
 def noise_keys(iteration: int, number: int, state: str = "") -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pylo_integrations.engine import Engine
 from pylo_integrations.fitting import check_gradients, check_memory
 from pylo_integrations.hints import warn_user
 from pylo_integrations.ledger import Ledger, States
+from pylo_integrations.offload import Offload
 from pylo_integrations.options import OptionCheck
 from pylo_integrations.progress import Progress, as_scalar_loss
 from pylo_integrations.resume import Groups, Resumption
@@ -39,6 +40,7 @@ class Stepping:
         resumption: Takes over what others put among its states.
         progress: Of its run; changed in place only.
         advice: Told when a step is over.
+        offload: Stands in for parameters whose state is elsewhere.
         whole: States for checkpoints, which a step makes out of date.
         lock: One step at a time.
     """
@@ -51,6 +53,7 @@ class Stepping:
     resumption: Resumption
     progress: Progress
     advice: Advice
+    offload: Offload
     whole: dict[int, dict[str, Tensor]]
     lock: StepLock = field(default_factory=StepLock)
 
@@ -117,13 +120,14 @@ class Stepping:
         init_state: Callable[[], None],
     ) -> bool:
         """Check, and step if there is anything to step; False if the step was skipped."""
-        engine, progress, rule = self.engine, self.progress, self.ledger.rule
+        engine, progress, rule, offload = self.engine, self.progress, self.ledger.rule, self.offload
         known: set[Tensor] | None = None
         try:
             now = policies()
             self.options.check(groups)
             observed = loss()
-            recalled = not progress.is_overwritten and engine.recall(groups, state)
+            stepped = offload.bring(groups)
+            recalled = not progress.is_overwritten and engine.recall(stepped, offload.states(state))
             if not recalled:
                 known = set(state)
                 check_gradients(groups)
@@ -147,14 +151,17 @@ class Stepping:
             raise
         self.whole.clear()
         self._look(groups, progress)
-        used = observed if rule.needs_loss else None
+        used = offload.loss(observed) if rule.needs_loss else None
         try:
-            return engine.step(groups, state, progress, used, now, recalled=recalled)
+            taken = engine.step(stepped, offload.states(state), progress, used, now, recalled=recalled)
         except (DisagreementError, RankError):
             # New state may be of the wrong kind for what the ranks will agree on.
             for param in [] if known is None else set(state) - known:
                 del state[param]
             raise
+        if taken:
+            offload.give_back()
+        return taken
 
     def _look(self, groups: Groups, progress: Progress) -> None:
         """At what will not train well."""

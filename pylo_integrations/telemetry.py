@@ -117,20 +117,22 @@ class Telemetry:
         wanted = [column for named in columns for column in named.values()]
         values = iter(_to_host([*(feature.reshape(1) for feature in features.values()), *wanted]))
         numbers = {name: next(values) for name in features}
-        rows: dict[int, dict[str, float]] = {}
+        rows: dict[int, dict[str, dict[str, float]]] = {}  # of the tensors of every parameter
         for bucket, named in zip(buckets, columns, strict=True):
+            tensors = list(zip(bucket.owners, bucket.origins or [None] * len(bucket), strict=True))
             for name in named:
-                for param in bucket.params:
-                    rows.setdefault(id(param), {"numel": bucket.layout.numel})[name] = next(values)
+                for param, origin in tensors:
+                    own = rows.setdefault(id(param), {}).setdefault(f"[{origin.index}]" if origin else "", {})
+                    own["numel"], own[name] = bucket.layout.numel, next(values)
         for index, group in enumerate(groups):
-            if mine := [rows[id(param)] for param in group["params"] if id(param) in rows]:
+            if mine := [row for param in group["params"] for row in rows.get(id(param), {}).values()]:
                 numbers |= _prefixed(f"group{index}", _describe(mine))
         if self.per_parameter:
             for index, group in enumerate(groups):
                 names = group.get("param_names") or [f"{index}.{position}" for position in range(len(group["params"]))]
                 for name, param in zip(names, group["params"], strict=True):
-                    if id(param) in rows:
-                        numbers |= _prefixed(f"param/{name}", _describe([rows[id(param)]]))
+                    for which, row in rows.get(id(param), {}).items():
+                        numbers |= _prefixed(f"param/{name}{which}", _describe([row]))
         return numbers
 
 

@@ -69,8 +69,8 @@ inline int check_stored(long long record, const pylo_tensor &t, const pylo_store
     if (t.state_dtype != PYLO_INT8) return PYLO_OK;
     const int64_t scales = numel / stored->row * ((stored->row + PYLO_BLOCK - 1) / PYLO_BLOCK);
     for (int k = 0; k < 4; ++k) {
-        const bool is_read = k == 3 ? rule.layers != PYLO_NESTEROV : k == 0 || rule.layers > 0;
-        if (!is_read) continue;
+        const bool is_kept = k == 3 ? rule.layers != PYLO_NESTEROV && t.rms : (k == 0 || rule.layers > 0) && t.momentum[k];
+        if (!is_kept) continue;
         if (!stored->scale[k] || !aligned(stored->scale[k], sizeof(float)))
             return fail(PYLO_BAD_ARGUMENT, "tensor %lld: scale %d is null or misaligned", record, k);
         if (stored->scale_bytes[k] < scales * (int64_t)sizeof(float))
@@ -84,6 +84,18 @@ inline int check_stored(long long record, const pylo_tensor &t, const pylo_store
 inline int check_corrections(long long record, const pylo_step &step) {
     if (step.momentum_correction > 0 && step.rms_correction > 0) return PYLO_OK;  // and not NaN
     return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_correction and rms_correction must be positive", record);
+}
+
+// The weight of PYLO_NESTEROV.
+inline int check_weight(long long record, const pylo_step &step) {
+    if (step.momentum_weight > 0 && step.momentum_weight <= 1) return PYLO_OK;  // and not NaN
+    return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_weight must be above 0 and at most 1", record);
+}
+
+// What else apply needs of a step, by the kind of rule.
+inline int check_for_apply(long long record, const pylo_step &step, const pylo_rule &rule) {
+    if (rule.layers == PYLO_NESTEROV) return check_weight(record, step);
+    return rule.layers ? check_network(record, step, rule) : check_corrections(record, step);
 }
 
 }  // namespace pylo

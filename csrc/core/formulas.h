@@ -59,6 +59,16 @@ PYLO_FN V inverse_statistic(V second_moment) {  // the features inverse_row and 
     return inverse_root(second_moment + V(1e-8f));
 }
 
+// -- state that some weight reads: what is not read need not be there, and counts as zero --------------------------------
+
+PYLO_FN bool reads_momentum(const pylo_rule &rule, int k) {
+    return rule.features & (1u << (MOMENTUM + k) | 1u << (MOMENTUM_OVER_RMS + k) | 1u << (FACTORED_MOMENTUM + k));
+}
+
+PYLO_FN bool reads_rms(const pylo_rule &rule) {
+    return rule.features & (1u << RMS | 7u << MOMENTUM_OVER_RMS | 1u << INVERSE_RMS | 1u << GRAD_OVER_RMS);
+}
+
 // -- the accumulators of one element ---------------------------------------------------------------------------------
 
 template <class V>

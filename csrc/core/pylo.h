@@ -36,7 +36,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 8u
+#define PYLO_ABI_VERSION 9u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
@@ -71,7 +71,7 @@ enum pylo_flags { PYLO_ZERO_NONFINITE = 1 /* read gradients that are not finite,
  * from the shape that the memory should have: pylo_check() compares the two. */
 typedef struct pylo_tensor {
     void *param;
-    float *momentum[3];   /* of the type that state_dtype says, as is rms */
+    float *momentum[3];   /* of the type that state_dtype says, as is rms; null if the network reads nothing of it */
     float *rms;
     float *diagonal[3];   /* full-size second moments of an unfactored tensor, else null */
     float *row, *col;     /* (3, row_numel) and (3, col_numel); null if unfactored, as are the next four */
@@ -113,7 +113,7 @@ typedef struct pylo_stored {
     int64_t scale_bytes[4];
     int64_t first;          /* element of the whole tensor at which the box begins */
     int64_t row;            /* elements of a row of the box; its last block may be shorter */
-    uint32_t noise[4][2];   /* keys of the noise by which momentum and rms are rounded */
+    uint32_t noise[2][2];   /* keys of the noise by which momentum[0] and rms are rounded; and momentum[1] and [2] */
 } pylo_stored;
 
 /* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step, where the step of write is
@@ -128,9 +128,9 @@ typedef struct pylo_step {
     float grad_scale; /* factor on the gradient: sign and clipping */
     float l2;         /* multiple of the parameter added to the gradient */
     float momentum_correction, rms_correction; /* divisors of Adam's averages: 1 - beta^t, or 1 for none */
+    float momentum_weight; /* of PYLO_NESTEROV: weight of the gradient in momentum and, beside it, in the step, in (0, 1] */
     int32_t grad_dtype;
     int32_t flags;
-    int32_t reserved;
 } pylo_step;
 
 /* The rule. An exponential moving average is  keep * old + weight * new. */

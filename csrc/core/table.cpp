@@ -1,9 +1,11 @@
+#define PYLO_ISA table  // formulas.h knows what is made of which state
 #include "table.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "checks.h"
+#include "formulas.h"
 #include "hash.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
@@ -11,7 +13,7 @@ static_assert(sizeof(pylo_tensor) == 600, "");
 static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
 static_assert(sizeof(pylo_call) == 88, "");
-static_assert(sizeof(pylo_stored) == 112, "");
+static_assert(sizeof(pylo_stored) == 96, "");
 
 namespace pylo {
 namespace {
@@ -30,8 +32,8 @@ struct Span {
 // Checks one record and appends its buffers to `spans`.
 class RecordCheck {
 public:
-    RecordCheck(const pylo_tensor &tensor, int layers, int64_t record, std::vector<Span> &spans)
-        : t_(tensor), layers_(layers), record_(record), spans_(spans) {}
+    RecordCheck(const pylo_tensor &tensor, const pylo_rule &rule, int64_t record, std::vector<Span> &spans)
+        : t_(tensor), rule_(rule), layers_(rule.layers), record_(record), spans_(spans) {}
 
     int run() {
         if (t_.rank < 1 || t_.rank > PYLO_MAX_RANK)
@@ -52,10 +54,11 @@ public:
         if (t_.state_dtype != PYLO_FLOAT32 && layers_ > 0 && t_.d0_axis < 0)
             return bad("state_dtype", "must be float32 of an unfactored tensor");
         const int64_t size = itemsize(t_.state_dtype);
-        if (layers_ != PYLO_NESTEROV)
+        if (layers_ != PYLO_NESTEROV && !may_lack(t_.rms, reads_rms(rule_)))
             if (int status = buffer("rms", t_.rms, t_.rms_bytes, local, size)) return status;
         for (int k = 0; k < (layers_ > 0 ? 3 : 1); ++k)
-            if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local, size)) return status;
+            if (!may_lack(t_.momentum[k], reads_momentum(rule_, k)))
+                if (int status = buffer("momentum", t_.momentum[k], t_.momentum_bytes[k], local, size)) return status;
         if (t_.tensor_sums)
             if (int status = buffer("tensor_sums", t_.tensor_sums, t_.tensor_sums_bytes, PYLO_TENSOR_SUMS)) return status;
         if (!known_dtype(t_.direction_dtype)) return bad("direction_dtype", "%d is unknown", t_.direction_dtype);
@@ -77,6 +80,11 @@ public:
     }
 
 private:
+    // Whether a state is not there that no weight of the network reads.
+    bool may_lack(const void *state, bool is_read) const {
+        return !state && layers_ > 0 && !is_read && rule_.measures != PYLO_TENSOR_SUMS;
+    }
+
     int unfactored(int64_t local) {
         if (t_.d0_axis != -1 || t_.d1_axis != -1) return bad("d0_axis", "and d1_axis must both be -1 or neither");
         if (t_.norm_slices != 1) return bad("norm_slices", "must be 1 without d0_axis");
@@ -158,6 +166,7 @@ private:
     }
 
     const pylo_tensor &t_;
+    const pylo_rule &rule_;
     const int layers_;
     const int64_t record_;
     std::vector<Span> &spans_;
@@ -203,7 +212,7 @@ int check_table(const pylo_call &call) {
     std::vector<Span> spans;
     spans.reserve((size_t)call.count * 12);  // about what a matrix has
     for (int64_t i = 0; i < call.count; ++i)
-        if (int status = RecordCheck(call.tensors[i], call.rule->layers, i, spans).run()) return status;
+        if (int status = RecordCheck(call.tensors[i], *call.rule, i, spans).run()) return status;
     return check_overlaps(spans);
 }
 

@@ -7,24 +7,53 @@ namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
+// Of state that is not stored as floats: a block moves on, and the step is made of what is stored of it.
+void adam_in_blocks(const Job &job) {
+    const pylo_tensor &t = *job.tensor;
+    const pylo_rule rule = *job.rule;  // copies, as below
+    const pylo_step step = *job.step;
+    alignas(64) float buffer[2][BLOCK], momentum[BLOCK] = {}, rms[BLOCK] = {};
+    alignas(64) uint32_t hashes[BLOCK];
+    for_blocks(job, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
+        make_hashes(job.stored->noise[0], (uint64_t)(job.stored->first + run.index), run.count, hashes);
+        move_block<false, LOWER, true>(
+            job, 0, run, block, grad, hashes, rule.momentum_keep[0], rule.momentum_weight[0], momentum);
+        move_block<true, UPPER, true>(job, RMS_STATE, run, block, grad, hashes, rule.rms_keep, rule.rms_weight, rms);
+        float *param = nullptr, *direction = t.direction ? buffer[1] : nullptr;
+        if (!direction) param = run.load(t.param, t.param_dtype, buffer[0]);
+        for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
+            Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
+            const Vec proposed = adam_step(rule, step, m, m, r, true);
+            if (direction)
+                proposed.store(direction + lane);
+            else
+                updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
+        }
+        if (direction)
+            run.store(t.direction, t.direction_dtype, direction);
+        else
+            run.store(t.param, t.param_dtype, param);
+    });
+}
+
 void adam(const Job &job) {
+    if (is_moved(job)) return adam_in_blocks(job);
     const pylo_tensor &t = *job.tensor;
     // Copies: of what pointers lead to, the compiler could not know that no store changes it, and would read every number
     // again for every vector.
     const pylo_rule rule = *job.rule;
     const pylo_step step = *job.step;
-    const bool moved = is_moved(job);
     alignas(64) float buffer[5][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {
-        float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = load_state(job, RMS_STATE, run, buffer[2]);
-        float *momentum = load_state(job, 0, run, buffer[3]);
-        const float *grad = moved ? param : run.load(step.grad, step.grad_dtype, buffer[0]);  // no more needed then
+        float *param = run.load(t.param, t.param_dtype, buffer[1]), *rms = run.load(t.rms, PYLO_FLOAT32, buffer[2]);
+        float *momentum = run.load(t.momentum[0], PYLO_FLOAT32, buffer[3]);
+        const float *grad = run.load(step.grad, step.grad_dtype, buffer[0]);
         float *direction = t.direction ? buffer[4] : nullptr;
         for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
             const Vec p = Vec::load(param + lane);
             const Vec g = seen_gradient(rule, step, Vec::load(grad + lane), p);
             Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
-            const Vec proposed = adam_step(rule, step, g, m, r, moved);
+            const Vec proposed = adam_step(rule, step, g, m, r);
             m.store(momentum + lane);
             r.store(rms + lane);
             if (direction)
@@ -32,10 +61,8 @@ void adam(const Job &job) {
             else
                 updated_param(step, p, proposed).store(param + lane);
         }
-        if (!moved) {
-            run.store(t.momentum[0], PYLO_FLOAT32, momentum);
-            run.store(t.rms, PYLO_FLOAT32, rms);
-        }
+        run.store(t.momentum[0], PYLO_FLOAT32, momentum);
+        run.store(t.rms, PYLO_FLOAT32, rms);
         if (direction)
             run.store(t.direction, t.direction_dtype, direction);
         else

@@ -1,48 +1,41 @@
 // advance: state that is not stored as floats moves on, block by block, before apply reads it.
 //
 // A stage of its own, since a scale belongs to a whole block, and apply takes elements in an order of its own. So steps are
-// made of what is stored, as those of the reference are.
+// made of what is stored, as those of the reference are. Adam's, which takes them as they lie, has no need of it.
 #pragma once
 
-#include "../core/formulas.h"
 #include "formats.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
 namespace {
 
-// Parts are runs of elements of the box: each has the blocks that begin in it.
 void advance(const Job &job) {
     const pylo_rule rule = *job.rule;  // copies, as in adam()
-    const pylo_step step = *job.step;
     const pylo_tensor &t = *job.tensor;
-    const Blocks blocks(*job.stored);
-    alignas(64) float buffer[4][BLOCK];
-    const int momenta = rule.layers > 0 ? 3 : 1;
-    const auto move = [&](int which, const Run &run, const float *values, float keep, float weight)
-                          __attribute__((always_inline)) {
-        const float *state = load_state(job, which, run, buffer[2]);
-        for (int lane = 0; lane < run.padded; lane += Vec::lanes)
-            ema(keep, weight, Vec::load(state + lane), Vec::load(values + lane)).store(buffer[2] + lane);
-        store_block(job, which, run, buffer[2]);
-    };
-    for (int64_t first = blocks.begin(job.part.lane_begin), end; first < job.part.lane_end; first = end) {
-        end = blocks.end(first);
-        const Run run(first, 1, (int)(end - first));
-        const float *stored = run.load(step.grad, step.grad_dtype, buffer[0]);
-        const float *param = stored;  // anything that can be read: without l2 it is not used
-        if (step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, buffer[1]);
-        float *grad = buffer[3];
-        for (int lane = 0; lane < run.padded; lane += Vec::lanes)
-            seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(grad + lane);
-        for (int k = 0; k < momenta; ++k) move(k, run, grad, rule.momentum_keep[k], rule.momentum_weight[k]);
-        if (rule.layers == PYLO_NESTEROV) continue;
-        for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
-            const Vec g = Vec::load(grad + lane);
-            (g * g).store(grad + lane);
-        }
-        move(RMS_STATE, run, grad, rule.rms_keep, rule.rms_weight);
-    }
+    if (rule.layers == 0) return;
+    const bool is_network = rule.layers > 0;
+    alignas(64) float values[BLOCK];
+    alignas(64) uint32_t hashes[BLOCK];
+    for_blocks(job, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
+        const auto hash = [&](int pair) __attribute__((always_inline)) {
+            make_hashes(job.stored->noise[pair], (uint64_t)(job.stored->first + run.index), run.count, hashes);
+        };
+        const auto momentum = [&](int k, auto half) __attribute__((always_inline)) {
+            const float weight = is_network ? rule.momentum_weight[k] : job.step->momentum_weight;
+            const float keep = is_network ? rule.momentum_keep[k] : 1 - weight;
+            move_block<false, decltype(half)::value, false>(job, k, run, block, grad, hashes, keep, weight, values);
+        };
+        const bool has_rms = is_network && t.rms;
+        if (t.momentum[0] || has_rms) hash(0);
+        if (t.momentum[0]) momentum(0, In<LOWER>{});
+        if (has_rms)
+            move_block<true, UPPER, false>(job, RMS_STATE, run, block, grad, hashes, rule.rms_keep, rule.rms_weight, values);
+        if (!is_network || !(t.momentum[1] || t.momentum[2])) return;
+        hash(1);
+        if (t.momentum[1]) momentum(1, In<LOWER>{});
+        if (t.momentum[2]) momentum(2, In<UPPER>{});
+    });
 }
 
 }  // namespace

@@ -21,9 +21,10 @@ struct Window {
         run = lanes;
         grad = run.load(job.step->grad, job.step->grad_dtype, buffer[0]);
         param = run.load(t.param, t.param_dtype, buffer[1]);
-        rms = load_state(job, RMS_STATE, run, buffer[2]);
+        const Place place = place_of(job, run);
+        rms = load_state(job, RMS_STATE, run, place, buffer[2]);
         for (int k = 0; k < 3; ++k) {
-            momentum[k] = load_state(job, k, run, buffer[3 + k]);
+            momentum[k] = load_state(job, k, run, place, buffer[3 + k]);
             // 1 beyond the end: the inverse root of 0 may be infinite.
             if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
         }
@@ -68,9 +69,9 @@ struct Window {
     PYLO_FN void store_state(const Job &job) const {
         if (moved) return;
         const pylo_tensor &t = *job.tensor;
-        run.store(t.rms, PYLO_FLOAT32, rms);
+        if (t.rms) run.store(t.rms, PYLO_FLOAT32, rms);
         for (int k = 0; k < 3; ++k) {
-            run.store(t.momentum[k], PYLO_FLOAT32, momentum[k]);
+            if (t.momentum[k]) run.store(t.momentum[k], PYLO_FLOAT32, momentum[k]);
             if constexpr (!Factored) run.store(t.diagonal[k], PYLO_FLOAT32, diagonal[k]);
         }
     }

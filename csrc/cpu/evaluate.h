@@ -64,6 +64,7 @@ PYLO_FN void relu_layer(
 
 // The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
 PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
+    if (!base) return;
     const int size = dtype == PYLO_FLOAT32 ? 4 : dtype == PYLO_INT8 ? 1 : 2;
     const char *line = (const char *)base + index * size;
     const int bytes = TILE * size;

@@ -33,8 +33,7 @@ int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const pylo_step &step = call.steps[i];
     if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
     if (stage != APPLY) return PYLO_OK;
-    if (call.rule->layers == PYLO_NESTEROV) return PYLO_OK;
-    return call.rule->layers ? check_network(record, step, *call.rule) : check_corrections(record, step);
+    return check_for_apply(record, step, *call.rule);
 }
 
 // What a stage needs beyond pylo_check().

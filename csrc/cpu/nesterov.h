@@ -11,7 +11,7 @@ void nesterov(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const pylo_rule rule = *job.rule;  // copies, as in adam()
     const pylo_step step = *job.step;
-    const float keep = rule.momentum_keep[0], weight = rule.momentum_weight[0];
+    const float weight = step.momentum_weight, keep = 1 - weight;
     const bool moved = is_moved(job);
     alignas(64) float buffer[4][WIDE];
     for_runs(job, [&](const Position &, int64_t, const Run &run) __attribute__((always_inline)) {

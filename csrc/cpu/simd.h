@@ -145,6 +145,49 @@ PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
 
 #endif
 
+// Narrow numbers widened: the loops that a compiler makes of it take more of them at a time than short runs have.
+
+PYLO_FN Vec from_halves(const uint16_t *p) {  // bfloat16
+#if PYLO_LANES == 16
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#elif PYLO_LANES == 8
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+#elif defined(__SSE2__)
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)));
+#elif PYLO_LANES == 4
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+#else
+    const uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+#endif
+}
+
+#if PYLO_LANES == 16
+PYLO_FN Vec from_bytes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+PYLO_FN Vec from_bytes(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+#elif PYLO_LANES == 8
+PYLO_FN Vec from_bytes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+PYLO_FN Vec from_bytes(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#else
+template <class Byte>
+PYLO_FN Vec from_bytes(const Byte *p) {
+    float wide[PYLO_LANES];
+    for (int i = 0; i < PYLO_LANES; ++i) wide[i] = (float)p[i];
+    return Vec::load(wide);
+}
+#endif
+
 // As many numbers in double precision as a vector has lanes.
 struct Doubles {
 #if PYLO_LANES > 1

@@ -75,10 +75,13 @@ struct Run {
                 for (int i = 0; i < count; ++i) buffer[i] = from[i * step];
         } else {
             const uint16_t *from = (const uint16_t *)base + index;
+            int i = 0;
+            if (dtype == PYLO_BFLOAT16 && step == 1)
+                for (; i + Vec::lanes <= count; i += Vec::lanes) from_halves(from + i).store(buffer + i);
             if (dtype == PYLO_BFLOAT16)
-                for (int i = 0; i < count; ++i) buffer[i] = from_bfloat16(from[i * step]);
+                for (; i < count; ++i) buffer[i] = from_bfloat16(from[i * step]);
             else
-                for (int i = 0; i < count; ++i) buffer[i] = from_float16(from[i * step]);
+                for (; i < count; ++i) buffer[i] = from_float16(from[i * step]);
         }
         for (int i = count; i < padded; ++i) buffer[i] = fill;
         return buffer;

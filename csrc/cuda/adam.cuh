@@ -29,7 +29,7 @@ __device__ __forceinline__ void apply_nesterov(const Arguments &arguments) {
     const FlatPart part = arguments.applies[blockIdx.x];
     const pylo_tensor &t = arguments.records[part.record].tensor;
     const pylo_step step = arguments.steps[part.record];
-    const float keep = arguments.rule.momentum_keep[0], weight = arguments.rule.momentum_weight[0];
+    const float weight = step.momentum_weight, keep = 1 - weight;
     const bool needs_param = !t.direction || (!Plain && step.l2 != 0.0f);
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const float param = needs_param ? read<Plain>(t.param, t.param_dtype, i) : 0.0f;

@@ -132,10 +132,10 @@ __device__ __forceinline__ Element<float> load_element(
     Element<float> x;
     x.param = read<Plain>(t.param, t.param_dtype, index);
     x.grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, index), x.param);
-    x.rms = device(t.rms)[index];
+    x.rms = t.rms ? device(t.rms)[index] : 0.0f;  // what no weight reads is not kept
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-        x.momentum[k] = device(t.momentum[k])[index];
+        x.momentum[k] = t.momentum[k] ? device(t.momentum[k])[index] : 0.0f;
         if constexpr (!Factored) x.diagonal[k] = device(t.diagonal[k])[index];
     }
     accumulate<Factored>(rule, x);
@@ -144,10 +144,10 @@ __device__ __forceinline__ Element<float> load_element(
 
 template <bool Factored, bool Plain>
 __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, Index<Plain> index) {
-    device(t.rms)[index] = x.rms;
+    if (t.rms) device(t.rms)[index] = x.rms;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-        device(t.momentum[k])[index] = x.momentum[k];
+        if (t.momentum[k]) device(t.momentum[k])[index] = x.momentum[k];
         if constexpr (!Factored) device(t.diagonal[k])[index] = x.diagonal[k];
     }
 }

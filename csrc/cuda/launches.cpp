@@ -69,8 +69,7 @@ int check_step(const pylo_cuda_call &call, const pylo_rule &rule, const Record &
     if (call.stage != PYLO_CUDA_APPLY) return PYLO_OK;
     if (t.direction && t.direction_dtype != PYLO_FLOAT32)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels leave directions in float32", (long long)i);
-    if (rule.layers == PYLO_NESTEROV) return PYLO_OK;
-    return rule.layers ? check_network(i, step, rule) : check_corrections(i, step);
+    return check_for_apply(i, step, rule);
 }
 
 int check_call(const pylo_cuda_call *call) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -40,6 +41,21 @@ BASELINES: Mapping[str, Callable[[Parameters], list[Optimizer]]] = {
     **({"muon": _muon} if hasattr(torch.optim, "Muon") else {}),  # from torch 2.9 on
 }
 """What makes torch's optimizers, by the name that results give them."""
+
+
+EIGHT_BIT: Mapping[str, str] = {"torchao_adamw8bit": "torchao.optim", "bitsandbytes_adamw8bit": "bitsandbytes.optim"}
+"""AdamW of other packages that stores its state in 8 bits, by the name that results give it, and where it is."""
+
+
+def missing_package(name: str) -> str | None:
+    """The package that one of :data:`EIGHT_BIT` needs and that is not installed; None if it is."""
+    package = EIGHT_BIT[name].partition(".")[0]
+    return package if importlib.util.find_spec(package) is None else None
+
+
+def _eight_bit(name: str, parameters: Parameters) -> list[Optimizer]:
+    module = importlib.import_module(EIGHT_BIT[name])  # which may compile, and patch what it likes
+    return [module.AdamW8bit([param for param, _ in parameters], lr=1e-4)]
 
 
 class Together:
@@ -115,13 +131,14 @@ def make_contender(name: str, parameters: Parameters, **options: Any) -> tuple[O
     """An optimizer over ``parameters`` and the call that steps it.
 
     Args:
-        name: A key of :data:`BASELINES` or a catalogue name, which may be followed by a colon and a backend or a format
-            of state.
+        name: A key of :data:`BASELINES` or :data:`EIGHT_BIT`, or a catalogue name, which may be followed by a colon and
+            a backend or a format of state.
         parameters: With gradients; contenders may share them, as no step's cost depends on values.
         **options: Of learned optimizers.
     """
-    if name in BASELINES:
-        baseline = Together(BASELINES[name](parameters))
+    if name in BASELINES or name in EIGHT_BIT:
+        made = BASELINES[name](parameters) if name in BASELINES else _eight_bit(name, parameters)
+        baseline = Together(made)
         return baseline, baseline.step
     name, _, choice = name.partition(":")
     backend = choice if choice in get_args(Backend) else "auto"

@@ -102,10 +102,19 @@ def measure_memory(setting: Setting, name: str) -> tuple[float, int | None]:
 
 
 def state_bytes(optimizer: Optimizer | Together) -> int:
-    """Bytes that this process holds of an optimizer's state tensors."""
+    """Bytes that this process holds of an optimizer's state tensors, each once."""
     values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     with torch.no_grad():
-        return sum(part.numel() * part.element_size() for part in map(local_part, values))
+        parts = {id(part): part for value in values for part in _plain_parts(local_part(value))}
+        return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _plain_parts(value: Tensor) -> list[Tensor]:
+    """The tensors that others' subclasses, such as those for quantised numbers, are made of."""
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is None:
+        return [value]
+    return [part for name in flatten()[0] for part in _plain_parts(getattr(value, name))]
 
 
 def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:

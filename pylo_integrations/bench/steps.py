@@ -8,14 +8,24 @@ from dataclasses import asdict
 from typing import Any
 
 from pylo_integrations.bench import text
-from pylo_integrations.bench.contenders import BASELINES, Setting
+from pylo_integrations.bench.contenders import BASELINES, EIGHT_BIT, Setting, missing_package
 from pylo_integrations.bench.measure import in_fresh_process, measure_memory, paired_ratio, sample_step_seconds
 from pylo_integrations.bench.shapes import SHAPES, numel
+from pylo_integrations.formats import FORMATS
+
+
+def compared(optimizers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Who of :data:`EIGHT_BIT` is measured too, if some of ``optimizers`` store state in few bits; why others not."""
+    if not any(name.partition(":")[2] in FORMATS for name in optimizers):
+        return [], []
+    absent = {name: package for name in EIGHT_BIT if (package := missing_package(name))}
+    reasons = [f"{name} is left out: {package} is not installed" for name, package in absent.items()]
+    return [name for name in EIGHT_BIT if name not in absent], reasons
 
 
 def run_bench(setting: Setting, optimizers: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """Measure ``optimizers`` and the baselines; one record each, JSON-serialisable, the ratios being paired."""
-    names = [*optimizers, *BASELINES]
+    names = [*optimizers, *BASELINES, *compared(optimizers)[0]]
     samples = in_fresh_process(sample_step_seconds, setting, names, repeats)
     kinds = SHAPES[setting.shapes]()
     parameters = numel(kinds)

@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names_of("optimizer", _contenders),
         help="comma-separated catalogue names, with :reference, :native or :compile for one backend, or :bfloat16 or "
         f":int8 for state stored so (default: {','.join(STEPS.defaults['optimizers'])}; with --distributed "
-        "small_fc_lopt); AdamW always runs beside them",
+        "small_fc_lopt); AdamW always runs beside them, and beside such states AdamW8bit of torchao and bitsandbytes, "
+        "where they are installed",
     )
     parser.add_argument(
         "--threads",
@@ -137,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _steps(args: argparse.Namespace) -> int:
     report = Report(measure.METHOD, args.device)
+    for reason in steps.compared(args.optimizers)[1]:
+        print(reason, file=sys.stderr)
     for shapes, threads in itertools.product(args.shapes, args.threads):
         setting = Setting(shapes, args.dtype, args.device, threads)
         records = steps.run_bench(setting, args.optimizers, args.repeats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info
 from pylo_integrations.evaluation.baselines import BASELINES
 from pylo_integrations.evaluation.tasks import HeldOutTask
+from pylo_integrations.formats import FORMATS, StateDtype
 from pylo_integrations.mup import mup_param_groups
 from pylo_integrations.optimizers import MuLO
 from pylo_integrations.schedules import constant, linear, warmed_up
@@ -27,6 +28,10 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {"constant": constant, "cosi
 zero; linear to zero, the default of the Hugging Face Trainer."""
 
 
+_FUSED = {"query_key_value": 3}
+"""Of the held-out tasks, what no module type tells."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """An optimizer with all that it needs to know.
@@ -39,6 +44,9 @@ class Setting:
         sha256: Of theta.
         base_width: Where muP's multipliers are 1; None for an optimizer without.
         factor: On a learned optimizer's own learning rate.
+        split: Whether tensors that share a parameter are stepped each by itself, see
+            :func:`~pylo_integrations.param_groups`; None for what is the optimizer's default.
+        state_dtype: How a learned optimizer stores its state.
     """
 
     optimizer: str
@@ -48,30 +56,39 @@ class Setting:
     sha256: str = ""
     base_width: int | None = None
     factor: float = 1.0
+    split: bool | None = None
+    state_dtype: StateDtype = "float32"
 
     @property
     def name(self) -> str:
         """As on the command line; of a baseline also its learning rate."""
         name = self.optimizer if self.lr is None else f"{self.optimizer} lr={self.lr:g}"
+        name += "" if self.split is None else "+split" if self.split else "-split"
         name += f":{self.weights}" * bool(self.weights) + f"*{self.factor:g}" * (self.factor != 1)
-        return name + f"@{self.schedule}" * (self.schedule != "constant")
+        name += f"@{self.schedule}" * (self.schedule != "constant")
+        return name + f"+{self.state_dtype}" * (self.state_dtype != "float32")
 
     @classmethod
     def learned(cls, text: str) -> Setting:
-        """Parse ``NAME[:WEIGHTS][*FACTOR][@SCHEDULE]`` and look at theta.
+        """Parse ``NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]`` and look at theta.
 
         Raises:
             ValueError: Unknown optimizer or schedule, a factor that is not positive, or theta is for another
                 optimizer.
             FileNotFoundError: There is no such theta.
         """
-        head, at, schedule = text.rpartition("@")
+        rest, plus, form = text.rpartition("+")
+        if form not in FORMATS or not plus:  # paths may have a plus
+            rest, form = text, "float32"
+        head, at, schedule = rest.rpartition("@")
         if not at or "/" in head and schedule not in SCHEDULES:  # hub:<owner>/<repo>@<revision>
-            head, schedule = text, "constant"
+            head, schedule = rest, "constant"
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} of {text!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         head, times, factor = head.partition("*")
         optimizer, _, weights = head.partition(":")
+        splits = {"+split": True, "-split": False}.get(optimizer[-6:])
+        optimizer = optimizer if splits is None else optimizer[:-6]
         spec = get_optimizer_info(optimizer)
         theta = _theta_of(spec, weights)
         return cls(
@@ -81,6 +98,8 @@ class Setting:
             sha256=theta.sha256 if theta else "",
             base_width=_base_width_of(spec, theta),
             factor=_factor(factor, text) if times else 1.0,
+            split=splits,
+            state_dtype=cast(StateDtype, form),
         )
 
     def optimizers(self, model: nn.Module, task: HeldOutTask, steps: int) -> list[Optimizer]:
@@ -101,8 +120,13 @@ class Setting:
             lr = spec.lr * self.factor
             params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=lr)
         options: dict[str, Any] = {"weights": theta} if theta else {}
+        if self.split is not None and self.base_width is None:
+            parts = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+            options["split"] = self.split and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor
+        if self.state_dtype != "float32":
+            options["state_dtype"] = self.state_dtype
         return [create_optimizer(params, self.optimizer, num_steps=steps, **options)]
 
 

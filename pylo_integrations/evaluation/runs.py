@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import pylo_integrations
 from pylo_integrations.evaluation.contenders import SCHEDULES, Setting
 from pylo_integrations.evaluation.tasks import SUITES, Examples, HeldOutTask, find_task, suite_of
+from pylo_integrations.formats import FORMATS
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.paths import LARGEST_LOG, read_bytes
 
@@ -234,6 +235,8 @@ def _is_run(record: Mapping[str, Any]) -> bool:
     if any(isinstance(record[name], int) and abs(record[name]) >= 2**63 for name in _KINDS):
         return False
     if not setting.keys() <= _SETTING or not isinstance(setting.get("factor", 1.0), (int, float)):
+        return False
+    if setting.get("state_dtype", "float32") not in FORMATS:
         return False
     return all(isinstance(setting.get(name), str) for name in ("optimizer", "schedule", "sha256")) and all(
         isinstance(point, list) and len(point) == 2 and isinstance(point[0], int) for point in curve

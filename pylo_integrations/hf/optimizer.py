@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from pylo_integrations.catalog import OptimizerSpec, create_optimizer, get_optimizer_info
+from pylo_integrations.deepspeed import ZeroOptimizer, check_config
 from pylo_integrations.hf.options import parse_optim_args
 from pylo_integrations.hf.run import horizon_is_ours
 
@@ -62,28 +63,41 @@ class FromGroups(Optimizer):
     """
 
     def __new__(
-        cls, groups: Iterable[dict[str, Any]], *, name: str, owner: nn.Module, lr: float, options: dict[str, Any]
+        cls,
+        groups: Iterable[dict[str, Any]],
+        *,
+        name: str,
+        owner: nn.Module,
+        lr: float,
+        options: dict[str, Any],
+        for_deepspeed: bool,
     ) -> Any:
         """Create the optimizer ``name`` of ``groups``, which hold parameters of ``owner``."""
-        optimizer = create_optimizer(
-            _split_as_wanted(groups, get_optimizer_info(name).param_groups(owner)), name, lr, **options
-        )
+        wanted = get_optimizer_info(name).param_groups(owner, split=options.get("split"))
+        rest = {option: value for option, value in options.items() if option != "split"}
+        optimizer = create_optimizer(_split_as_wanted(groups, wanted), name, lr, **rest)
         optimizer.bind_model(owner)
         if "num_steps" not in options:
             horizon_is_ours.add(optimizer)
-        return optimizer
+        return ZeroOptimizer(optimizer) if for_deepspeed else optimizer
 
 
 def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's groups, divided by how weights are stored and which rule steps them in ``wanted``, with names."""
-    known = {param: (name, (group["axes"], group["rule"])) for group in wanted for name, param in group["params"]}
+    """The Trainer's groups, divided by how weights are stored and what steps them in ``wanted``, with names."""
+    kinds: list[dict[str, Any]] = []
+    known: dict[nn.Parameter, tuple[str, int]] = {}
+    for group in wanted:
+        kind = {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
+        if kind not in kinds:
+            kinds.append(kind)
+        known |= {param: (name, kinds.index(kind)) for name, param in group["params"]}
     divided = []
     for group in groups:
-        members: dict[tuple[str, str], list[tuple[str, nn.Parameter]]] = {}
+        members: dict[int, list[tuple[str, nn.Parameter]]] = {}
         for param in group["params"]:
-            name, kind = known[param]
-            members.setdefault(kind, []).append((name, param))
-        divided += [{**group, "params": params, "axes": axes, "rule": rule} for (axes, rule), params in members.items()]
+            name, number = known[param]
+            members.setdefault(number, []).append((name, param))
+        divided += [{**group, "params": params, **kinds[number]} for number, params in members.items()]
     return divided
 
 
@@ -94,19 +108,27 @@ def describe(
     check_supported(spec, args)
     options = parse_optim_args(spec, args.optim_args)
     lr, chosen = _choose_rate_and_schedule(spec, args, schedule, options)
-    return {"name": spec.name, "owner": model, "lr": lr, "options": options}, chosen
+    for_deepspeed = args.deepspeed_plugin is not None
+    return {"name": spec.name, "owner": model, "lr": lr, "options": options, "for_deepspeed": for_deepspeed}, chosen
 
 
 def check_supported(spec: OptimizerSpec, args: transformers.TrainingArguments) -> None:
     """Refuse what hides whole tensors from the optimizer.
 
     Raises:
-        ValueError: DeepSpeed or the FSDP of XLA.
+        ShardingError: DeepSpeed, so configured.
+        ValueError: The FSDP of XLA; or the configuration of DeepSpeed has an optimizer of its own.
     """
-    is_xla = isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")
-    for is_used, what in ((args.fsdp and is_xla, "FSDP of XLA"), (args.deepspeed_plugin, "DeepSpeed")):
-        if is_used:
+    if args.fsdp and isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla"):
+        raise ValueError(
+            f"{spec.name}: FSDP of XLA hides whole tensors from the optimizer, and a learned one needs statistics of "
+            "them; train with torch's FSDP (TrainingArguments(fsdp=...)), DistributedDataParallel or one device"
+        )
+    if args.deepspeed_plugin is not None:
+        config = args.deepspeed_plugin.hf_ds_config.config
+        if "optimizer" in config:
             raise ValueError(
-                f"{spec.name}: {what} hides whole tensors from the optimizer, and a learned one needs statistics of "
-                "them; train with torch's FSDP (TrainingArguments(fsdp=...)), DistributedDataParallel or one device"
+                f"{spec.name} would not be used: the configuration of DeepSpeed has an optimizer of its own, "
+                f"{config['optimizer']!r:.100}; remove it"
             )
+        check_config(config)

@@ -19,8 +19,8 @@ def parse_optim_args(spec: OptimizerSpec, optim_args: str | None) -> dict[str, A
     """Read ``"option=value,option=value"`` as keyword arguments of an optimizer, typed by its constructor.
 
     Args:
-        spec: The catalogue entry whose class has the options. ``telemetry`` is one of every entry, see
-            :func:`~pylo_integrations.create_optimizer`.
+        spec: The catalogue entry whose class has the options. ``telemetry`` and ``split`` are of every entry,
+            see :func:`~pylo_integrations.create_optimizer`.
         optim_args: As in ``TrainingArguments.optim_args``. Values cannot contain ``,`` or ``=``; numbers, ``true`` and
             ``false``, ``None`` and the choices of a ``Literal`` are recognised where the annotation has them.
 
@@ -30,8 +30,8 @@ def parse_optim_args(spec: OptimizerSpec, optim_args: str | None) -> dict[str, A
     """
     if not optim_args or not optim_args.strip():
         return {}
-    hints = {**typing.get_type_hints(spec.cls.__init__), "telemetry": TelemetryMode}
-    available = sorted({*spec.options, "telemetry"} - set(_FIELD_OF))
+    hints = {**typing.get_type_hints(spec.cls.__init__), "telemetry": TelemetryMode, "split": bool}
+    available = sorted({*spec.options, "telemetry", "split"} - set(_FIELD_OF))
     options: dict[str, Any] = {}
     for item in optim_args.split(","):
         key, equals, text = (part.strip() for part in item.partition("="))

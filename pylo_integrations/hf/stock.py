@@ -16,6 +16,7 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from pylo_integrations.catalog import get_optimizer_info, list_optimizers
+from pylo_integrations.deepspeed import attach
 from pylo_integrations.hf.optimizer import FromGroups, describe
 from pylo_integrations.hf.run import RunCallback, tapped
 from pylo_integrations.optimizer import unwrap_optimizer
@@ -171,11 +172,14 @@ def _tap_backward(undo: ExitStack) -> None:
 
     @functools.wraps(original)
     def backward(self: Any, loss: torch.Tensor, **kwargs: Any) -> Any:
+        heard = [unwrap_optimizer(optimizer) for optimizer in self._optimizers] if is_installed else []
+        trained = [learned for learned in heard if learned is not None and learned in tapped]
+        engine = getattr(getattr(self, "deepspeed_engine_wrapped", None), "engine", None)
+        if engine is not None and trained:
+            attach(engine)  # its backward() takes the step, and must have told the loss before
         result = original(self, loss, **kwargs)
-        if is_installed:
-            for optimizer in self._optimizers:
-                if (learned := unwrap_optimizer(optimizer)) is not None and learned in tapped:
-                    learned.observe_loss(loss.detach() / self.gradient_accumulation_steps)
+        for learned in trained if engine is None else ():
+            learned.observe_loss(loss.detach() / self.gradient_accumulation_steps)
         return result
 
     def disconnect() -> None:

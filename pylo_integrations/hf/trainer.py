@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from pylo_integrations.catalog import OptimizerSpec, get_optimizer_info
+from pylo_integrations.deepspeed import attach
 from pylo_integrations.hf.optimizer import FromGroups, Schedule, check_supported, describe
 from pylo_integrations.hf.options import parse_optim_args
 from pylo_integrations.hf.run import RunCallback, tapped
@@ -40,7 +41,8 @@ class LearnedOptimizerMixin(_TrainerBase):
 
     Raises:
         ValueError: Unknown name, schedule or option; a scheduler that belongs to another optimizer; a second optimizer
-            in ``optimizer_cls_and_kwargs``; DeepSpeed or the FSDP of XLA.
+            in ``optimizer_cls_and_kwargs``; the FSDP of XLA.
+        ShardingError: DeepSpeed, in a way that hides whole tensors.
         TypeError: The schedule is none of these.
     """
 
@@ -158,6 +160,9 @@ class LearnedOptimizerMixin(_TrainerBase):
         if learned is None:
             return super().training_step(*args, **kwargs)
         tapped.discard(learned)  # a loss must count once, also when install() is in force
+        if self.deepspeed is not None:  # its backward() takes the step, and must have told the loss before
+            attach(self.deepspeed)
+            return super().training_step(*args, **kwargs)
         loss = super().training_step(*args, **kwargs)
         learned.observe_loss(loss)
         return loss

@@ -29,4 +29,4 @@ def attach(fabric: Fabric, optimizer: Optimizer, num_steps: int | None = None) -
         ValueError: ``fabric`` reports to another optimizer; or ``num_steps`` is not a positive integer.
     """
     learned = require_learned(optimizer)
-    return attach_to_backward(fabric, learned, num_steps, lambda loss: observe_before_backward(learned, loss))
+    return attach_to_backward(fabric, learned, num_steps, lambda loss, *_, **__: observe_before_backward(learned, loss))

@@ -351,7 +351,7 @@ class Celo2Linear(LinearSpace):
 
 
 class PaceNumbers(LinearSpace):
-    """For Pace: all of its numbers, from about where a first meta-training, of short runs, had come to.
+    """For Pace: all of its numbers, from about where meta-training of shorter runs had come to.
 
     Args:
         step: Root mean square of a step of a matrix.
@@ -359,14 +359,18 @@ class PaceNumbers(LinearSpace):
     """
 
     _START: Mapping[str, float] = {
-        "log_table_step": math.log(2e-2),
-        "log_vector_step": math.log(1e-2),
+        "log_table_step": math.log(4e-2),
+        "log_vector_step": math.log(2e-2),
         "width_exponent": -0.4,
         "horizon_exponent": -0.3,
-        "vector_horizon_exponent": -0.4,
-        "momentum": math.log(0.7 / 0.3),
+        "vector_horizon_exponent": -0.6,
+        "momentum": math.log(0.9 / 0.1),
+        "momentum_horizon": 0.3,
+        "momentum_exponent": 0.75,
         "log_warmup": math.log(0.02),
-        "flatness": 0.7,
+        "log_power": math.log(1.4),
+        "power_horizon": -0.1,
+        "flatness": 0.8,
     }
     _UNITS: Mapping[str, float] = {
         "log_step": 0.3,
@@ -376,13 +380,16 @@ class PaceNumbers(LinearSpace):
         "aspect_exponent": 0.15,
         "horizon_exponent": 0.15,
         "vector_horizon_exponent": 0.2,
-        "momentum": 0.4,
+        "momentum": 0.5,
+        "momentum_horizon": 0.3,
+        "momentum_exponent": 0.15,
         "log_warmup": 0.5,
         "log_power": 0.3,
+        "power_horizon": 0.2,
         "flatness": 0.4,
     }
 
-    def __init__(self, *, step: float = 5e-3, seed: int = 0) -> None:
+    def __init__(self, *, step: float = 3.5e-3, seed: int = 0) -> None:
         super().__init__(step)
         start = {**self._START, "log_step": math.log(step)}
         self._template = torch.tensor([start.get(name, 0.0) for name in NUMBERS])

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4

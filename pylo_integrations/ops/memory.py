@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pylo_integrations.ops import loader
+from pylo_integrations.sharding.pieces import local_part
 
 Memory = np.ndarray[Any, np.dtype[np.uint64]]
 """One row per tensor: its address, a word for its format, and its identity. The words of two tensors are equal if they
@@ -51,6 +52,18 @@ def rooms(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     sizes = list(map(torch.UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors)))
     offsets: list[Any] = list(map(Tensor.storage_offset, tensors))
     return sizes, offsets
+
+
+def look_at(tensors: Sequence[Tensor]) -> bytes:
+    """Which tensors these are, where what is here of them is, of what kind, and in how large a storage, to be compared.
+
+    Raises:
+        RuntimeError: One has no memory; or BufferError.
+    """
+    local = [tensor if type(tensor) in (Tensor, torch.nn.Parameter) else local_part(tensor) for tensor in tensors]
+    memory = read_memory(local, len(local))
+    identities(memory)[:] = list(map(id, tensors))
+    return memory.tobytes() + repr((rooms(local), list(map(Tensor.is_neg, local)))).encode()
 
 
 def addresses(memory: Memory) -> Memory:

@@ -35,15 +35,15 @@ from pylo_integrations.ops.records import (
     piece_order,
     pieces_of,
     record_axes,
-    run_start,
     same_format,
     strides,
 )
 from pylo_integrations.rounding import noise_keys
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NetworkSpec
+from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
+from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import Piece, local_part
 from pylo_integrations.telemetry import StepRecord
 
@@ -206,6 +206,7 @@ class NativeStages:
         self._sizes = self._sizes_now()
         # Wrappers and what they wrap count by themselves.
         self._written = self._known + local if self._sharded else self._known
+        self._written = self._written + [tensor for bucket in buckets for tensor in bucket.wrappers()]
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_rooms: tuple[list[int], list[int]] = [], []
@@ -231,7 +232,9 @@ class NativeStages:
         }
         if "rms" in owned:
             enter_buffers(record, "rms", held["rms"][:1], piece)
-        enter_buffers(record, "momentum", [held[name][0] for name in MOMENTUM if name in owned], piece)
+        for k, name in enumerate(MOMENTUM):
+            if name in owned:
+                enter_buffers(record, "momentum", [held[name][0]], piece, k)
         if bucket.form is not FLOAT32:
             self._fill_stored(nth.table.stored[where], bucket, piece, held)
             record["state_dtype"] = STATE_DTYPES[bucket.form.kind]
@@ -280,10 +283,10 @@ class NativeStages:
                 if bucket.form is FLOAT32:
                     continue
                 keys = [
-                    [noise_keys(iteration, bucket.numbers[position], name) for name in STORED_STATES]
+                    [noise_keys(iteration, bucket.numbers[position], name) for name in MOMENTUM[:2]]
                     for position in members
                 ]
-                nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, len(STORED_STATES), 2)
+                nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, 2, 2)
 
     def _tensors_now(self) -> Iterator[Tensor]:
         """All that the kernels write, parameters first, as it is now."""
@@ -602,11 +605,14 @@ class NativeStages:
     def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
+        step, averages = self._spec.step, {}
+        if isinstance(step, AdamSpec):
+            averages["momentum_correction"], averages["rms_correction"] = step.corrections(ctx.iteration)
+        elif isinstance(step, NesterovSpec):
+            averages["momentum_weight"] = step.weight(ctx.num_steps)
         for index, control in enumerate(controls):
-            values: dict[str, Any] = {}
-            if isinstance(self._spec.step, AdamSpec):
-                values["momentum_correction"], values["rms_correction"] = self._spec.step.corrections(ctx.iteration)
-            elif isinstance(self._spec.step, NetworkSpec):
+            values: dict[str, Any] = dict(averages)
+            if isinstance(step, NetworkSpec):
                 layers = layers_of(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:

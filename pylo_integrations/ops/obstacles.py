@@ -8,10 +8,11 @@ from pylo_integrations.fitting import has_memory, is_aligned, is_lazy, memory_sp
 from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import MAX_LAYERS, MAX_WIDTH
 from pylo_integrations.ops.packing import norm_axes_of, spec_of
-from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, run_start, same_format
+from pylo_integrations.ops.records import DTYPES, piece_order, pieces_of, record_axes, same_format
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.rules.kernel_spec import NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import local_part
 
 
@@ -43,6 +44,8 @@ def local_obstacle(rule: Rule, bucket: Bucket) -> str | None:
             is_run = local.is_contiguous() and run_start(piece.box, bucket.layout.shape) is not None
             if bucket.form is not FLOAT32 and piece.box.numel and not is_run:
                 return f"state stored in {bucket.form.kind} has to be a run of elements of the whole tensor, in order"
+            if order is None and any(bucket.origins[position : position + 1]):
+                return "tensors that share a weight stored (in, out) lie scattered in it, unless split=False"
             if order is None:
                 return f"a parameter of shape {tuple(local.shape)} has strides {local.stride()}, with gaps or overlaps"
             axes = norm_axes_of(spec, bucket.layout)

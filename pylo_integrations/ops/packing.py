@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pylo_integrations.ops.loader import NESTEROV, SLOTS, TENSOR_SUMS, RuleStruct
+from pylo_integrations.rules.accumulators import MOMENTUM
 from pylo_integrations.rules.base import LARGEST_GRADIENT, Control, Rule
+from pylo_integrations.rules.features import MOMENTUM_FEATURES
 from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
 from pylo_integrations.sharding.layout import TensorLayout
 
@@ -35,7 +37,6 @@ def rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
         getattr(struct, f"{kind}_weight")[: len(weights)] = weights.tolist()
         getattr(struct, f"{kind}_keep")[: len(weights)] = (1 - weights).tolist()
     if isinstance(spec.step, NesterovSpec):
-        assert "momentum_weight" in constants, "a momentum that takes no gradient in would never move anything"
         struct.layers = NESTEROV
         return struct
     rms = constants["rms_weight"]
@@ -48,7 +49,8 @@ def rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
     network = spec.step
     struct.layers = len(network.widths)
     struct.width[: len(network.widths)] = network.widths
-    struct.features = sum(1 << slot for slot in slots_of(network.features, names))
+    of_unread = _slots_of_momenta(network.unread, names)
+    struct.features = sum(1 << slot for slot in slots_of(network.features, names) if slot not in of_unread)
     for name in ("rms_eps", "vector_momentum_eps", "norm_eps", "exp_mult"):
         setattr(struct, name, getattr(network, name))
     return struct
@@ -57,6 +59,12 @@ def rule_struct(rule: Rule, names: Sequence[str]) -> RuleStruct:
 def slots_of(features: Sequence[str], names: Sequence[str]) -> list[int]:
     """The slot of every input of a network, in the order of its weights."""
     return [slot for feature in features for slot, name in enumerate(names) if name == feature]
+
+
+def _slots_of_momenta(momenta: Collection[str], names: Sequence[str]) -> set[int]:
+    """Slots of what is made of momenta, which the library need not have where none of these is read."""
+    by_feature = [slots_of([feature], names) for feature in MOMENTUM_FEATURES]
+    return {slots[k] for slots in by_feature for k, name in enumerate(MOMENTUM) if name in momenta}
 
 
 def pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:

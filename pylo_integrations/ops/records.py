@@ -49,7 +49,7 @@ TENSOR = np.dtype(
 """``pylo_tensor``."""
 
 STORED = np.dtype(
-    [("scale", "u8", 4), ("scale_bytes", "i8", 4), ("first", "i8"), ("row", "i8"), ("noise", "u4", (4, 2))]
+    [("scale", "u8", 4), ("scale_bytes", "i8", 4), ("first", "i8"), ("row", "i8"), ("noise", "u4", (2, 2))]
 )
 """``pylo_stored``."""
 
@@ -59,8 +59,8 @@ STEP = np.dtype(
         ("network", "u8"),
         *((name, "i8") for name in ("grad_bytes", "network_bytes")),
         *((name, "f4") for name in ("keep", "scale", "step_mult", "grad_scale", "l2")),
-        *((name, "f4") for name in ("momentum_correction", "rms_correction")),
-        *((name, "i4") for name in ("grad_dtype", "flags", "reserved")),
+        *((name, "f4") for name in ("momentum_correction", "rms_correction", "momentum_weight")),
+        *((name, "i4") for name in ("grad_dtype", "flags")),
     ]
 )
 """``pylo_step``."""
@@ -162,15 +162,6 @@ def record_axes(
     )
 
 
-def run_start(box: Box, shape: Sequence[int]) -> int | None:
-    """Where a box begins in a tensor in row-major order, if its elements are neighbours there; else None."""
-    rest = [axis for axis, extent in enumerate(box.shape) if extent > 1]
-    first = rest[0] if rest else len(shape) - 1
-    if any(box.shape[axis] != shape[axis] for axis in range(first + 1, len(shape))):
-        return None
-    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(box.start))
-
-
 def pieces_of(bucket: Bucket, position: int) -> tuple[Piece, ...]:
     """What is here of a tensor; one piece without elements if that is nothing."""
     rank = len(bucket.layout.shape)
@@ -184,7 +175,9 @@ def piece_order(piece: Piece, local: Tensor) -> list[int] | None:
     return memory_order(piece.view(local)) if piece.offset is None or local.is_contiguous() else None
 
 
-def enter_buffers(record: Any, name: str, tensors: Sequence[Tensor], piece: Piece | None = None) -> None:
+def enter_buffers(
+    record: Any, name: str, tensors: Sequence[Tensor], piece: Piece | None = None, first: int = 0
+) -> None:
     """Enter into a ``TENSOR`` record where local tensors are, and how many bytes each of them has.
 
     Args:
@@ -192,12 +185,13 @@ def enter_buffers(record: Any, name: str, tensors: Sequence[Tensor], piece: Piec
         name: Of one buffer, or of three, which may be less.
         tensors: One for each.
         piece: That of them which the record describes; by default all.
+        first: Of three buffers, the place of the first of these.
     """
     start = (piece and piece.offset) or 0
     found = [(tensor.data_ptr() + start * tensor.itemsize, bytes_from(tensor, start)) for tensor in tensors]
     for field, values in zip((name, f"{name}_bytes"), zip(*found, strict=True), strict=True):
         if record.dtype[field].shape:
-            record[field][: len(values)] = values
+            record[field][first : first + len(values)] = values
         else:
             (record[field],) = values
 

@@ -99,6 +99,11 @@ class Rule(ABC):
     finishes: ClassVar[bool] = False
     steps_by_scale: ClassVar[bool] = False
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of states that rules of this kind keep and this one, whose weights never read them, does not."""
+        return ()
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "kind" not in vars(cls):
@@ -160,8 +165,9 @@ class Rule(ABC):
 
     @property
     def state_names(self) -> frozenset[str]:
-        """Names of all states that this rule and its members keep; what else is in an optimizer's state is others'."""
-        return frozenset(name for member, layout in self._members() for name in member.state_shapes(layout))
+        """Names of all states that this rule and its members keep, or would with other weights; others are others'."""
+        members = self._members()
+        return frozenset(name for member, layout in members for name in (*member.state_shapes(layout), *member.unread))
 
     @property
     def largest_lr_mult(self) -> float:

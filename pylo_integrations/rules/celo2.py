@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pylo_integrations.rules.accumulators import Decays, rounded_to_float32
+from pylo_integrations.rules.accumulators import MOMENTUM, RMS, Decays, rounded_to_float32
 from pylo_integrations.rules.adamw import AdamWRule
 from pylo_integrations.rules.arrays import check_mults
 from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
-from pylo_integrations.rules.features import MATRIX_FEATURES, channel_counts
+from pylo_integrations.rules.features import MATRIX_FEATURES, MOMENTUM_FEATURES, RMS_FEATURES, channel_counts
 from pylo_integrations.rules.kernel_spec import KernelSpec
 from pylo_integrations.rules.moments import MomentRule
 from pylo_integrations.rules.networks import STACK, linear_form, mlp, read_mlp
@@ -48,6 +48,7 @@ class Celo2Rule(MomentRule):
         exp_mult: Scale of the magnitude output inside the exponential.
         step_mult: Root mean square of a step.
         reads: Features that have weight.
+        kept: Momenta and second moment of which a channel with weight is made.
     """
 
     weights: tuple[Tensor, ...]
@@ -57,6 +58,7 @@ class Celo2Rule(MomentRule):
     exp_mult: float = 0.0
     step_mult: float = 1.0
     reads: tuple[str, ...] = MATRIX_FEATURES
+    kept: tuple[str, ...] = (*MOMENTUM, *RMS)
 
     kind: ClassVar[str] = "Celo2"
     features: ClassVar[tuple[str, ...]] = MATRIX_FEATURES
@@ -123,9 +125,9 @@ class Celo2Rule(MomentRule):
         )
 
     def reduced(self) -> Celo2Rule:
-        """Without outputs, units and features that have no weight, and of one layer if the network is linear.
+        """Without outputs, units, features and state that have no weight, and of one layer if the network is linear.
 
-        So is that of ``builtin:celo2``, whose ReLUs cancel in pairs. Equal up to rounding.
+        The latter is that of ``builtin:celo2``, whose ReLUs cancel in pairs. Equal up to rounding.
         """
         weights, biases = list(self.weights), list(self.biases)
         weights[-1], biases[-1] = weights[-1].clone(), biases[-1].clone()
@@ -137,7 +139,10 @@ class Celo2Rule(MomentRule):
         # The gradient stays: a vector, which has not all features, must have one.
         read = {name: part for name, part in zip(self.reads, parts, strict=True) if part.any() or name == "grad"}
         weights[0] = torch.cat(list(read.values()), dim=1)
-        return replace(self, weights=tuple(weights), biases=tuple(biases), reads=tuple(read))
+        momenta = sum((read[name].ne(0).any(0) for name in MOMENTUM_FEATURES if name in read), start=torch.zeros(3))
+        kept = [name for name, has_weight in zip(MOMENTUM, momenta.tolist(), strict=True) if has_weight]
+        kept += RMS if not read.keys().isdisjoint(RMS_FEATURES) else ()
+        return replace(self, weights=tuple(weights), biases=tuple(biases), reads=tuple(read), kept=tuple(kept))
 
     @property
     def choices(self) -> tuple[RuleChoice, ...]:

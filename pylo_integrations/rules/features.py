@@ -81,6 +81,12 @@ MATRIX_FEATURES = (
 )
 """What VeLO and its descendants read, in the order of theta's ``w0__0`` to ``w0__13``."""
 
+MOMENTUM_FEATURES = ("momentum", "momentum_over_rms", "factored_momentum")
+"""Features with a channel for each momentum."""
+
+RMS_FEATURES = ("rms", "momentum_over_rms", "inverse_rms", "grad_over_rms")
+"""Features that are made of the second moment."""
+
 
 def channel_counts(names: Sequence[str]) -> list[int]:
     """Number of channels of each named feature."""

@@ -29,7 +29,14 @@ class AdamSpec:
 
 @dataclass(frozen=True)
 class NesterovSpec:
-    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``."""
+    """Of a rule whose step is Nesterov's momentum, ``m + weight * (g - m)`` of the new ``m``.
+
+    Attributes:
+        weight: That of the gradient ``g`` in the momentum too, in (0, 1], by the steps of the run, None if they are not
+            known.
+    """
+
+    weight: Callable[[int | None], float]
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class NetworkSpec:
         rms_eps: See :class:`~pylo_integrations.rules.moments.MomentRule`.
         vector_momentum_eps: See there.
         norm_eps: See there.
+        unread: States that are not kept, since no weight reads a channel that is made of them.
     """
 
     features: tuple[str, ...]
@@ -55,6 +63,7 @@ class NetworkSpec:
     rms_eps: float
     vector_momentum_eps: float
     norm_eps: float
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

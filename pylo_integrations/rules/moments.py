@@ -51,6 +51,16 @@ class MomentRule(Rule):
         return self.features
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """Parameter-shaped states that the network reads, of momenta and second moment; others would be in vain."""
+        return (*MOMENTUM, *RMS)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Momenta and second moment that are not :attr:`kept`."""
+        return tuple(name for name in (*MOMENTUM, *RMS) if name not in self.kept)
+
+    @property
     def channels(self) -> int:
         """Number of feature channels."""
         return channel_count(self.reads)
@@ -62,7 +72,8 @@ class MomentRule(Rule):
 
     def state_shapes(self, layout: TensorLayout) -> dict[str, tuple[int, ...] | None]:
         """Parameter-shaped momenta and second moments; small ``row`` and ``col`` from rank 2 on."""
-        return accumulator_shapes(layout, self.decays)
+        shapes = accumulator_shapes(layout, self.decays)
+        return {name: shape for name, shape in shapes.items() if name not in self.unread}
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """EMA weights, see :meth:`Decays.weights`."""
@@ -91,6 +102,7 @@ class MomentRule(Rule):
             self.rms_eps,
             self.vector_momentum_eps,
             self.norm_eps,
+            self.unread,
         )
 
     def collect(self, block: Block, ctx: StepContext) -> dict[str, PartialSum]:
@@ -131,7 +143,8 @@ class MomentRule(Rule):
             recipe=recipe,
         )
         for names, value in accumulators.items():
-            block.store_(names, value)
+            if kept := self._kept_of(names):
+                block.store_(kept, value if kept == names else value[:, [names.index(name) for name in kept]])
         return {"features": PartialSum(total, recipe.axes)}
 
     def normalised_features(self, block: Block, prepared: Sums, sums: Sums, ctx: StepContext) -> Tensor:
@@ -149,7 +162,20 @@ class MomentRule(Rule):
 
     def _load(self, block: Block) -> dict[tuple[str, ...], Tensor]:
         names: tuple[tuple[str, ...], ...] = (MOMENTUM, RMS) if block.layout.factored else (MOMENTUM, RMS, DIAGONAL)
-        return {channels: block.load(channels) for channels in names}
+        return {channels: self._channels(block, channels) for channels in names}
+
+    def _kept_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if name not in self.unread)
+
+    def _channels(self, block: Block, names: tuple[str, ...]) -> Tensor:
+        """States as channels; zeros for those that are not kept, which no weight reads."""
+        if (kept := self._kept_of(names)) == names:
+            return block.load(names)
+        param = block.param
+        value = param.new_zeros(len(param), len(names), *param.shape[2:])
+        if kept:
+            value[:, [names.index(name) for name in kept]] = block.load(kept)
+        return value
 
     @staticmethod
     def _factors(block: Block, prepared: Sums) -> list[Tensor]:

@@ -39,14 +39,20 @@ NUMBERS = (
     "horizon_exponent",
     "vector_horizon_exponent",
     "momentum",
+    "momentum_horizon",
+    "momentum_exponent",
     "log_warmup",
     "log_power",
+    "power_horizon",
     "flatness",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
 WIDTH, HORIZON = 256.0, 1000.0
 """Long side of a matrix, and steps of a run, at which the law is 1."""
+
+WEIGHT = 0.1
+"""Of a new gradient in the momentum, at which the law is 1: the longer a momentum, the farther do its steps add up."""
 
 NARROWEST = 16
 """Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
@@ -56,6 +62,9 @@ SHORTEST, LONGEST = 100, 100_000
 
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
+
+LARGEST_LOGIT = 10.0
+"""Of a gradient's weight in the momentum, either way."""
 
 LARGEST_NUMBER = 20
 """Of theta: most are logarithms."""
@@ -68,7 +77,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(11,)``, those of :data:`NUMBERS`.
+        numbers: ``(14,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
     """
 
@@ -84,10 +93,11 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(11,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(14,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
-                and in the horizon, for matrices and for others; logit of the momentum's decay; logarithms of the part
-                of the run that warms up and of the exponent of what is left; exponent of flatness.
+                and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
+                logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
+                the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -133,7 +143,7 @@ class PaceRule(Rule):
 
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """What is left of the run, to a learned power."""
-        return schedule_of(self.numbers, iteration, num_steps)
+        return schedule_of(by_name(self.numbers), iteration, num_steps).item()
 
     @property
     def workspace(self) -> int:
@@ -145,24 +155,27 @@ class PaceRule(Rule):
         return dict.fromkeys(_MOMENTUM)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The numbers, each 0-d by its name, and the weight of a new gradient in the momentum, ``(1,)``."""
-        numbers = by_name(self.numbers.to(device, dtype))
-        return numbers | {"momentum_weight": torch.sigmoid(-numbers["momentum"]).unsqueeze(-1)}
+        """The numbers, each 0-d by its name."""
+        return by_name(self.numbers.to(device, dtype))
 
     @property
     def kernel_spec(self) -> KernelSpec:
         """Momentum, which :meth:`directions` finishes."""
-        return KernelSpec(NesterovSpec(), CLIP, directions=self.directions, has_cuda=True)
+        return KernelSpec(NesterovSpec(self._weight), CLIP, directions=self.directions, has_cuda=True)
+
+    def _weight(self, num_steps: int | None) -> float:
+        return momentum_weight(by_name(self.numbers), num_steps).item()
 
     def describe_(self, block: Block, prepared: Sums, ctx: StepContext) -> dict[str, PartialSum]:
         """Update the momentum."""
-        weight = ctx.constants["momentum_weight"]
+        weight = momentum_weight(ctx.constants, ctx.num_steps).unsqueeze(-1)
         block.store_(_MOMENTUM, ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight))
         return {}
 
     def propose(self, block: Block, prepared: Sums, sums: Sums, control: Control, ctx: StepContext) -> Tensor:
         """Nesterov's momentum."""
-        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), ctx.constants["momentum_weight"])
+        weight = momentum_weight(ctx.constants, ctx.num_steps).unsqueeze(-1)
+        return ema_(block.load(_MOMENTUM), read_clipped_gradient(block, ctx), weight)
 
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """Orthogonalise, and go as far as laws and schedule say."""
@@ -176,6 +189,7 @@ class PaceRule(Rule):
         inputs, outputs = (steps.shape[axis] for axis in axes)
         law = c["width_exponent"] * math.log(max(NARROWEST, inputs, outputs) / WIDTH)
         law = torch.exp(c["log_step"] + law + c["aspect_exponent"] * math.log(outputs / inputs)) * pace_of(ctx)
+        law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]
         directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
         scale = inverse_rms(directions, axes, self.norm_eps)
         wide = torch.promote_types(steps.dtype, torch.float32)
@@ -206,7 +220,7 @@ class PacedAdamRule(AdamWRule):
 
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """As that of the rule for matrices."""
-        return schedule_of(self.numbers, iteration, num_steps)
+        return schedule_of(by_name(self.numbers), iteration, num_steps).item()
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of both."""
@@ -226,23 +240,32 @@ def by_name(numbers: Tensor) -> dict[str, Tensor]:
     return dict(zip(NUMBERS, numbers.unbind(-1), strict=True))
 
 
+def log_horizon(num_steps: int) -> float:
+    """What the laws of the horizon read."""
+    return math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
+
+
+def momentum_weight(numbers: Mapping[str, Tensor], num_steps: int | None) -> Tensor:
+    """Weight of a new gradient in the momentum."""
+    law = 0.0 if num_steps is None else numbers["momentum_horizon"] * log_horizon(num_steps)
+    return torch.sigmoid((-numbers["momentum"] - law).clamp(-LARGEST_LOGIT, LARGEST_LOGIT))
+
+
 def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Tensor:
     """Factor on steps by time: the law of the horizon, which is 1 where it is not known, and the schedule."""
-    c, iteration, num_steps = ctx.constants, ctx.iteration, ctx.num_steps
+    c, num_steps = ctx.constants, ctx.num_steps
     if num_steps is None:
         return torch.ones_like(c["log_power"])
+    return torch.exp(c[horizon_exponent] * log_horizon(num_steps)) * schedule_of(c, ctx.iteration, num_steps)
+
+
+def schedule_of(numbers: Mapping[str, Tensor], iteration: int, num_steps: int | None) -> Tensor:
+    """The schedule alone: a warm-up, and a power of what is left of the run."""
+    power = numbers["log_power"]
+    if num_steps is None:
+        return torch.ones_like(power)
     left = 1 - iteration / num_steps
     if left <= 0:
-        return torch.zeros_like(c["log_power"])
-    law = c[horizon_exponent] * math.log(min(max(num_steps, SHORTEST), LONGEST) / HORIZON)
-    warm = ((iteration + 1) / (c["log_warmup"].exp() * num_steps)).clamp_max(1)
-    return warm * torch.exp(law + c["log_power"].exp() * math.log(left))
-
-
-def schedule_of(numbers: Tensor, iteration: int, num_steps: int | None) -> float:
-    """The schedule alone, as :func:`pace_of` has it: a warm-up, and a power of what is left of the run."""
-    if num_steps is None:
-        return 1.0
-    warmup, power = (math.exp(numbers[NUMBERS.index(name)]) for name in ("log_warmup", "log_power"))
-    left = max(0.0, 1 - iteration / num_steps)
-    return float(min(1.0, (iteration + 1) / (warmup * num_steps)) * left**power)
+        return torch.zeros_like(power)
+    power = torch.exp(power + numbers["power_horizon"] * log_horizon(num_steps))
+    return ((iteration + 1) / (numbers["log_warmup"].exp() * num_steps)).clamp_max(1) * left**power

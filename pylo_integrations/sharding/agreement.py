@@ -264,6 +264,7 @@ def contract_of(groups: Sequence[Mapping[str, Any]], holdings: Holdings, common:
     contract = {**common, "parameter groups": str(len(groups))}
     for index, group in enumerate(groups):
         decisive = {**{name: group[name] for name in ("axes", "rule")}, "state_dtype": wanted_format(group)}
+        decisive |= {name: group[name] for name in ("split", "stacked") if name in group}
         contract |= {f"{option} of group {index}": repr(value) for option, value in decisive.items()}
     for index, position, name, param in compared(groups, holdings):
         contract[f"parameter {position} of group {index}"] = _describe(param, name, holdings)

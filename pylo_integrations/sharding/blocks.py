@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pylo_integrations.formats import FLOAT32, Format, Stored
+from pylo_integrations.formats import FLOAT32, NOISE, Format, Stored
 from pylo_integrations.rounding import box_noise, noise_keys
+from pylo_integrations.sharding.components import Origin
 from pylo_integrations.sharding.layout import Box, TensorLayout
 from pylo_integrations.sharding.pieces import Held, Piece, local_part
 
@@ -55,14 +56,17 @@ class Bucket:
 
     Attributes:
         layout: Shared by every tensor of the bucket.
-        params: Parameters, in torch layout and storage dtype; sharded ones as the framework has them.
+        params: Parameters, in torch layout and storage dtype; sharded ones as the framework has them. Of tensors that
+            share a parameter, what is here of them, plain views.
         states: ``optimizer.state[p]`` of each parameter.
         group: The parameter group, read afresh every step (lr, weight decay, maximize).
         dtype: Dtype of state and arithmetic: float32, or float64 for float64 parameters.
         parts: Into how many disjoint parts the ranks divide each tensor; 1 if every rank has the whole.
         held: What is here of each parameter.
         grads: This step's gradients of what is here, plain tensors, set by the engine.
-        numbers: Of each parameter, its number among all of the optimizer.
+        numbers: Of each parameter, its number among all of the optimizer; further tensors that share it have further
+            ones, by which the noise of rounding differs.
+        origins: Of each tensor, which parameter it shares with others; None where it is a parameter.
         rounds_stochastically: Whether new parameters are rounded so, and not to the nearest.
         stored: The tensors that hold each state, by its name; see :mod:`pylo_integrations.formats`. States that are not
             named there are stored as they are.
@@ -80,6 +84,7 @@ class Bucket:
     held: list[Held] = field(default_factory=list)
     grads: Sequence[Tensor] = ()
     numbers: list[int] = field(default_factory=list)
+    origins: list[Origin | None] = field(default_factory=list)
     rounds_stochastically: bool = False
     stored: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
     form: Format = FLOAT32
@@ -99,9 +104,22 @@ class Bucket:
         return [part for name in names for part in self.stored.get(name, (name,))]
 
     @property
+    def owners(self) -> list[Tensor]:
+        """The parameters that the tensors are, or are in, as the optimizer has them."""
+        if not any(self.origins):
+            return self.params
+        pairs = zip(self.params, self.origins, strict=True)
+        return [param if origin is None else origin.param for param, origin in pairs]
+
+    @property
     def device(self) -> torch.device:
         """Device of every tensor in the bucket."""
         return self.params[0].device
+
+    def wrappers(self) -> list[Tensor]:
+        """Parameters and states that are written through views of what is inside them, so that autograd counts less."""
+        origins = {id(origin.param): origin for origin in self.origins if origin is not None}
+        return [tensor for origin in origins.values() for tensor in origin.written if local_part(tensor) is not tensor]
 
     def stepped(self, position: int) -> Tensor:
         """What of the memory of a parameter is stepped here, a plain tensor."""
@@ -192,8 +210,9 @@ class Block:
         for name, values in zip(names, value.unbind(1), strict=True):
             parts = self.bucket.stored[name]
             is_square = any(part.dtype == torch.uint8 for part in parts.values())
-            keys = [noise_keys(self.bucket.iteration, number, name) for number in self.bucket.numbers[self.tensors]]
-            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device)
+            hashed, bit = NOISE.get(name, (name, 0))
+            keys = [noise_keys(self.bucket.iteration, number, hashed) for number in self.bucket.numbers[self.tensors]]
+            noise = box_noise(self.box.start, self.box.shape, self.layout.shape, keys, values.device, bit)
             encoded = self.bucket.form.encode(values, is_square, noise)
             for (part, stored), new in zip(parts.items(), encoded, strict=True):
                 torch._foreach_copy_(self._stored([part], stored.per_block), list(new.unbind()))

@@ -25,6 +25,9 @@ from pylo_integrations.sharding.pieces import (
 from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.sharding.shares import share_of, shared_rows, zero_state
 
+AT_HOME = ("cpu", "meta")
+"""Types of devices whose parameters are stepped where they are, whatever is asked for."""
+
 
 @dataclass
 class Holdings:
@@ -33,14 +36,16 @@ class Holdings:
     Attributes:
         shares_steps: Whether ranks that all have a whole parameter share the work of its step.
         ranks: The processes that train together.
-        flat_slices: What is known about FSDP1's 1-D slices; may be filled later.
+        flat_slices: What is known about the 1-D slices of FSDP1 and ZeRO; may be filled later.
         names: Of parameters in the model that was bound; may be filled later.
+        offloads: Whether the state of parameters on a device lives on the host.
     """
 
     shares_steps: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     flat_slices: dict[Tensor, FlatSlice] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
+    offloads: bool = False
 
     def bind(self, model: nn.Module, ours: Collection[Tensor], process_group: ProcessGroup | None) -> bool:
         """Learn what parameters do not tell of themselves, anew.
@@ -51,7 +56,7 @@ class Holdings:
             process_group: The ranks that train together; None for those of the last call, else all.
 
         Returns:
-            Whether some of ours are slices of FSDP1.
+            Whether some of ours are slices of FSDP1 or ZeRO.
 
         Raises:
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
@@ -72,6 +77,14 @@ class Holdings:
     def divides(self, param: Tensor) -> bool:
         """Whether ranks may hold different parts of a parameter or its state."""
         return is_sharded(param) or self.shares(param)
+
+    def home(self, param: Tensor) -> torch.device:
+        """Where the state of a parameter lives, and its step is computed."""
+        return torch.device("cpu") if self.is_away(param) else param.device
+
+    def is_away(self, param: Tensor) -> bool:
+        """Whether a parameter is on a device, and its state on the host."""
+        return self.offloads and param.device.type not in AT_HOME
 
     def locate(self, param: Tensor) -> tuple[tuple[int, ...], Held]:
         """Shape of the whole of a parameter, and what this process holds of it.
@@ -101,19 +114,41 @@ class Holdings:
         """Zeros for a state that is shaped, and sharded, like what is ``held`` of a parameter."""
         if held.share is not None:
             return zero_state(param, held, dtype, self.ranks)
-        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        device = self.home(param) if self.is_away(param) else None
+        return torch.zeros_like(param, dtype=dtype, device=device, requires_grad=False)
 
     def zero_scales(self, param: Tensor, held: Held) -> Tensor:
         """Scales, one for each block, of a state that is sharded like what is ``held`` of a parameter.
 
         Rows are divided among ranks as those of the parameter are; see :mod:`pylo_integrations.formats`.
         """
-        local = torch.zeros(scale_shape(held.of(local_part(param)).shape), device=param.device)
+        local = torch.zeros(scale_shape(held.of(local_part(param)).shape), device=self.home(param))
         if held.share is not None:
             return shared_rows(local, scale_shape(param.shape), self.ranks)
         if not hasattr(param, "placements"):
             return local
         return placed_like(local, param, scale_shape(param.shape))
+
+    def check_home(self, param: Tensor) -> None:
+        """Raise ShardingError if a parameter cannot be stepped on the host, where its state is to live."""
+        if not self.is_away(param):
+            return
+        fault = None
+        if self.divides(param):
+            way = "FSDP2's fully_shard(..., offload_policy=CPUOffloadPolicy()) or FSDP1's CPUOffload(True)"
+            if self.shares(param):
+                fault = "divided by shard_step=True: leave out one of the two"
+            else:
+                fault = f"sharded: leave offload_state out, and have parameters on the CPU, by {way}"
+        elif self.ranks.size > 1 and not self.ranks.meets_on("cpu"):
+            fault = (
+                "trained by ranks whose process group exchanges nothing on the CPU: create it with "
+                'init_process_group("cpu:gloo,cuda:nccl")'
+            )
+        if fault:
+            raise ShardingError(
+                f"offload_state=True, and a parameter of shape {tuple(param.shape)} on {param.device} is {fault}"
+            )
 
     def check_blocks(self, param: Tensor) -> None:
         """Raise ShardingError unless ranks divide a parameter so that no block of elements with one scale is divided.
@@ -122,7 +157,7 @@ class Holdings:
         """
         shape, fault = tuple(param.shape), None
         if param in self.flat_slices:
-            fault = "is a slice made by FSDP1, in which rows are cut: use fully_shard() (FSDP2)"
+            fault = "is a slice made by FSDP1 or ZeRO, in which rows are cut: use fully_shard() (FSDP2)"
         elif hasattr(param, "placements"):
             sizes = dict[int, list[int]]()
             mesh: Any = getattr(param, "device_mesh")  # noqa: B009

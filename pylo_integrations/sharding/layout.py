@@ -79,6 +79,15 @@ class Box:
             yield from Box(tuple(start), tuple(shape)).split(max_numel)
 
 
+def run_start(box: Box, shape: Sequence[int]) -> int | None:
+    """Where a box begins in a tensor in row-major order, if its elements are neighbours there; else None."""
+    rest = [axis for axis, extent in enumerate(box.shape) if extent > 1]
+    first = rest[0] if rest else len(shape) - 1
+    if any(box.shape[axis] != shape[axis] for axis in range(first + 1, len(shape))):
+        return None
+    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(box.start))
+
+
 @dataclass(frozen=True)
 class TensorLayout:
     """Roles of the axes of a whole (unsharded) parameter; the same on every rank.

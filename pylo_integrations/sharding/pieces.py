@@ -6,14 +6,16 @@ Whatever sharded a tensor, what is here of it is a few boxes of the whole tensor
 * a ``DTensor`` (FSDP2, tensor parallelism, HSDP, or both together) is one box, possibly empty;
 * of a replica whose step the ranks share, it is the box that this rank steps (:mod:`.shares`);
 * FSDP1 with ``use_orig_params=True`` holds a run of elements in row-major order, which is at most ``2 * ndim - 1``
-  boxes. The parameter itself is then 1-D: its shape and the start of the run are read from the model, once.
+  boxes. The parameter itself is then 1-D: its shape and the start of the run are read from the model, once;
+* of DeepSpeed's ZeRO it is such a run, too, of a flat partition. The parameter itself is left to the model, and the run
+  stands in for it (:func:`stand_in`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,7 +88,7 @@ class Held:
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """A parameter of FSDP1, of which a rank holds a run of elements as a 1-D tensor.
+    """A parameter of FSDP1 or ZeRO, of which a rank holds a run of elements as a 1-D tensor.
 
     Attributes:
         name: Its name in the model.
@@ -99,6 +101,18 @@ class FlatSlice:
     shape: tuple[int, ...]
     start: int
     parts: int
+
+
+def stand_in(param: Tensor, master: Tensor, part: FlatSlice | None = None) -> None:
+    """Note that what an optimizer steps in the place of a model's parameter is another tensor.
+
+    Args:
+        param: Of the model.
+        master: What is stepped.
+        part: If that is a 1-D run of the parameter's elements: which.
+    """
+    master._is_flat_slice = part is not None  # type: ignore[attr-defined]
+    param._stand_in = master, part  # type: ignore[attr-defined]
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -123,8 +137,12 @@ def local_gradient(param: Tensor) -> Tensor:
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether ``param`` is a ``DTensor`` or one of FSDP1's 1-D slices."""
-    return hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False)
+    """Whether ``param`` is a ``DTensor`` or a 1-D slice, of FSDP1 or ZeRO."""
+    return (
+        hasattr(param, "placements")
+        or getattr(param, "_fsdp_flattened", False)
+        or getattr(param, "_is_flat_slice", False)
+    )
 
 
 def span_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
@@ -154,7 +172,7 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
 
     Args:
         param: As the optimizer has it.
-        flat_slices: Those of FSDP1, see :func:`read_flat_slices`.
+        flat_slices: Those of FSDP1 and ZeRO, see :func:`read_flat_slices`.
         num_ranks: How many processes train together.
 
     Raises:
@@ -166,10 +184,10 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
         raise ShardingError(_MELTED)
     if hasattr(param, "ds_id"):
         raise ShardingError(
-            "a parameter is partitioned by DeepSpeed ZeRO, which hides whole tensors from the optimizer: use "
-            "torch's fully_shard() (FSDP2) instead"
+            "a parameter is partitioned by stage 3 of DeepSpeed's ZeRO, which hides whole tensors from the optimizer: "
+            "use stage 2 with pylo_integrations.deepspeed.attach(), or torch's fully_shard() (FSDP2)"
         )
-    if getattr(param, "_fsdp_flattened", False):
+    if is_sharded(param):
         if param not in flat_slices:
             raise ShardingError(
                 f"a parameter is a 1-D slice of {param.numel()} elements made by FSDP, which does not tell its shape: "
@@ -247,24 +265,34 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """
     names: dict[Tensor, str] = {}
     for path, param in model.named_parameters():
-        parts, module = [], model
+        parts, module = list[str](), model
         for part in path.split("."):
-            replica = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            if part not in _WRAPPERS and not (replica and part == "module"):
+            if part not in _WRAPPERS and not (part == "module" and _is_replica(module)):
                 parts.append(part)
             module = getattr(module, part, module)
-        names[param] = ".".join(parts)
+        for tensor in (*getattr(param, "_stand_in", ())[:1], param):
+            names[tensor] = ".".join(parts)
     return names
 
 
+def _is_replica(module: nn.Module) -> bool:
+    """Whether a module holds the model as its ``module``."""
+    is_torchs = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    return is_torchs or any(cls.__name__ == "DeepSpeedEngine" for cls in type(module).__mro__)  # spares importing it
+
+
 def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
-    """Parameters of ``model`` that FSDP1 turned into 1-D slices, with where they come from.
+    """The 1-D slices that FSDP1 or ZeRO made of parameters of ``model``, with where they come from.
 
     Raises:
         ShardingError: FSDP1 melted trainable parameters into one, or flattened one in another order than row-major.
     """
     found: dict[Tensor, FlatSlice] = {}
     names = parameter_names(model)
+    for param, name in names.items():
+        master, part = getattr(param, "_stand_in", (param, None))
+        if part is not None:
+            found[master] = replace(part, name=name)
     for module in model.modules():
         flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)  # spares importing FSDP
         if flat is None:

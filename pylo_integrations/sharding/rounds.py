@@ -65,6 +65,10 @@ class Ranks:
         """The process group; None if there is none."""
         return self._process_group if self.size > 1 else None
 
+    def meets_on(self, kind: str) -> bool:
+        """Whether they can exchange tensors on devices of a kind."""
+        return any(device.type == kind for device in self._process_group._device_types)
+
     @property
     def _process_group(self) -> dist.ProcessGroup:
         return cast(dist.ProcessGroup, self._group or dist.group.WORLD)

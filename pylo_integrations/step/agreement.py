@@ -79,7 +79,7 @@ class StepAgreement:
         except ShardingError:
             return
         if expected:
-            self._agreement.fail(error, _device_of(groups))
+            self._agreement.fail(error, self._device_of(groups))
 
     def is_any(
         self,
@@ -109,7 +109,7 @@ class StepAgreement:
             return flag
         values = _values(groups, progress, policies, False, [])
         return self._agreement.vote(
-            question, flag, lambda: {"this step": question, **self._statement(groups, values)}, _device_of(groups)
+            question, flag, lambda: {"this step": question, **self._statement(groups, values)}, self._device_of(groups)
         )
 
     def pledge(
@@ -149,7 +149,7 @@ class StepAgreement:
         values = _values(groups, progress, policies, watches, plan.idle)
         state = functools.partial(self._statement, groups, values)
         if plan.contract != agreement.contract:
-            agreement.ask(plan.contract, state, _device_of(groups), self._gradient_norms(groups))
+            agreement.ask(plan.contract, state, self._device_of(groups), self._gradient_norms(groups))
             if not exchanges:
                 agreement.end()
                 return None
@@ -201,7 +201,8 @@ class StepAgreement:
         """What decides which numbers ranks exchange, and what they mean."""
         shares = any(self._holdings.shares(param) for group in groups for param in group["params"])
         fixed = {name: value for name, value in self._fixed.items() if shares or name != "chunk_bytes"}
-        common = {**self._about_rule, "shard_step": str(self._holdings.shares_steps), **fixed}
+        holdings = {"shard_step": str(self._holdings.shares_steps), "offload_state": str(self._holdings.offloads)}
+        common = {**self._about_rule, **holdings, **fixed}
         return contract_of(groups, self._holdings, common)
 
     @cached_property
@@ -220,6 +221,10 @@ class StepAgreement:
             for position, param in enumerate(group["params"])
             if self._holdings.shares(param)
         }
+
+    def _device_of(self, groups: Groups) -> torch.device:
+        """Where ranks talk before there is a plan."""
+        return self._holdings.home(next(param for group in groups for param in group["params"]))
 
     def _statement(self, groups: Groups, values: tuple[Any, ...]) -> dict[str, str]:
         """All that ranks must have alike, in words; reads every parameter whose step they share."""
@@ -245,9 +250,3 @@ def _values(
 ) -> tuple[Any, ...]:
     """What may change from step to step, and is compared at every one."""
     return progress.iteration, progress.num_steps, *policies[::-1], is_watched, options_of(groups), idle
-
-
-def _device_of(groups: Groups) -> torch.device:
-    """Where ranks talk before there is a plan."""
-    device: torch.device = next(param.device for group in groups for param in group["params"])
-    return device

@@ -112,6 +112,7 @@ class ReferenceStages:
         self._look = _look_of(tensors)
         # DTensors of which torch's functions write the inside: autograd counts versions of the outside.
         self._wrappers = [tensor for tensor in tensors if local_part(tensor) is not tensor]
+        self._wrappers += [tensor for bucket in buckets for tensor in bucket.wrappers()]
 
     def _tensors(self) -> list[Tensor]:
         """All that steps write, parameters and states; what meta-training's stacks hold is nobody's else."""

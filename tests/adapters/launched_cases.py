@@ -88,6 +88,10 @@ def end_of(optimizer: Any, trained: dict[str, Tensor]) -> str:
 def fsdp_options(wrapper: str, state_dict_type: str) -> dict[str, Any]:
     if wrapper == "ddp":
         return {}
+    if wrapper.startswith("zero"):
+        sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+        stage = {"stage": int(wrapper.removeprefix("zero"))}
+        return {"deepspeed": {**sizes, "gradient_clipping": "auto", "zero_optimization": stage}}
     config = {
         "version": {"fsdp1": 1, "fsdp2": 2}[wrapper],
         "state_dict_type": state_dict_type,
@@ -126,10 +130,11 @@ def hf_trainer(wrapper: str, name: str, folder: str, stock: bool = False, state_
         hf.install()
         defaults["optim"] = name
     args = transformers.TrainingArguments(**{**defaults, **options})
-    if wrapper != "ddp":
+    if wrapper.startswith("fsdp"):
         pass_for_accelerators()
     trainer_class, given = (transformers.Trainer, {}) if stock else (hf.Trainer, {"optimizers": name})
-    model = gpt2().to(torch.float32 if wrapper == "fsdp1" else torch.float64)  # FSDP1 cannot clip float64
+    in_float32 = wrapper == "fsdp1" or wrapper.startswith("zero")  # which cannot clip float64; has such masters
+    model = gpt2().to(torch.float32 if in_float32 else torch.float64)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # ranks draw differently

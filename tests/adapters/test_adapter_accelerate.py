@@ -266,10 +266,17 @@ def test_attach_refuses_what_it_cannot_serve(toy_loss):
     assert "backward" not in vars(accelerator)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_attach_refuses_what_hides_whole_tensors(toy_loss, kind):
-    with pytest.raises(ValueError, match="hides whole tensors"):
-        attach(SimpleNamespace(distributed_type=kind), create_optimizer(net(), "toy_loss"))
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DistributedType.DEEPSPEED, r"after accelerator.prepare\(model, optimizer\)"),
+        (DistributedType.MEGATRON_LM, "hides whole tensors"),
+    ],
+)
+def test_attach_refuses_what_hides_whole_tensors(toy_loss, kind, message):
+    accelerator = SimpleNamespace(distributed_type=kind, deepspeed_engine_wrapped=None)
+    with pytest.raises(ValueError, match=message):
+        attach(accelerator, create_optimizer(net(), "toy_loss"))
 
 
 # -- horizon, schedule, checkpoints ------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from transformers.training_args import OptimizerNames  # noqa: E402
 
 from pylo_integrations import (  # noqa: E402
     OptimizerSpec,
+    ShardingError,
     SmallFCLOpt,
     get_optimizer_info,
     hf,
@@ -686,18 +687,24 @@ def test_a_trainer_class_that_ignores_the_choice_is_an_error(make_args):
         trainer.create_optimizer()
 
 
+def deepspeed(config):
+    """The plugin that TrainingArguments(deepspeed=config) makes."""
+    return types.SimpleNamespace(hf_ds_config=types.SimpleNamespace(config=config))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"fsdp": True, "fsdp_config": {"xla": True}}, "FSDP of XLA hides whole tensors"),
-        ({"deepspeed_plugin": object()}, "DeepSpeed hides whole tensors"),
+        ({"deepspeed_plugin": deepspeed({"optimizer": {"type": "AdamW"}})}, "toy_loss would not be used.*AdamW"),
+        ({"deepspeed_plugin": deepspeed({"zero_optimization": {"stage": 3}})}, "stage 3.*to 2 or 1"),
     ],
 )
 def test_unsupported_ways_to_train_are_refused(toy_loss, setting, message):
     args = types.SimpleNamespace(
         **{"fsdp": False, "fsdp_config": None, "deepspeed_plugin": None, "world_size": 1, **setting}
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, ShardingError), match=message):
         check_supported(toy_loss, args)
 
 

@@ -44,7 +44,8 @@ def expected(starts, grads, horizon):
     """Parameters after every step."""
     c = numbers()
     known = max(horizon or 1000, 100)
-    b = 1 / (1 + math.exp(-c["momentum"]))
+    w = 1 / (1 + math.exp(c["momentum"] + c["momentum_horizon"] * math.log(known / 1000)))
+    power = math.exp(c["log_power"] + c["power_horizon"] * math.log(known / 1000))
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
@@ -54,18 +55,19 @@ def expected(starts, grads, horizon):
         pace = 1.0
         if horizon is not None:
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
-            pace = warm * (1 - t / horizon) ** math.exp(c["log_power"])
+            pace = warm * (1 - t / horizon) ** power
         for i, matrix in enumerate(is_matrix):
             params[i] = params[i] * (1 - DECAY * 1e-3 * pace)  # AdamW's at 1e-3; it follows the schedule alone
             if matrix:
-                m[i] = b * m[i] + (1 - b) * g[i]
-                d = b * m[i] + (1 - b) * g[i]
+                m[i] = m[i] + w * (g[i] - m[i])
+                d = m[i] + w * (g[i] - m[i])
                 d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
                 u = orthogonal(d)
                 u = (u * flatness(d, u) ** c["flatness"]).movedim((-1, -2), (0, 1))
                 outputs, inputs = params[i].shape[:2]
                 length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
                 length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
+                length *= (w / 0.1) ** c["momentum_exponent"]
                 params[i] = params[i] - length * pace * u
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2

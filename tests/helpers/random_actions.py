@@ -31,10 +31,14 @@ from thetas import create
 from torch import Tensor, nn
 
 from pylo_integrations import CheckpointError, LearnedOptimizer, get_optimizer_info, list_optimizers
+from pylo_integrations.formats import FORMATS
 from pylo_integrations.ops import loader, select
 from pylo_integrations.progress import Progress
 
 SHAPES = [(), (1,), (7,), (64,), (1, 5), (6, 1), (5, 3), (9, 17), (16, 16), (3, 2, 5), (4, 3, 3, 3), (2, 1, 3, 2, 2)]
+LARGE = (64, 65)
+"""Of a tensor whose state may be stored in few bits."""
+
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GUARD = 16
 """Elements before and after a guarded tensor."""
@@ -98,6 +102,7 @@ class Session:
             "stochastic_rounding": self.random.random() < 0.2,
             "on_nonfinite": self.random.choice(["skip", "zero", "error"]),
             "max_grad_norm": self.random.choice([None, None, 1.0]),
+            "state_dtype": self.random.choice([*["float32"] * 6, "bfloat16", "int8"]),
         }
         self.params = [self.parameter() for _ in range(self.random.randint(1, 6))]
         cut = self.random.randint(0, len(self.params))
@@ -123,7 +128,8 @@ class Session:
         return inside.copy_(values)
 
     def parameter(self) -> nn.Parameter:
-        values = self.normal(self.random.choice(SHAPES), self.random.choice(DTYPES))
+        shapes = SHAPES if self.options["state_dtype"] == "float32" else [*SHAPES, LARGE, LARGE]
+        values = self.normal(self.random.choice(shapes), self.random.choice(DTYPES))
         return nn.Parameter(self.guarded(values))
 
     def one(self) -> nn.Parameter:
@@ -266,6 +272,8 @@ class Session:
         for group in self.optimizer.param_groups:
             group.update(lr=self.spec.lr, weight_decay=0.0, weight_decay_policy="before", maximize=False)
             group.update(axes="out_in", rule="learned", base_lr=self.spec.lr)
+            if str(group.get("state_dtype")) not in FORMATS:
+                group.pop("state_dtype", None)
         if damaged is not self.params and self.attempts_to_heal():
             self.optimizer.state.clear()
 
@@ -516,6 +524,17 @@ def other_option(s: Session) -> None:
         ]
     )
     group[key] = s.random.choice(values)
+
+
+@action
+def stored_otherwise(s: Session) -> None:
+    """What the state is not yet, unless it is converted."""
+    s.random.choice(s.optimizer.param_groups)["state_dtype"] = s.random.choice(list(FORMATS))
+    if s.random.random() < 0.8:
+        try:
+            s.optimizer.load_state_dict(s.optimizer.state_dict())
+        except CheckpointError as error:  # of what other actions did
+            s.log.append(f"not converted: {error}")
 
 
 @action

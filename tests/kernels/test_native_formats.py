@@ -10,8 +10,7 @@ from thetas import create
 from torch import nn
 
 from pylo_integrations.ops.loader import NativeError
-from pylo_integrations.ops.records import run_start
-from pylo_integrations.sharding.layout import Box
+from pylo_integrations.sharding.layout import Box, run_start
 
 SHAPES = [(96, 80), (64, 8, 3, 3), (5, 1024), (300, 100), (4096, 2), (7,), (20, 20)]
 """Rows within blocks, of one and a piece, and of several; what stays float32."""

@@ -84,3 +84,23 @@ def test_a_factor_multiplies_the_learning_rate():
             for each in (setting, more)
         )
         assert four == pytest.approx([4 * lr for lr in one])
+
+
+@pytest.mark.parametrize("name", ["celo2@linear+int8", "pace+bfloat16", "mulo:builtin:mulo*2@cosine+int8"])
+def test_a_format_of_state_is_part_of_a_contender(name):
+    from pylo_integrations.evaluation import find_task
+
+    setting = Setting.learned(name)
+    assert setting.name == name and setting.state_dtype == name.rpartition("+")[2]
+    assert Setting.learned(name.rpartition("+")[0]).state_dtype == "float32"
+    task = find_task("blobs_experts")
+    [optimizer] = setting.optimizers(task.model(0), task, 10)
+    assert {group["state_dtype"] for group in optimizer.param_groups} == {setting.state_dtype}
+
+
+def test_a_plus_that_names_no_format_is_of_a_path(tmp_path):
+    from pylo_integrations.weights.sources import load_theta
+
+    load_theta("builtin:celo2", "celo2").save(tmp_path / "a+b.safetensors")
+    setting = Setting.learned(f"celo2:{tmp_path}/a+b.safetensors")
+    assert setting.weights.endswith("a+b.safetensors") and setting.state_dtype == "float32"

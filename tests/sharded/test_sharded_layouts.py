@@ -69,8 +69,24 @@ def test_zero_partitions_are_refused():
     param.ds_id = 0
     with pytest.raises(ShardingError, match="DeepSpeed"):
         stepping(param)
-    with pytest.raises(ShardingError, match="flattened"):
+    with pytest.raises(ShardingError, match=r"flattened.*deepspeed\.attach"):
         stepping(nn.Parameter(torch.zeros(3, 4)), [nn.Parameter(torch.zeros(12))])
+
+
+def test_a_partition_of_vectors_is_refused_where_a_vector_is_not():
+    vectors = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(3))]
+    for vector in vectors:
+        vector.grad = torch.ones_like(vector)
+    flat = torch.zeros(7, requires_grad=True)
+    flat.grad = torch.ones(7)
+    optimizer = SmallFCLOpt(vectors)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ShardingError, match="2 parameters of up to 1 axes"):
+        optimizer.step()
+    assert not flat.any() and not optimizer.state
+    optimizer.param_groups[0]["params"] = vectors[:1]
+    optimizer.step()
+    assert vectors[0].all()
 
 
 def test_a_vector_may_be_replaced_by_another():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pylo_integrations import bench, cli, create_optimizer, list_optimizers, param_groups
-from pylo_integrations.bench import measure, steps
+from pylo_integrations.bench import contenders, measure, steps
 
 TINY = bench.Setting("tiny", "float32", "cpu", torch.get_num_threads())
 MIB = 2**20
@@ -87,6 +87,41 @@ def test_ratios_are_medians_within_rounds(monkeypatch):
     assert (learned["step_seconds"], learned["times_adamw_fused"], learned["times_adamw_foreach"]) == (4.0, 2.0, 2.0)
     table = bench.format_table([learned, fused, foreach]).splitlines()
     assert len(table) == 5 and "unknown" in table[2] and len({len(line) for line in table[1:]}) == 1
+
+
+def test_eight_bits_of_others_run_beside_states_of_few_bits(monkeypatch, tmp_path, capsys):
+    """Of packages that are here; of those that are not it is said in a line."""
+    package = tmp_path / "torchao"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "optim.py").write_text("from torch.optim import AdamW as AdamW8bit\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(contenders.EIGHT_BIT, "bitsandbytes_adamw8bit", "absent_package.optim")
+    assert steps.compared(["pace", "celo2:native"]) == ([], [])
+    names, reasons = steps.compared(["pace", "pace:int8"])
+    assert names == ["torchao_adamw8bit"]
+    assert reasons == ["bitsandbytes_adamw8bit is left out: absent_package is not installed"]
+    parameters = TINY.parameters()
+    optimizer, step = bench.make_contender("torchao_adamw8bit", parameters)
+    before = [param.detach().clone() for param, _ in parameters]
+    step()
+    assert all(not torch.equal(old, param) for old, (param, _) in zip(before, parameters, strict=True))
+
+
+def test_bytes_of_subclasses_are_those_of_what_they_are_made_of():
+    codes, scales = torch.zeros(256, dtype=torch.uint8), torch.zeros(1)
+
+    class Quantised:
+        state = {0: {"exp_avg": None}}
+
+    class Codes(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["codes", "scales"], None
+
+    value = torch.zeros(256).as_subclass(Codes)
+    value.codes, value.scales = codes, scales
+    Quantised.state[0] = {"exp_avg": value, "map": codes}
+    assert measure.state_bytes(Quantised()) == 256 + 4  # the map is the codes, which count once
 
 
 def test_contenders_step_in_turn_and_in_alternating_order(monkeypatch):

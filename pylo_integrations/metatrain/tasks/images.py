@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pylo_integrations.metatrain import data
 from pylo_integrations.metatrain.tasks.base import Batch, Family, Model, Task, classify, square_error
 from pylo_integrations.metatrain.tasks.networks import (
+    BatchNorm,
     Mean,
     PatchTransformer,
     Pointwise,
@@ -57,26 +58,33 @@ class ImageMLP(Family):
 
 
 class ImageConv(Family):
-    """Classification of small images by a convolutional network of two layers of stride 2."""
+    """Classification of small images by two convolutions of stride 2, with batch normalisation on request."""
 
     kind = "image_conv"
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "data": ("digits",),
         "width": (8,),
         "activation": ("relu",),
+        "norm": ("none",),
         "batch": (32,),
     }
 
     def build(self, generator: Generator, width_mult: float, **options: Any) -> Task:
-        """The network; ``width`` is the number of channels."""
+        """The network; ``width`` is the number of channels, ``norm`` is ``none`` or ``batch``."""
+        norms: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "batch": lambda: BatchNorm(options["width"])}
+        if options["norm"] not in norms:
+            raise ValueError(f"task family {self.kind}: norm={options['norm']!r} must be one of {sorted(norms)}")
+        norm = norms[options["norm"]]
         side, width = data.images(options["data"])[0].inputs.shape[-1], options["width"]
         last = (side + 3) // 4
 
         def model() -> nn.Module:
             return nn.Sequential(
                 nn.Conv2d(1, width, 3, 2, 1),
+                norm(),
                 Pointwise(options["activation"]),
                 nn.Conv2d(width, width, 3, 2, 1),
+                norm(),
                 Pointwise(options["activation"]),
                 nn.Flatten(),
                 Readout(width * last * last, 10, width_mult),

@@ -151,6 +151,18 @@ class ResidualBlock(nn.Module):
         return result
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation of feature maps by the statistics of the batch, in training and after: it has no buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(batch, width, side, side)`` to the same."""
+        return F.batch_norm(input, None, None, self.weight, self.bias, training=True)
+
+
 class ResidualConv(nn.Module):
     """Two convolutions with group normalisation before each and a path around them."""
 

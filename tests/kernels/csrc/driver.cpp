@@ -145,6 +145,13 @@ pylo_rule adam_rule() {
     return rule;
 }
 
+pylo_rule momentum_rule() {
+    pylo_rule rule = adam_rule();
+    rule.layers = PYLO_NESTEROV;
+    rule.measures = 0;
+    return rule;
+}
+
 pylo_rule a_rule(int hidden_layers, int width, uint32_t features) {
     pylo_rule rule = {};
     rule.features = features;
@@ -180,7 +187,7 @@ struct Table {
     Table(const pylo_rule &rule, int dtype, int isa, int threads, const std::vector<Shape> &shapes = ::shapes)
         : rule(rule) {
         const int64_t network_floats = pylo_network_floats(&rule);
-        CHECK(network_floats > 0 || rule.layers == 0);
+        CHECK(network_floats > 0 || rule.layers <= 0);
         random_state = 1;
         tensors.resize(shapes.size());
         steps.resize(shapes.size());
@@ -195,7 +202,8 @@ struct Table {
             steps[i].scale = steps[i].grad_scale = 1;
             steps[i].step_mult = 0.01f;
             steps[i].momentum_correction = steps[i].rms_correction = 0.5f;
-            if (rule.layers == 0) reduce_to_adam(i);
+            steps[i].momentum_weight = 0.3f;
+            if (rule.layers <= 0) reduce_to_adam(i);
             steps[i].l2 = i % 2 ? 0.01f : 0;
             steps[i].flags = i % 3 ? PYLO_ZERO_NONFINITE : 0;
         }
@@ -276,8 +284,8 @@ struct Table {
 
     void run(int steps_to_take) {
         for (int i = 0; i < steps_to_take; ++i) {
-            CHECK(pylo_cpu_measure(&call) == PYLO_OK);
-            if (rule.layers) {
+            if (rule.measures) CHECK(pylo_cpu_measure(&call) == PYLO_OK);
+            if (rule.layers > 0) {
                 CHECK(pylo_cpu_collect(&call) == PYLO_OK);
                 CHECK(pylo_cpu_prepare(&call) == PYLO_OK);
                 CHECK(pylo_cpu_describe(&call) == PYLO_OK);
@@ -434,6 +442,9 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.measures = PYLO_TENSOR_SUMS; }, adam_rule());
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].rms_correction = 0; }, adam_rule());
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_correction = NAN; }, adam_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = 0; }, momentum_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = NAN; }, momentum_rule());
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[2].momentum_weight = 1.5f; }, momentum_rule());
 
     buffers_that_are_too_small_are_refused();
 
@@ -604,6 +615,7 @@ int main() {
     for (int dtype : {PYLO_FLOAT32, PYLO_BFLOAT16}) {
         results_do_not_depend_on_threads_or_vector_width(dtype, a_rule(2, 8, ALL), sliced);
         results_do_not_depend_on_threads_or_vector_width(dtype, adam_rule());
+        results_do_not_depend_on_threads_or_vector_width(dtype, momentum_rule());
     }
     for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
         if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
@@ -612,6 +624,7 @@ int main() {
         directions_are_the_steps(a_rule(2, 8, ALL), isa, sliced);
         directions_are_the_steps(a_rule(0, 2, ALL), isa, sliced);
         directions_are_the_steps(adam_rule(), isa, shapes);
+        directions_are_the_steps(momentum_rule(), isa, shapes);
         if (isa != PYLO_BEST) std::printf("%d ", isa);  // what has been run
     }
     std::printf("ok %016llx\n", (unsigned long long)digest);
