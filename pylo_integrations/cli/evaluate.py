@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizers",
         metavar="NAME,...",
-        help="learned optimizers, each NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]: split= True or False, "
+        help="learned optimizers, each NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]: split= or not, "
         "WEIGHTS as for weights=, FACTOR on the learning rate, SCHEDULE constant, cosine or linear, FORMAT of state "
         "bfloat16 or int8 (default: those whose weights are in the package)",
     )
