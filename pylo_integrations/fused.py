@@ -93,12 +93,12 @@ class FusedWeights:
         if attribute in _JOINT and not family.startswith(_TAKING_TURNS):
             inputs, outputs = _sizes_of(module)
             is_cross = attribute == "c_attn" and type(module).__name__ == "Conv1D"
-            return outputs // inputs if outputs in (3 * inputs, 2 * inputs * is_cross) else 1
+            return outputs // inputs if inputs and outputs in (3 * inputs, 2 * inputs * is_cross) else 1
         if attribute == "qkv_proj" and family.startswith(_GROUPED):
             config: Any = parent.config
             keys = config.num_key_value_heads * parent.head_dim
             return config.num_attention_heads * parent.head_dim, keys, keys
-        return 2 if attribute == "gate_up_proj" and _sizes_of(module)[1] % 2 == 0 else 1
+        return 2 if attribute == "gate_up_proj" and (outputs := _sizes_of(module)[1]) and outputs % 2 == 0 else 1
 
 
 def _sizes_of(module: Any) -> tuple[int, int]:

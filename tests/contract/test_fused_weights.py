@@ -220,6 +220,12 @@ def test_modules_tell_what_is_fused():
     assert all(split == 1 for split, *_ in described(model, split=False).values())
 
 
+def test_modules_that_are_no_linear_layers_are_one_tensor_whatever_they_are_called():
+    block = nn.Module()
+    block.qkv, block.Wqkv, block.gate_up_proj = nn.Conv2d(4, 12, 1), nn.Embedding(4, 12), nn.Conv1d(4, 9, 1)
+    assert all(split == 1 for split, *_ in described(block, split=True).values())
+
+
 def test_experts_are_always_stacks_stored_either_way():
     found = described(nn.ModuleDict({"experts": Experts()}), split=True)
     assert found == {"experts.gate_up_proj": (2, True, "in_out"), "experts.down_proj": (1, True, "in_out")}
