@@ -50,9 +50,20 @@ class FusedWeights:
     Args:
         model: With its modules.
         split: Whether outputs are divided where modules are recognised, see :func:`~pylo_integrations.param_groups`.
+
+    Raises:
+        TypeError: ``split`` is neither a bool nor a mapping to numbers or sizes of tensors.
     """
 
     def __init__(self, model: nn.Module, split: bool | Mapping[str, Split]) -> None:
+        if not isinstance(split, bool | Mapping):
+            raise TypeError(f"split={split!r} must be True, False, or a mapping from names to numbers of tensors")
+        for name, given in split.items() if isinstance(split, Mapping) else ():
+            sizes = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+            if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+                raise TypeError(
+                    f"split={{{name!r}: {given!r}}} must be a number of tensors, or the outputs of each, all from 1"
+                )
         self._places = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
         self._divides = split is not False
         self._named: Mapping[str, Split] = split if isinstance(split, Mapping) else {}

@@ -258,3 +258,11 @@ def test_a_model_and_not_bare_parameters_can_be_divided_by_name():
     assert [group.get("split") for group in optimizer.param_groups].count(3) == 2
     with pytest.raises(TypeError, match="split"):
         create_optimizer(model.parameters(), "pace", split=True, num_steps=10)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["false", 0, 3, ["in_proj_weight"], {"x": True}, {"x": 3.0}, {"x": ()}, {"x": (4, 0)}]
+)
+def test_a_division_of_another_kind_is_refused(wrong):
+    with pytest.raises(TypeError, match="split="):
+        create_optimizer(attention(), "pace", split=wrong, num_steps=10)
