@@ -194,9 +194,7 @@ def local_gradient(param: Tensor) -> Tensor:
 def is_sharded(param: Tensor) -> bool:
     """Whether ``param`` is a ``DTensor`` or a slice, of FSDP1, ZeRO or Megatron."""
     return (
-        hasattr(param, "placements")
-        or getattr(param, "_fsdp_flattened", False)
-        or getattr(param, "_is_slice", False)
+        hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_slice", False)
     )
 
 
