@@ -2,8 +2,8 @@
 
 Tensor parallelism of Megatron leaves each rank a slice of a parameter that looks like a whole one; attributes of it say
 which. They are noted here, and the learned optimizer then sees slices of whole tensors, as those of FSDP1 are. All else
-is Megatron's: the groups that its schedule reads, masters in float32, clipping, the loss scale. :func:`megatron_optimizer`
-takes the place of ``get_megatron_optimizer``, which knows Adam and SGD and no others.
+is Megatron's: the groups that its schedule reads, masters in float32, clipping, the loss scale.
+:func:`megatron_optimizer` takes the place of ``get_megatron_optimizer``, which knows Adam and SGD and no others.
 
 Tested with Megatron-Core 0.16.1.
 """
@@ -47,14 +47,15 @@ def megatron_optimizer(
     """A learned optimizer as Megatron's training loop wants one, in place of ``get_megatron_optimizer``.
 
     Call it on every rank, after the model was wrapped by Megatron's ``DistributedDataParallel`` and, in half precision,
-    ``Float16Module``. Megatron decides about learning rate, weight decay and clipping, by ``config``, ``config_overrides``
-    and its schedule; which way weights are stored, and what is left to AdamW, is the learned optimizer's.
+    ``Float16Module``. Megatron decides about learning rate, weight decay and clipping, by ``config``,
+    ``config_overrides`` and its schedule; which way weights are stored, and what is left to AdamW, is the learned
+    optimizer's.
 
     Args:
         model_chunks: The model, in a list.
         name: One of :func:`~pylo_integrations.list_optimizers`.
-        config: Megatron's. Of the fields ``optimizer`` and those that begin with ``adam_``, ``sgd_`` and ``muon_`` none is
-            read. ``lr`` None leaves the learning rate to the optimizer, or to the schedule if there is one.
+        config: Megatron's. ``optimizer`` is not read, nor what begins with ``adam_``, ``sgd_``, ``muon_``. ``lr`` None
+            leaves the learning rate to the optimizer, or to the schedule if there is one.
         num_steps: The horizon, i.e. the optimizer steps of the whole run.
         config_overrides: Megatron's, for learning rates and weight decay of some parameters; by default its own: no
             weight decay for vectors.
@@ -64,8 +65,8 @@ def megatron_optimizer(
         A ``FP32Optimizer`` or a ``Float16OptimizerWithFloat16Params``, whose ``optimizer`` is the learned one.
 
     Raises:
-        ShardingError: Megatron is set up in a way that hides whole tensors, or in one that is not supported; the message
-            names the nearest way that is.
+        ShardingError: Megatron is set up in a way that hides whole tensors, or that was not tried; the message names
+            the nearest way that is supported.
         ValueError: Unknown name, an option out of range, or a loss that the optimizer would see wrong.
         TypeError: The optimizer has no such option.
     """
@@ -153,8 +154,8 @@ def check_loss(name: str, model: nn.Module) -> None:
     }
     if told := [what for what, is_set in wrong.items() if is_set]:
         raise ValueError(
-            f"{name} needs the mean loss of every step, and with {' and '.join(told)} what Megatron differentiates on a "
-            "rank is another number: train without, or choose an optimizer that needs no loss, such as celo2 or pace"
+            f"{name} needs the mean loss of every step, and with {' and '.join(told)} what Megatron differentiates on "
+            "a rank is another number: train without, or choose an optimizer that needs no loss, such as celo2 or pace"
         )
 
 
