@@ -85,7 +85,7 @@ def param_groups(
         modules = [module for module, _ in owners[param]]
         decays = not (
             rank < 2
-            or any(isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ for module in modules)
+            or any(_is_embedding(module) or "Norm" in type(module).__name__ for module in modules)
             or _is_named(name, exempt)
         )
         axes: AxisOrder = what.axes or ("in_out" if rank >= 2 and any(map(_stores_in_out, modules)) else "out_in")
@@ -119,9 +119,13 @@ def _chooser(adamw: Collection[str] | Choose | None) -> Choose:
     if adamw is None:
         return lambda name, param, module: False
     names = {*adamw}
-    return lambda name, param, module: isinstance(module, _EMBEDDINGS) or _is_named(name, names)
+    return lambda name, param, module: _is_embedding(module) or _is_named(name, names)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    # Megatron's is recognised by name, as transformers' Conv1D below, so that neither need be installed.
+    return isinstance(module, _EMBEDDINGS) or type(module).__name__ == "VocabParallelEmbedding"
 
 
 def _stores_in_out(module: nn.Module) -> bool:
-    # transformers' Conv1D is recognised by name, so that transformers need not be installed.
-    return isinstance(module, (*_EMBEDDINGS, *_TRANSPOSED)) or type(module).__name__ == "Conv1D"
+    return _is_embedding(module) or isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"

@@ -22,7 +22,7 @@ from pylo_integrations.sharding.agreement import may_step
 from pylo_integrations.sharding.components import Component, components_of, joint_shapes
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.layout import TensorLayout
-from pylo_integrations.sharding.pieces import Held, ShardingError, is_sharded
+from pylo_integrations.sharding.pieces import FlatSlice, Held, ShardingError, is_sharded
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups of an optimizer."""
@@ -142,7 +142,7 @@ class Ledger:
             form = BFLOAT16  # scales are of rows of the parameter
         if form.per_block:
             self.holdings.check_blocks(param)
-        return Entry(param, name, layout, held, rule, shapes, dtype, flat is not None, form, components)
+        return Entry(param, name, layout, held, rule, shapes, dtype, isinstance(flat, FlatSlice), form, components)
 
     def entries(self, groups: Groups, options: Groups | None = None) -> list[Entry]:
         """All parameters, in the order of torch's state dicts.

@@ -31,7 +31,7 @@ from pylo_integrations.progress import Progress
 from pylo_integrations.resume import Resumption
 from pylo_integrations.rules.base import Rule
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.pieces import FlatSlice
+from pylo_integrations.sharding.pieces import Slice
 from pylo_integrations.step.policies import NonFinitePolicy, Policies, check_policies
 from pylo_integrations.steplock import between_steps
 from pylo_integrations.stepping import Stepping
@@ -201,14 +201,14 @@ class LearnedOptimizer(Informed):
     def replace_params(
         self,
         params: Sequence[Sequence[tuple[str, Tensor]]],
-        slices: Mapping[Tensor, FlatSlice],
+        slices: Mapping[Tensor, Slice],
         process_group: ProcessGroup | None = None,
     ) -> None:
         """Step other tensors in the place of parameters, for adapters of frameworks that keep masters of them.
 
         Args:
             params: What to step, with names, in the groups that there are.
-            slices: Those of them that are 1-D runs of whole tensors.
+            slices: Those of them that have some elements of a whole tensor only.
             process_group: As for :meth:`bind_model`.
 
         Raises:

@@ -107,7 +107,7 @@ class Cut:
     def view(self, local: Tensor) -> Tensor:
         """The component of a local tensor that is shaped like the parameter, or like its share; shares memory."""
         if self.run is not None:
-            return local.narrow(0, *self.run)
+            return local.view(-1).narrow(0, *self.run)
         if self.source is None:
             rank = local.dim() - self.is_stacked
             return local.new_empty((0,) * rank)

@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 
 from pylo_integrations.formats import BLOCK, scale_shape
 from pylo_integrations.sharding.pieces import (
-    FlatSlice,
     Held,
     ShardingError,
+    Slice,
     is_sharded,
     local_part,
     locate,
@@ -36,14 +36,14 @@ class Holdings:
     Attributes:
         shares_steps: Whether ranks that all have a whole parameter share the work of its step.
         ranks: The processes that train together.
-        flat_slices: What is known about the 1-D slices of FSDP1 and ZeRO; may be filled later.
+        flat_slices: What is known about the slices of FSDP1, ZeRO and Megatron; may be filled later.
         names: Of parameters in the model that was bound; may be filled later.
         offloads: Whether the state of parameters on a device lives on the host.
     """
 
     shares_steps: bool = False
     ranks: Ranks = field(default_factory=Ranks)
-    flat_slices: dict[Tensor, FlatSlice] = field(default_factory=dict)
+    flat_slices: dict[Tensor, Slice] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
     offloads: bool = False
 
@@ -56,7 +56,7 @@ class Holdings:
             process_group: The ranks that train together; None for those of the last call, else all.
 
         Returns:
-            Whether some of ours are slices of FSDP1 or ZeRO.
+            Whether some of ours are slices of FSDP1, ZeRO or Megatron.
 
         Raises:
             ShardingError: FSDP1 melted parameters together, or flattened one in an order other than row-major.
@@ -103,8 +103,7 @@ class Holdings:
     def describe(self, param: Tensor) -> str:
         """Shape of the whole of a parameter and how ranks divide it; the same on all of them."""
         if param in self.flat_slices:
-            flat = self.flat_slices[param]
-            return f"{flat.shape} in {flat.parts} flat slices"
+            return str(self.flat_slices[param])
         if hasattr(param, "placements"):
             mesh: Any = getattr(param, "device_mesh")  # noqa: B009
             return f"{tuple(param.shape)} placed {param.placements} on a mesh {tuple(mesh.shape)}"
@@ -157,7 +156,7 @@ class Holdings:
         """
         shape, fault = tuple(param.shape), None
         if param in self.flat_slices:
-            fault = "is a slice made by FSDP1 or ZeRO, in which rows are cut: use fully_shard() (FSDP2)"
+            fault = "is a slice made by FSDP1, ZeRO or Megatron, in which rows are cut: use fully_shard() (FSDP2)"
         elif hasattr(param, "placements"):
             sizes = dict[int, list[int]]()
             mesh: Any = getattr(param, "device_mesh")  # noqa: B009

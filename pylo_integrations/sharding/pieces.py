@@ -8,7 +8,9 @@ Whatever sharded a tensor, what is here of it is a few boxes of the whole tensor
 * FSDP1 with ``use_orig_params=True`` holds a run of elements in row-major order, which is at most ``2 * ndim - 1``
   boxes. The parameter itself is then 1-D: its shape and the start of the run are read from the model, once;
 * of DeepSpeed's ZeRO it is such a run, too, of a flat partition. The parameter itself is left to the model, and the run
-  stands in for it (:func:`stand_in`).
+  stands in for it (:func:`stand_in`);
+* of Megatron's tensor parallelism it is a run of slices along an axis, or several runs (:class:`AxisSlice`): the local
+  tensor is plain, and looks like a whole one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from pylo_integrations.sharding.layout import Box
 
 _PLAIN = (Tensor, nn.Parameter)
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
+_REPLICAS = {"DeepSpeedEngine", "DistributedDataParallel", "Float16Module"}
+"""DeepSpeed's and Megatron's, by name, which spares importing them."""
+
 _MELTED = (
     "a parameter is a FlatParameter of FSDP, in which the tensors that a learned optimizer sees one by one are melted "
     "together: wrap the model with FullyShardedDataParallel(..., use_orig_params=True) or fully_shard(); in Accelerate "
@@ -42,8 +47,8 @@ class Piece:
 
     Attributes:
         box: In coordinates of the whole tensor.
-        offset: Where the box begins in a flat local tensor; None if the local tensor has the shape of the box or of
-            the whole tensor.
+        offset: Where the box begins in a dense local tensor, as if that were flat; None if the local tensor has the
+            shape of the box or of the whole tensor.
     """
 
     box: Box
@@ -58,7 +63,7 @@ class Piece:
         if self.offset is None:
             local = local.reshape(1) if local.dim() == 0 else local
             return local if local.shape == self.box.shape else local[self.box.slices((0,) * local.dim())]
-        return local.narrow(0, self.offset, self.box.numel).view(self.box.shape)
+        return local.view(-1).narrow(0, self.offset, self.box.numel).view(self.box.shape)
 
 
 @dataclass(frozen=True)
@@ -102,16 +107,66 @@ class FlatSlice:
     start: int
     parts: int
 
+    def pieces(self, local: Tensor) -> tuple[Piece, ...]:
+        """Where the elements of the local tensor, ``(numel,)``, are in the whole one."""
+        pieces, offset = [], 0
+        for box in span_boxes(self.shape or (1,), self.start, self.start + local.numel()):
+            pieces.append(Piece(box, offset))
+            offset += box.numel
+        return tuple(pieces)
 
-def stand_in(param: Tensor, master: Tensor, part: FlatSlice | None = None) -> None:
-    """Note that what an optimizer steps in the place of a model's parameter is another tensor.
+    def __str__(self) -> str:
+        return f"{self.shape} in {self.parts} flat slices"
+
+
+@dataclass(frozen=True)
+class AxisSlice:
+    """A parameter of Megatron's tensor parallelism, of which a rank holds a slice along an axis.
+
+    Where two tensors are fused, as in gated projections, a rank holds a slice of each, one after the other.
+
+    Attributes:
+        name: Its name in the model.
+        shape: Of the whole parameter.
+        axis: Which one is divided.
+        index: Of this rank among those that divide the parameter.
+        parts: Number of ranks that the parameter is divided among.
+        runs: Slices of a rank; only along the first axis may there be several.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int
+    index: int
+    parts: int
+    runs: int = 1
+
+    def pieces(self, local: Tensor) -> tuple[Piece, ...]:
+        """Where the elements of the local tensor, a dense one with the axes of the whole, are in the whole one."""
+        pieces, extent = [], self.shape[self.axis] // (self.parts * self.runs)
+        for run in range(self.runs):
+            start, shape = [0] * len(self.shape), list(self.shape)
+            start[self.axis], shape[self.axis] = (run * self.parts + self.index) * extent, extent
+            pieces.append(Piece(Box(tuple(start), tuple(shape)), None if self.runs == 1 else run * math.prod(shape)))
+        return tuple(pieces)
+
+    def __str__(self) -> str:
+        return f"{self.shape} in {self.parts} slices along axis {self.axis}, {self.runs} by {self.runs}"
+
+
+Slice: TypeAlias = FlatSlice | AxisSlice
+"""What a plain tensor is of a whole one."""
+
+
+def stand_in(param: Tensor, master: Tensor, part: Slice | None = None) -> None:
+    """Note what an optimizer steps in the place of a model's parameter.
 
     Args:
         param: Of the model.
-        master: What is stepped.
-        part: If that is a 1-D run of the parameter's elements: which.
+        master: What is stepped; the parameter itself, perhaps.
+        part: What that is of the whole parameter, if it has some of its elements only.
     """
-    master._is_flat_slice = part is not None  # type: ignore[attr-defined]
+    master._is_slice = part is not None  # type: ignore[attr-defined]
     param._stand_in = master, part  # type: ignore[attr-defined]
 
 
@@ -137,11 +192,9 @@ def local_gradient(param: Tensor) -> Tensor:
 
 
 def is_sharded(param: Tensor) -> bool:
-    """Whether ``param`` is a ``DTensor`` or a 1-D slice, of FSDP1 or ZeRO."""
+    """Whether ``param`` is a ``DTensor`` or a slice, of FSDP1, ZeRO or Megatron."""
     return (
-        hasattr(param, "placements")
-        or getattr(param, "_fsdp_flattened", False)
-        or getattr(param, "_is_flat_slice", False)
+        hasattr(param, "placements") or getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_slice", False)
     )
 
 
@@ -167,12 +220,12 @@ def span_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             yield Box((last, *box.start), (1, *box.shape))
 
 
-def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: int) -> tuple[tuple[int, ...], Held]:
+def locate(param: Tensor, flat_slices: Mapping[Tensor, Slice], num_ranks: int) -> tuple[tuple[int, ...], Held]:
     """Shape of the whole of a parameter, and what this process holds of it.
 
     Args:
         param: As the optimizer has it.
-        flat_slices: Those of FSDP1 and ZeRO, see :func:`read_flat_slices`.
+        flat_slices: Those of FSDP1, ZeRO and Megatron, see :func:`read_flat_slices`.
         num_ranks: How many processes train together.
 
     Raises:
@@ -197,12 +250,8 @@ def locate(param: Tensor, flat_slices: Mapping[Tensor, FlatSlice], num_ranks: in
         where = flat_slices[param]
         if where.parts == 1:  # NO_SHARD, or a single rank, keeps the shape
             return where.shape, Held(_one_piece((0,) * len(where.shape), where.shape))
-        whole, pieces, offset = where.shape or (1,), [], 0
-        for box in span_boxes(whole, where.start, where.start + param.numel()):
-            pieces.append(Piece(box, offset))
-            offset += box.numel
         _check_divides(where.parts, num_ranks)
-        return where.shape, Held(tuple(pieces), where.parts)
+        return where.shape, Held(where.pieces(param), where.parts)
     shape = tuple(param.shape)
     return shape, Held(_one_piece((0,) * len(shape), shape))
 
@@ -278,16 +327,16 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 def _is_replica(module: nn.Module) -> bool:
     """Whether a module holds the model as its ``module``."""
     is_torchs = isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-    return is_torchs or any(cls.__name__ == "DeepSpeedEngine" for cls in type(module).__mro__)  # spares importing it
+    return is_torchs or any(cls.__name__ in _REPLICAS for cls in type(module).__mro__)
 
 
-def read_flat_slices(model: nn.Module) -> dict[Tensor, FlatSlice]:
-    """The 1-D slices that FSDP1 or ZeRO made of parameters of ``model``, with where they come from.
+def read_flat_slices(model: nn.Module) -> dict[Tensor, Slice]:
+    """The slices that FSDP1, ZeRO or Megatron made of parameters of ``model``, with where they come from.
 
     Raises:
         ShardingError: FSDP1 melted trainable parameters into one, or flattened one in another order than row-major.
     """
-    found: dict[Tensor, FlatSlice] = {}
+    found: dict[Tensor, Slice] = {}
     names = parameter_names(model)
     for param, name in names.items():
         master, part = getattr(param, "_stand_in", (param, None))

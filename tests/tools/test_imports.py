@@ -35,7 +35,7 @@ LAYERS = [
     {"catalog"},
     {"__init__"},
     {"deepspeed"},
-    {"hf", "lightning", "accelerate", "timm", "torchtitan"},
+    {"hf", "lightning", "accelerate", "timm", "torchtitan", "megatron"},
     {"plot", "workers", "kernel_check"},
     {"bench", "metatrain", "comparison"},
     {"evaluation"},
@@ -48,6 +48,7 @@ FRAMEWORKS = {
     "timm": {"timm"},
     "torchtitan": {"torchtitan"},
     "deepspeed": set(),
+    "megatron": {"megatron"},
     "matplotlib": {"plot"},
 }
 
