@@ -38,7 +38,7 @@ def check(name: str, wheel: Path, python: str) -> bool:
     constraints = folder / "constraints.txt"
     pins = {key: value for key, value in floors().items() if key != HUB} if name == "oldest" else {}
     constraints.write_text("".join(f"{key}=={value}.*\n" for key, value in pins.items()))
-    tools = ["pytest", "pytest-timeout", "expecttest"]
+    tools = ["pytest", "pytest-timeout", "expecttest", "jsonargparse[signatures]"]
     pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--upgrade", "-c", constraints]
     subprocess.run([*pip, f"{wheel}[hf,lightning,accelerate]", *tools], check=True)
     tell = (

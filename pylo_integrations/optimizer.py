@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT, StateDict
 
 from pylo_integrations.advice import Advice
-from pylo_integrations.checkpoints import PROGRESS, SMALL, CheckpointError, whole_states
+from pylo_integrations.checkpoints.form import PROGRESS, SMALL, CheckpointError
+from pylo_integrations.checkpoints.writing import whole_states
 from pylo_integrations.compiled import CompiledSteps, StepTensors, register
 from pylo_integrations.engine import Engine
 from pylo_integrations.hints import SettingsWatch, warn_user

@@ -15,25 +15,18 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from pylo_integrations.checkpoints import (
+from pylo_integrations.checkpoints.form import (
     PROGRESS,
     SMALL,
     Checkpoint,
     CheckpointError,
     check_form,
     check_groups,
-    check_keys,
-    check_progress,
-    check_states,
-    check_values,
-    has_run,
     has_states,
-    pack_states,
-    read_progress,
-    read_run,
-    read_states,
-    split_run,
 )
+from pylo_integrations.checkpoints.run import check_progress, has_run, read_progress, read_run, split_run
+from pylo_integrations.checkpoints.states import check_keys, check_states, check_values, read_states
+from pylo_integrations.checkpoints.writing import pack_states
 from pylo_integrations.ledger import Ledger, States, state_dtype
 from pylo_integrations.options import USUAL, OptionCheck, check_state_dtype
 from pylo_integrations.progress import Progress

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from pylo_integrations import sealed
-from pylo_integrations.checkpoints import PROGRESS, CheckpointError, check_groups, foreign_names, whole_states
+from pylo_integrations.checkpoints.form import PROGRESS, CheckpointError, check_groups
+from pylo_integrations.checkpoints.writing import foreign_names, whole_states
 from pylo_integrations.ledger import Entry
 from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.options import USUAL

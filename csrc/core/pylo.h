@@ -168,18 +168,44 @@ typedef struct pylo_call {
     int32_t isa;
 } pylo_call;
 
-/* Where a tensor is: its address, a word that is equal for tensors of equal device, type, shape and strides which both
- * have memory or both have not, and the Python object. */
+/* What is asked of torch and Python about tensors: a place in tensors' Python objects, and functions. Those of torch take
+ * the address of that place, where its at::Tensor is, and but for the last two return 0 or an error. */
+typedef struct pylo_torch {
+    int64_t member; /* in bytes */
+    int32_t (*data_ptr)(void *tensor, void **data);
+    int32_t (*device_type)(void *tensor, int32_t *type);
+    int32_t (*device_index)(void *tensor, int32_t *index);
+    int32_t (*dtype)(void *tensor, int32_t *dtype);
+    int32_t (*dim)(void *tensor, int64_t *rank);
+    int32_t (*sizes)(void *tensor, int64_t **sizes);
+    int32_t (*strides)(void *tensor, int64_t **strides);
+    int32_t (*storage_size)(void *tensor, int64_t *bytes);
+    int32_t (*storage_offset)(void *tensor, int64_t *elements);
+    uint8_t (*is_neg)(const void *tensor); /* a bool */
+    void (*bump_version)(const void *tensor);
+    void *(*dict_get)(void *dict, void *key); /* PyDict_GetItem */
+} pylo_torch;
+
+/* Where a tensor is: its address, the Python object, a word that is equal for tensors of equal device, type, shape and
+ * strides which both have memory or both have not and are lazily negated or not; and the storage that it is in. */
 typedef struct pylo_memory {
-    uint64_t address, format, object;
+    uint64_t address, object, format;
+    int64_t storage_bytes, storage_offset; /* the latter in elements */
 } pylo_memory;
 
 PYLO_API uint32_t pylo_abi_version(void);
 
-/* Read where `count` Python objects are, through the table of functions behind their type's
- * `__dlpack_c_exchange_api__` (DLPack 1.2 and later). The caller holds the interpreter's lock. Unlike others, a failure
- * leaves no message, though perhaps an exception of Python's, and leaves the records before it written. */
-PYLO_API int32_t pylo_read_memory(const void *exchange_api, void *const *objects, int64_t count, pylo_memory *memory);
+/* Of the next three the caller holds the interpreter's lock, and a failure leaves no message.
+ *
+ * Read where `count` tensors are, given as their Python objects; those before a failure are written. */
+PYLO_API int32_t pylo_read_memory(const pylo_torch *torch, void *const *objects, pylo_memory *memory, int64_t count);
+
+/* Whether (1 or 0) each of `count` dictionaries has the given object under the given name. */
+PYLO_API int32_t pylo_has_entries(
+    const pylo_torch *torch, void *const *owners, void *const *names, void *const *objects, int64_t count);
+
+/* Tell autograd that tensors have been written to; those before a failure have been. */
+PYLO_API int32_t pylo_raise_versions(const pylo_torch *torch, void *const *objects, int64_t count);
 
 /* Message about the last failure in this thread; never null. */
 PYLO_API const char *pylo_last_error(void);

@@ -1,4 +1,4 @@
-// Where Python's tensors are, read for many at once: neither Python's headers nor torch's are needed for it.
+// What torch knows of many tensors, asked at once: neither Python's headers nor torch's are needed for it.
 #include "../core/hash.h"
 #include "../core/pylo.h"
 
@@ -6,45 +6,51 @@ namespace {
 
 using pylo::mix;
 
-// What DLPack 1.x says about a tensor, and its table of functions (https://dmlc.github.io/dlpack/latest/c_api.html).
-struct Tensor {
-    void *data;
-    int32_t device_type, device_index;
-    int32_t rank;
-    uint8_t type_code, bits;
-    uint16_t lanes;
-    const int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
+// A Python object's tensor, as torch's functions take it: the address of its only member.
+void *handle(const pylo_torch &torch, void *object) { return (char *)object + torch.member; }
 
-struct ExchangeApi {
-    uint32_t major, minor;
-    const ExchangeApi *older;
-    void (*other[3])(void);
-    int (*read)(void *object, Tensor *tensor);  // dltensor_from_py_object_no_sync
-};
-
-uint64_t format_of(const Tensor &tensor) {
-    uint64_t hash = mix((uint64_t)tensor.device_type << 32 | (uint32_t)tensor.device_index, (uint64_t)tensor.rank);
-    hash = mix(hash, tensor.data != nullptr);
-    hash = mix(hash, (uint64_t)tensor.type_code << 32 | (uint64_t)tensor.bits << 16 | tensor.lanes);
-    for (int32_t axis = 0; axis < tensor.rank; ++axis)
-        // Before DLPack 1.2, row-major tensors had no strides.
-        hash = mix(mix(hash, (uint64_t)tensor.shape[axis]), tensor.strides ? (uint64_t)tensor.strides[axis] : ~0ull);
-    return hash;
+bool read(const pylo_torch &torch, void *object, pylo_memory &memory) {
+    void *tensor = handle(torch, object), *data = nullptr;
+    int32_t device = 0, index = 0, dtype = 0;
+    int64_t rank = 0, *shape = nullptr, *strides = nullptr;
+    if (torch.data_ptr(tensor, &data) || torch.device_type(tensor, &device) || torch.device_index(tensor, &index) ||
+        torch.dtype(tensor, &dtype) || torch.dim(tensor, &rank) || torch.sizes(tensor, &shape) ||
+        torch.strides(tensor, &strides) || torch.storage_size(tensor, &memory.storage_bytes) ||
+        torch.storage_offset(tensor, &memory.storage_offset))
+        return false;
+    uint64_t hash = mix((uint64_t)device << 32 | (uint32_t)index, (uint64_t)dtype << 32 | (uint32_t)rank);
+    hash = mix(hash, (data != nullptr) * 2 + (torch.is_neg(tensor) != 0));
+    for (int64_t axis = 0; axis < rank; ++axis) hash = mix(mix(hash, (uint64_t)shape[axis]), (uint64_t)strides[axis]);
+    memory.address = (uint64_t)(uintptr_t)data, memory.object = (uint64_t)(uintptr_t)object, memory.format = hash;
+    return true;
 }
 
 }  // namespace
 
+extern "C" int32_t pylo_has_entries(
+    const pylo_torch *torch, void *const *owners, void *const *names, void *const *objects, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        if (torch->dict_get(owners[i], names[i]) != objects[i]) return 0;
+    return 1;
+}
+
 extern "C" int32_t pylo_read_memory(
-    const void *exchange_api, void *const *objects, int64_t count, pylo_memory *memory) {
-    const ExchangeApi *api = (const ExchangeApi *)exchange_api;
-    while (api && api->major != 1) api = api->older;
-    if (!api || !api->read || count < 0 || (count && (!objects || !memory))) return PYLO_BAD_ARGUMENT;
-    for (int64_t i = 0; i < count; ++i) {
-        Tensor tensor = {};
-        if (!objects[i] || api->read(objects[i], &tensor)) return PYLO_BAD_ARGUMENT;
-        memory[i] = {(uint64_t)(uintptr_t)tensor.data + tensor.byte_offset, format_of(tensor), (uint64_t)(uintptr_t)objects[i]};
+    const pylo_torch *torch, void *const *objects, pylo_memory *memory, int64_t count) {
+    if (!torch || count < 0 || (count && (!objects || !memory))) return PYLO_BAD_ARGUMENT;
+    try {
+        for (int64_t i = 0; i < count; ++i)
+            if (!objects[i] || !read(*torch, objects[i], memory[i])) return PYLO_BAD_ARGUMENT;
+    } catch (...) {
+        return PYLO_BAD_ARGUMENT;
+    }
+    return PYLO_OK;
+}
+
+extern "C" int32_t pylo_raise_versions(const pylo_torch *torch, void *const *objects, int64_t count) {
+    try {
+        for (int64_t i = 0; i < count; ++i) torch->bump_version(handle(*torch, objects[i]));
+    } catch (...) {  // one has no version, as those of inference mode
+        return PYLO_BAD_ARGUMENT;
     }
     return PYLO_OK;
 }

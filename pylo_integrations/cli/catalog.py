@@ -74,12 +74,13 @@ def _describe_options(spec: OptimizerSpec) -> dict[str, str]:
         for name, option in common.items()
         if option.kind is option.KEYWORD_ONLY and name not in spec.options
     }
+    defaults["split"] = spec.cls.splits_fused
     meanings = {"step_mult": "theta's", "exp_mult": "theta's", "max_grad_norm": "no clipping", "weights": "needed"}
     meanings |= {"num_steps": "needed"} if spec.needs_horizon else {}
     return {
         name: f"None ({meanings[name]})" if default is None and name in meanings else repr(default)
         for name, default in defaults.items()
-        if name in own or name == "telemetry"
+        if name in own or name in ("telemetry", "split")
     }
 
 

@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of ``pylo evaluate``."""
     parser.add_argument(
         "--optimizers",
-        metavar="NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT],...",
-        help="learned optimizers; +split or -split for split=, WEIGHTS as for weights=, FACTOR on the learning rate, "
-        "SCHEDULE constant, cosine or linear, FORMAT of state bfloat16 or int8 (default: those whose weights are in "
-        "the package)",
+        metavar="NAME,...",
+        help="learned optimizers, each NAME[+split|-split][:WEIGHTS][*FACTOR][@SCHEDULE][+FORMAT]: split= or not, "
+        "WEIGHTS as for weights=, FACTOR on the learning rate, SCHEDULE constant, cosine or linear, FORMAT of state "
+        "bfloat16 or int8 (default: those whose weights are in the package)",
     )
     parser.add_argument("--output", type=Path, help="folder (default: runs/evaluation, of suite 2 runs/evaluation-2)")
     parser.add_argument("--suite", type=int, choices=(1, 2), default=1, help="of tasks (default: %(default)s)")

@@ -62,6 +62,26 @@ class RuleStruct(ctypes.Structure):
     ]
 
 
+class TorchStruct(ctypes.Structure):
+    """``pylo_torch``."""
+
+    _fields_ = [
+        ("member", ctypes.c_int64),
+        ("data_ptr", ctypes.c_void_p),
+        ("device_type", ctypes.c_void_p),
+        ("device_index", ctypes.c_void_p),
+        ("dtype", ctypes.c_void_p),
+        ("dim", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("storage_size", ctypes.c_void_p),
+        ("storage_offset", ctypes.c_void_p),
+        ("is_neg", ctypes.c_void_p),
+        ("bump_version", ctypes.c_void_p),
+        ("dict_get", ctypes.c_void_p),
+    ]
+
+
 class CallStruct(ctypes.Structure):
     """``pylo_call``.
 
@@ -130,7 +150,9 @@ def open_library(path: Path, version_function: str) -> ctypes.CDLL:
         dll = ctypes.CDLL(str(path))
         tell = getattr(dll, version_function)
     except (OSError, AttributeError) as error:
-        raise NativeError(f"the native library {path} cannot be loaded: {error}") from error
+        # torch brings it, but some versions under a name of their own.
+        remedy = "; apt-get install libgomp1, or dnf install libgomp" if "libgomp" in str(error) else ""
+        raise NativeError(f"the native library {path} cannot be loaded: {error}{remedy}") from error
     tell.restype = ctypes.c_uint32
     if (version := tell()) != ABI_VERSION:
         raise NativeError(
@@ -152,6 +174,7 @@ class Library:
 
     device = torch.device("cpu")
     STAGES = ("collect", "measure", "prepare", "describe", "advance", "apply", "write")
+    QUESTIONS = {"read_memory": 3, "has_entries": 4, "raise_versions": 2}  # and how many addresses they take
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -160,8 +183,10 @@ class Library:
         self._dll.pylo_feature_name.restype = ctypes.c_char_p
         self._dll.pylo_network_floats.restype = ctypes.c_int64
         self._stages = {stage: getattr(self._dll, f"pylo_cpu_{stage}") for stage in self.STAGES}
-        self._read_memory = ctypes.PyDLL(str(path)).pylo_read_memory  # which keeps the interpreter's lock
-        self._read_memory.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        asking = ctypes.PyDLL(str(path))  # which keeps the interpreter's lock
+        self._questions = {name: getattr(asking, f"pylo_{name}") for name in self.QUESTIONS}
+        for name, pointers in self.QUESTIONS.items():
+            self._questions[name].argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64]
 
     @property
     def isa(self) -> str:
@@ -181,13 +206,9 @@ class Library:
         """Size of a network in floats; 0 if the kernels cannot evaluate its geometry."""
         return int(self._dll.pylo_network_floats(ctypes.byref(rule)))
 
-    def read_memory(self, exchange_api: int, objects: int, count: int, memory: int) -> bool:
-        """Fill ``pylo_memory`` records at ``memory`` for Python objects whose pointers are at ``objects``.
-
-        Returns:
-            Whether that was possible; where it was not, Python's exception may be raised instead.
-        """
-        return not self._read_memory(exchange_api, objects, count, memory)
+    def ask(self, question: str, *args: int) -> int:
+        """What a function of :attr:`QUESTIONS` answers; it takes addresses, and a count."""
+        return int(self._questions[question](*args))
 
     def multiply_adds(self, rounds: int) -> int:
         """Run a loop of nothing but multiply-adds on one thread; returns how many it made."""

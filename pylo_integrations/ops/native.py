@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from pylo_integrations.fitting import is_aligned
 from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops.loader import SLOTS, TENSOR_SUMS, NativeLibrary
-from pylo_integrations.ops.memory import Memory, addresses, formats, identities, read_memory, rooms
+from pylo_integrations.ops.memory import Memory, Written, addresses, formats, read_memory
 from pylo_integrations.ops.packing import PackedNetwork, layers_of, norm_axes_of, pack, rule_struct, slots_of, spec_of
 from pylo_integrations.ops.records import (
     DTYPES,
@@ -173,11 +172,7 @@ class NativeStages:
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
-        # Of every state, the rule's entries: others are not ours.
-        self._entries = [(_getter(tuple(b.stored_names(rule.state_shapes(b.layout)))), b.states) for b in buckets]
         self._advances = any(bucket.form is not FLOAT32 for bucket in buckets)
-        self._known = list(self._tensors_now())
-        self._sharded = any(local_part(tensor) is not tensor for tensor in self._known)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._tables: list[_PieceTable] = []
         for number in itertools.count():
@@ -197,19 +192,17 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             nth.table.check()
-        self._memory = self._read_memory(self._known).tobytes()
-        local = list(map(local_part, self._known))
-        # As long as storages are held and keep their sizes, no other can be at their addresses. Those of a device would
-        # be missed by who moves tensors away from it, so there sizes are asked of tensors.
-        on_cpu = library.device.type == "cpu"
-        self._storages = list(map(Tensor.untyped_storage, local)) if on_cpu else None
-        self._sizes = self._sizes_now()
-        # Wrappers and what they wrap count by themselves.
-        self._written = self._known + local if self._sharded else self._known
-        self._written = self._written + [tensor for bucket in buckets for tensor in bucket.wrappers()]
+        # Of every state, the rule's entries: others are not ours.
+        entries = [
+            (state, name)
+            for bucket in buckets
+            for state in bucket.states
+            for name in bucket.stored_names(rule.state_shapes(bucket.layout))
+        ]
+        wrappers = [tensor for bucket in buckets for tensor in bucket.wrappers()]
+        self._written = Written(self._params, entries, wrappers)
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
-        self._grad_rooms: tuple[list[int], list[int]] = [], []
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
         self._networks: list[PackedNetwork] = []
 
@@ -288,35 +281,9 @@ class NativeStages:
                 ]
                 nth.table.stored["noise"][rows] = np.array(keys, np.uint32).reshape(-1, 2, 2)
 
-    def _tensors_now(self) -> Iterator[Tensor]:
-        """All that the kernels write, parameters first, as it is now."""
-        entries = (itertools.chain.from_iterable(map(get, owners)) for get, owners in self._entries)
-        return itertools.chain(self._params, *entries)
-
-    def _read_memory(self, tensors: Iterable[Tensor]) -> Memory:
-        """Of as many tensors as there are."""
-        if not self._sharded:
-            return read_memory(tensors, len(self._known))
-        tensors = list(tensors)
-        memory = read_memory(map(local_part, tensors), len(tensors))
-        identities(memory)[:] = [id(tensor) for tensor in tensors]
-        return memory
-
-    def _sizes_now(self) -> Any:
-        """What tells whether memory was taken from beneath the tensors."""
-        if self._storages is None:
-            return rooms(list(map(local_part, self._known)))
-        return list(map(torch.UntypedStorage.nbytes, self._storages))
-
     def is_current(self) -> bool:
         """Whether all tensors and their memory are as when the table was built, which other code may replace."""
-        try:
-            if self._read_memory(self._tensors_now()).tobytes() != self._memory:
-                return False
-            # So all tensors are those that are known.
-            return bool(self._sizes_now() == self._sizes) and not any(map(Tensor.is_neg, self._known))
-        except (KeyError, ValueError, RuntimeError, BufferError, AttributeError):  # one is gone, or no dense tensor
-            return False
+        return self._written.is_current()
 
     def recognises(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients have the formats that those of the last step had; if so, this step reads them.
@@ -327,12 +294,10 @@ class NativeStages:
         if self._grad_formats is None:
             return False
         try:
-            memory, room = read_memory(grads, len(grads)), rooms(grads)
-        except (RuntimeError, BufferError):  # one has no memory, as sparse ones
+            memory = read_memory(grads, len(grads))
+        except RuntimeError:  # one has no memory, as sparse ones
             return False
-        if formats(memory).tobytes() != self._grad_formats or room != self._grad_rooms:
-            return False
-        if any(map(Tensor.is_neg, grads)) or (addresses(memory) % self._grad_sizes).any():
+        if formats(memory).tobytes() != self._grad_formats or (addresses(memory) % self._grad_sizes).any():
             return False
         self._enter_gradients(grads, memory)
         return True
@@ -380,7 +345,7 @@ class NativeStages:
         grads = [_in_format_of(param, grad) for param, grad in zip(stepped, given, strict=True)]
         memory = read_memory(grads, len(grads))
         as_given = all(grad is old for grad, old in zip(grads, given, strict=True))
-        self._grad_formats, self._grad_rooms = (formats(memory).tobytes() if as_given else None), rooms(grads)
+        self._grad_formats = formats(memory).tobytes() if as_given else None
         self._grad_sizes = np.array([grad.itemsize for grad in grads], np.uint64)
         room = np.array([bytes_from(grad) for grad in grads], np.int64)
         dtypes = np.array([DTYPES[grad.dtype] for grad in grads], np.int32)
@@ -409,7 +374,7 @@ class NativeStages:
         if contexts[0].grad_scale is not None:  # it may have been found since sums were collected
             self._read_policy(contexts[0])
         # From here on the kernels write, which autograd does not see.
-        torch.autograd.graph.increment_version(self._written)
+        self._written.raise_versions()
         if not isinstance(self._spec.step, NetworkSpec):
             return
         first = self._tables[0]
@@ -638,13 +603,6 @@ class NativeStages:
             for share, total, members in zip(nth.described, first.described, nth.members, strict=True):
                 share.copy_(total[members])
         return list(networks.values())
-
-
-def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]:
-    """What reads the entries of these names of a state, in a loop that is not Python's where there are several."""
-    if len(names) > 1:
-        return operator.itemgetter(*names)
-    return lambda state: tuple(state[name] for name in names)
 
 
 def _over_tensors(sums: Tensor, bucket: Bucket) -> Tensor:

@@ -139,7 +139,9 @@ class Celo2Rule(MomentRule):
         # The gradient stays: a vector, which has not all features, must have one.
         read = {name: part for name, part in zip(self.reads, parts, strict=True) if part.any() or name == "grad"}
         weights[0] = torch.cat(list(read.values()), dim=1)
-        momenta = sum((read[name].ne(0).any(0) for name in MOMENTUM_FEATURES if name in read), start=torch.zeros(3))
+        momenta = sum(
+            (read[name].ne(0).any(0) for name in MOMENTUM_FEATURES if name in read), start=torch.zeros(3, device="cpu")
+        )
         kept = [name for name, has_weight in zip(MOMENTUM, momenta.tolist(), strict=True) if has_weight]
         kept += RMS if not read.keys().isdisjoint(RMS_FEATURES) else ()
         return replace(self, weights=tuple(weights), biases=tuple(biases), reads=tuple(read), kept=tuple(kept))

@@ -103,7 +103,8 @@ class Facts:
         """The one read of the device in a step."""
         loss = [] if self.loss is None else [self.loss]
         parts = (self.header, self.squares, *loss, self.present, self.able)
-        numbers = torch.cat([part.view(-1) for part in parts if part.numel()]).tolist()
+        given = [part.view(-1) for part in parts if part.numel()]
+        numbers = (torch.cat(given) if len(given) > 1 else given[0]).tolist()
         sent, known = self.header.numel(), self.present.numel()
         head, (squares, *rest) = numbers[:sent], numbers[sent:]
         loss_value = rest.pop(0) if loss else 0.0

@@ -190,12 +190,11 @@ _device = operator.attrgetter("device")
 
 def _look_of(tensors: Sequence[Tensor]) -> Any:
     """Which tensors these are, where they are and of what kind, to be compared."""
-    negated = list(map(Tensor.is_neg, tensors))
     devices = {device.type for device in set(map(_device, tensors))}
     if set(map(type, tensors)) <= {Tensor, nn.Parameter} and devices <= {"cpu", "cuda"}:
-        with contextlib.suppress(RuntimeError, BufferError):  # one has no memory, as sparse ones
-            return read_memory(tensors, len(tensors)).tobytes(), negated
-    return [(id(tensor), tensor.dtype, tensor.device, tensor.shape) for tensor in tensors], negated
+        with contextlib.suppress(RuntimeError):  # one has no memory, as sparse ones
+            return read_memory(tensors, len(tensors)).tobytes()
+    return [(id(t), t.dtype, t.device, t.shape, t.is_neg()) for t in tensors]
 
 
 def _sums(bucket: Bucket, shares: Iterable[Mapping[str, PartialSum]]) -> Sums:

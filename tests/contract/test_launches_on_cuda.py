@@ -21,7 +21,10 @@ from pylo_integrations import bench, create_optimizer, get_optimizer_info
 from pylo_integrations.rules import newton_schulz
 from pylo_integrations.step import room
 
-pytestmark = pytest.mark.filterwarnings("ignore:step 2 is beyond the horizon")  # fake numbers are 1
+pytestmark = [
+    pytest.mark.slow,  # seconds for each step of fake tensors, and only the reference's stages move the counts
+    pytest.mark.filterwarnings("ignore:step 2 is beyond the horizon"),  # fake numbers are 1
+]
 
 GIB = 2**30
 NO_LAUNCH = {
@@ -102,7 +105,6 @@ def test_a_step_of_celo2_launches_3500_kernels_at_most_and_reads_one_verdict(mon
     assert counted.waits == Counter(tolist=1)
 
 
-@pytest.mark.slow
 def test_blocks_are_smaller_without_memory_to_spare_and_where_that_is_asked_for(monkeypatch):
     roomy, narrow = (count_step(monkeypatch, "celo2", free * GIB).by_name for free in (40, 1))
     assert narrow.total() > 3 * roomy.total()

@@ -94,6 +94,7 @@ def test_more_shapes_than_the_compilers_own_limit_are_all_compiled(graphs):
         assert torch._dynamo.config.recompile_limit == 4
 
 
+@pytest.mark.slow  # compiles for seconds
 def test_equal_blocks_of_a_large_tensor_share_their_functions(graphs):
     params, twins = parameters([(64, 8)]), parameters([(64, 8)])
     fast = create(params, "small_fc_lopt", backend="compile", chunk_bytes=1 << 15)
@@ -105,6 +106,7 @@ def test_equal_blocks_of_a_large_tensor_share_their_functions(graphs):
     assert_equal(params, twins)
 
 
+@pytest.mark.slow  # compiles for seconds
 def test_a_copy_compiles_afresh_and_goes_on_equally(graphs):
     params = parameters([(4, 3)])
     optimizer = create(params, "small_fc_lopt", backend="compile")

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from native_library import build, library_or_skip
 
-from pylo_integrations.ops.loader import ISAS
+from pylo_integrations.ops.loader import ISAS, NativeError, open_library
 
 
 @pytest.mark.slow
@@ -29,3 +29,12 @@ def test_the_driver_runs_clean_under_address_and_undefined_behaviour_sanitizers(
     # Every instruction set that this machine has was run, by its number, and not just the best one.
     *isas, verdict, _ = run.stdout.split()
     assert isas == [str(ISAS[isa]) for isa in library_or_skip().isas()] and verdict == "ok"
+
+
+def test_a_library_that_lacks_openmp_says_how_to_get_it(monkeypatch, tmp_path):
+    def without_openmp(path):
+        raise OSError("libgomp.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr("ctypes.CDLL", without_openmp)
+    with pytest.raises(NativeError, match="libgomp.so.1: cannot open.*apt-get install libgomp1"):
+        open_library(tmp_path / "libpylo_cpu.so", "pylo_abi_version")

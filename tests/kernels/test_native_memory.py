@@ -9,7 +9,7 @@ from thetas import create
 from torch import nn
 
 from pylo_integrations.ops import memory
-from pylo_integrations.ops.memory import addresses, formats, read_memory
+from pylo_integrations.ops.memory import Written, addresses, formats, read_memory
 
 
 @pytest.fixture(autouse=True)
@@ -17,20 +17,156 @@ def library():
     return library_or_skip()
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "python"])
-def test_memory_tells_addresses_and_formats_apart(exchange, monkeypatch):
-    if not exchange:
-        monkeypatch.setattr(memory, "_exchange_api", lambda: None)
+@pytest.fixture(params=["library", "python"])
+def asked(request, monkeypatch):
+    """Who answers: the library, or Python where it finds none of torch's functions."""
+    if request.param == "python":
+        monkeypatch.setattr(memory, "_asked", lambda: None)
+    else:
+        assert memory._asked() is not None
+    return request.param
+
+
+def test_memory_tells_addresses_and_formats_apart(asked):
     base = torch.zeros(4, 4)
     same = [base, base.detach(), nn.Parameter(base)]
-    other = [base.double(), base[:2], base.T, base.view(16), base.view(torch.int32), torch.zeros(4, 4)]
+    other = [
+        base.double(),
+        base[:2],
+        base.T,
+        base.view(16),
+        base.view(torch.int32),
+        base._neg_view(),
+        torch.zeros(4, 4),
+    ]
     found = read_memory(iter(same + other), len(same + other))
     assert addresses(found).tolist() == [tensor.data_ptr() for tensor in same + other]
-    assert len({tuple(row) for row in found[:3, :2].tolist()}) == 1
-    assert len(set(formats(found[:8]).tolist())) == 6
-    assert formats(found)[8] == formats(found)[0]
+    words = [tuple(word) for word in formats(found).tolist()]
+    assert len(set(words[:3])) == 1 and len(set(words[:9])) == 7
+    assert words[9] == words[0]
     with pytest.raises(ValueError):
         read_memory(same, 4)
+
+
+@pytest.mark.parametrize("lost", [lambda: torch.ones(3).to_sparse(), lambda: torch.ones(3).to_mkldnn()])
+def test_tensors_without_memory_are_refused(asked, lost):
+    with pytest.raises(RuntimeError):
+        read_memory([torch.ones(3), lost()], 2)
+
+
+def swap(tensor, _):
+    torch.utils.swap_tensors(tensor, tensor.clone())
+
+
+def same_values(tensor, state):
+    state["rms"] = tensor.clone()
+
+
+def one_that_shares_all_memory(tensor, state):
+    state["rms"] = tensor.detach()
+
+
+def no_tensor(tensor, state):
+    state["rms"] = None
+
+
+def missing(tensor, state):
+    del state["rms"]
+
+
+def negated_where_it_is(tensor, _):
+    tensor.data = tensor._neg_view()
+
+
+def other_strides(tensor, _):
+    tensor.data = tensor.T
+
+
+def other_type(tensor, _):
+    tensor.data = tensor.view(torch.int32)
+
+
+def set_to_other_storage(tensor, _):
+    tensor.set_(torch.ones(4, 4))
+
+
+def freed(tensor, _):
+    tensor.untyped_storage().resize_(0)
+
+
+def shrunk_where_it_is(tensor, _):
+    tensor.untyped_storage().resize_(60)
+
+
+def grown(tensor, _):
+    tensor.resize_(8, 8)
+
+
+def resized_to_less(tensor, _):
+    tensor.resize_(2, 2)
+
+
+TAKEN = [
+    swap,
+    same_values,
+    one_that_shares_all_memory,
+    no_tensor,
+    missing,
+    negated_where_it_is,
+    other_strides,
+    other_type,
+    set_to_other_storage,
+    freed,
+    shrunk_where_it_is,
+    grown,
+    resized_to_less,
+]
+
+
+@pytest.mark.parametrize("take", TAKEN, ids=lambda take: take.__name__)
+def test_whatever_is_done_to_a_state_is_seen(asked, take):
+    params, states = [torch.ones(4, 4)], [{"rms": torch.ones(4, 4), "other": torch.ones(2)}]
+    written = Written(params, [(state, "rms") for state in states])
+    states[0]["other"], states[0]["third"] = torch.ones(3), None  # not ours
+    states[0]["rms"].add_(1)
+    assert written.is_current()
+    take(states[0]["rms"], states[0])
+    assert not written.is_current()
+
+
+@pytest.mark.parametrize("take", [swap, negated_where_it_is, other_strides, set_to_other_storage, freed])
+def test_whatever_is_done_to_a_parameter_is_seen(asked, take):
+    params = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))]
+    written = Written(params, [])
+    assert written.is_current()
+    with torch.no_grad():
+        take(params[0], {})
+    assert not written.is_current()
+
+
+def test_states_in_mappings_of_other_kinds_are_looked_at_too():
+    class Loud(dict):
+        def __getitem__(self, name):
+            return super().__getitem__("other")
+
+    state = Loud(rms=torch.ones(2), other=torch.ones(3))
+    written = Written([], [(state, "rms")])
+    assert [tensor.shape[0] for tensor in written.tensors] == [3]
+    state["rms"] = torch.ones(2)
+    assert written.is_current()
+    state["other"] = torch.ones(3)
+    assert not written.is_current()
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["outside", "inference"])
+def test_autograd_is_told_of_every_write(asked, mode):
+    made = torch.ones(2)
+    with torch.inference_mode(mode):
+        born = torch.ones(2)  # in inference mode it has no version
+        written = Written([born, made], [({"rms": made}, "rms")])
+        before = made._version
+        written.raise_versions()
+    assert made._version >= before + 2
 
 
 def replace_state(params, optimizer):

@@ -8,7 +8,7 @@ import torch
 from sharded_cases import distribute, make, random
 from torch import Tensor, nn
 
-from pylo_integrations.checkpoints import whole_states
+from pylo_integrations.checkpoints.writing import whole_states
 
 SHAPES = [(96, 80), (64, 8, 3, 3), (5, 1024), (4096, 2), (7,)]
 """Rows within blocks, and of several; what stays float32 with int8, and always."""

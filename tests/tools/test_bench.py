@@ -214,6 +214,7 @@ def growths_after_warm_up():
     return [growth_after_warm_up(work) for work in WORKS]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_memory_of_known_allocations():

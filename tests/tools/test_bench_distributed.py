@@ -108,7 +108,7 @@ def test_flat_slices_of_all_ranks_make_up_the_state_of_whole_tensors(workers):
 
 @pytest.mark.parametrize(
     ("strategy", "ranks"),
-    [slow_unless((s, n) in [("fsdp2", 4), ("tp", 4), ("shard_step", 4)], s, n) for s in SIMULABLE for n in (4, 24)],
+    [slow_unless((s, n) == ("fsdp2", 4), s, n) for s in SIMULABLE for n in (4, 24)],
 )
 def test_rules_name_the_state_that_a_dry_run_makes(strategy, ranks):
     shapes = SHAPES["tiny"]()

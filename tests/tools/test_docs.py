@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from forked import Forked
-from thetas import slow_unless
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +50,7 @@ def absent_modules(script: str) -> set[str]:
     return {root for root in roots if importlib.util.find_spec(root) is None}
 
 
-SNIPPETS = [slow_unless(page.name == "README.md", page) for page in [*PAGES, *NOTEBOOKS] if python_of(page).strip()]
+SNIPPETS = [page for page in [*PAGES, *NOTEBOOKS] if python_of(page).strip()]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +63,7 @@ def interpreter():
     forked.close()
 
 
+@pytest.mark.slow  # a process that imports all frameworks; their adapters' own tests are in the smoke run
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
 def test_snippets_run_in_order(page, interpreter, tmp_path):

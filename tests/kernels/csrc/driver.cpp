@@ -2,11 +2,13 @@
 // and feeds the interface nonsense. Meant for a build with AddressSanitizer and UBSan, which turn any access beyond a
 // buffer into a failure; by itself it checks that results do not depend on threads and that bad input is refused.
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pylo.h"
@@ -541,58 +543,76 @@ void directions_are_the_steps(const pylo_rule &rule, int isa, const std::vector<
     }
 }
 
-// DLPack's table of functions and its tensors, as far as they are read; written down once more, from its documentation.
-struct Description {
-    void *data;
-    int32_t device[2], rank;
-    uint8_t code, bits;
-    uint16_t lanes;
-    const int64_t *shape, *strides;
-    uint64_t offset;
+// A Python object with a tensor, and torch's functions about it, which are given the address of the object's second word.
+struct Fake {
+    void *type;
+    Fake *tensor;
+    float *data;
+    int64_t shape[2], strides[2], bytes, offset, version;
+    int32_t device[2], dtype;
+    bool negated, broken;
 };
-struct Exchange {
-    uint32_t major, minor;
-    const Exchange *older;
-    void (*other[3])(void);
-    int (*read)(void *object, Description *description);
-};
+Fake *fake(void *tensor) { return *(Fake **)tensor; }
 
-int describe_object(void *object, Description *description) {
-    if (((Description *)object)->rank < 0) return -1;  // as an object that is no tensor
-    *description = *(Description *)object;
-    return 0;
-}
+const pylo_torch fake_torch = {
+    offsetof(Fake, tensor),
+    [](void *t, void **data) { return *data = fake(t)->data, (int32_t)fake(t)->broken; },
+    [](void *t, int32_t *type) { return *type = fake(t)->device[0], 0; },
+    [](void *t, int32_t *index) { return *index = fake(t)->device[1], 0; },
+    [](void *t, int32_t *dtype) { return *dtype = fake(t)->dtype, 0; },
+    [](void *, int64_t *rank) { return *rank = 2, 0; },
+    [](void *t, int64_t **sizes) { return *sizes = fake(t)->shape, 0; },
+    [](void *t, int64_t **strides) { return *strides = fake(t)->strides, 0; },
+    [](void *t, int64_t *bytes) { return *bytes = fake(t)->bytes, 0; },
+    [](void *t, int64_t *offset) { return *offset = fake(t)->offset, 0; },
+    [](const void *t) { return (uint8_t)fake((void *)t)->negated; },
+    [](const void *t) {
+        if (fake((void *)t)->broken) throw 1;  // as torch does about tensors of inference mode
+        ++fake((void *)t)->version;
+    },
+    [](void *dict, void *key) { return dict == key ? dict : nullptr; },
+};
 
 void memory_is_read_or_refused() {
-    const int64_t shape[] = {3, 4}, rows[] = {4, 1}, columns[] = {1, 3};
-    float data[12];
-    const Description first = {data, {1, 0}, 2, 2, 32, 1, shape, rows, 0};
-    Description tensors[] = {first, first, first, first, first};
-    tensors[1].offset = 8;
-    tensors[2].strides = columns;
-    tensors[3].bits = 16;
-    tensors[4].strides = nullptr;
-    const int count = 5;
+    float data[16];
+    const Fake first = {nullptr, nullptr, data, {3, 4}, {4, 1}, 64, 1, 0, {0, -1}, 6, false, false};
+    const int count = 9;
+    Fake tensors[count];
     void *objects[count];
-    for (int i = 0; i < count; ++i) objects[i] = &tensors[i];
+    for (int i = 0; i < count; ++i) tensors[i] = first, tensors[i].tensor = &tensors[i], objects[i] = &tensors[i];
+    tensors[1].data = data + 2;
+    tensors[2].strides[0] = 1;
+    tensors[3].dtype = 5;
+    tensors[4].shape[1] = 3;
+    tensors[5].negated = true;
+    tensors[6].data = nullptr;
+    tensors[7].device[1] = 0;
+    tensors[8].device[0] = 1;
     auto found = block<pylo_memory>(count);
-    const Exchange api = {1, 3, nullptr, {}, describe_object}, newer = {2, 0, &api, {}, nullptr};
-    CHECK(pylo_read_memory(&newer, objects, count, found.get()) == PYLO_OK);
-    for (int i = 0; i < count; ++i) CHECK(found[i].address == (uint64_t)(uintptr_t)data + (i == 1 ? 8 : 0));
-    for (int i = 0; i < count; ++i)
+    CHECK(pylo_read_memory(&fake_torch, objects, found.get(), count) == PYLO_OK);
+    for (int i = 0; i < count; ++i) {
+        CHECK(found[i].address == (uint64_t)(uintptr_t)tensors[i].data && found[i].object == (uint64_t)(uintptr_t)objects[i]);
+        CHECK(found[i].storage_bytes == 64 && found[i].storage_offset == 1);
         for (int k = 0; k < i; ++k) CHECK((found[i].format == found[k].format) == (i == 1 && k == 0));
+    }
+    CHECK(pylo_raise_versions(&fake_torch, objects, count) == PYLO_OK);
+    for (const Fake &tensor : tensors) CHECK(tensor.version == 1);
 
-    CHECK(pylo_read_memory(&api, nullptr, 0, nullptr) == PYLO_OK);
-    const Exchange unknown = {2, 0, nullptr, {}, describe_object}, empty = {1, 3, nullptr, {}, nullptr};
-    for (const Exchange *bad : {(const Exchange *)nullptr, &unknown, &empty})
-        CHECK(pylo_read_memory(bad, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
-    CHECK(pylo_read_memory(&api, nullptr, count, found.get()) == PYLO_BAD_ARGUMENT);
-    CHECK(pylo_read_memory(&api, objects, count, nullptr) == PYLO_BAD_ARGUMENT);
-    CHECK(pylo_read_memory(&api, objects, -1, found.get()) == PYLO_BAD_ARGUMENT);
-    tensors[3].rank = -1;
-    CHECK(pylo_read_memory(&api, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&fake_torch, nullptr, nullptr, 0) == PYLO_OK);
+    CHECK(pylo_read_memory(nullptr, objects, found.get(), count) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&fake_torch, nullptr, found.get(), count) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&fake_torch, objects, nullptr, count) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&fake_torch, objects, found.get(), -1) == PYLO_BAD_ARGUMENT);
+    tensors[3].broken = true;
+    CHECK(pylo_read_memory(&fake_torch, objects, found.get(), count) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_raise_versions(&fake_torch, objects, count) == PYLO_BAD_ARGUMENT);
     objects[0] = nullptr;
-    CHECK(pylo_read_memory(&api, objects, count, found.get()) == PYLO_BAD_ARGUMENT);
+    CHECK(pylo_read_memory(&fake_torch, objects, found.get(), count) == PYLO_BAD_ARGUMENT);
+
+    void *owners[] = {&tensors[0], &tensors[1]}, *names[] = {&tensors[0], &tensors[1]};
+    CHECK(pylo_has_entries(&fake_torch, owners, names, owners, 2) == 1);
+    std::swap(names[0], names[1]);
+    CHECK(pylo_has_entries(&fake_torch, owners, names, owners, 2) == 0);
 }
 
 }  // namespace
