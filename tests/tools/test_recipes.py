@@ -165,7 +165,7 @@ def test_vit_on_two_processes_learns_what_one_learns(vit_run, workers, stripes, 
     file = RECIPES / "vit" / "launch" / f"{config}.yaml"
     options = [*SMALL_VIT, "--baseline=null", "--trainer.accelerator=cpu", "--data-dir", stripes, "--output", tmp_path]
     said = on_two_processes(workers, "vit/train.py", "--config", file, *options, launcher=launched and TORCHRUN)
-    assert said.count("== small_fc_lopt ==") == said.count("written to") == 1
+    assert said.count("== small_fc_lopt ==") == said.count("Written to") == 1
     alone, together = (
         next(row.split("|")[3:6] for row in table.splitlines() if row.startswith("| small_fc_lopt"))
         for table in ((folder / "comparison.md").read_text() for folder in (vit_run[0], tmp_path))
