@@ -96,9 +96,9 @@ class Written:
         # Wrappers and what they wrap count their versions by themselves.
         is_plain = all(map(_is, local, self.tensors))
         self._versioned = self.tensors if is_plain else self.tensors + local
-        self._memory = read_memory(local, len(local)).tobytes()
         # All of it as the library reads it, where there is nothing that only Python can tell.
         self._asked = _asked() if is_plain and {type(state) for state, _ in entries} <= {dict} else None
+        self._memory = self._look(local)
         owners, names = zip(*entries, strict=True) if entries else ((), ())
         self._arrays = [_array(owners), _array(names), _array(self.tensors)]
         self._read = np.empty((len(local), _COLUMNS), np.uint64)
@@ -118,7 +118,7 @@ class Written:
         try:
             now = self._now()
             local = list(map(local_part, now))
-            return all(map(_is, now, self.tensors)) and read_memory(local, len(local)).tobytes() == self._memory
+            return all(map(_is, now, self.tensors)) and self._look(local) == self._memory
         except (KeyError, ValueError, RuntimeError, AttributeError):  # one is gone, or no dense tensor
             return False
 
@@ -128,6 +128,12 @@ class Written:
             torch.autograd.graph.increment_version(self._versioned)
         if self._wrappers:
             torch.autograd.graph.increment_version(self._wrappers)
+
+    def _look(self, local: Sequence[Tensor]) -> bytes:
+        memory = read_memory(local, len(local))
+        if self._asked is None:
+            memory[:, _IDENTITY] = 0  # what is inside a wrapper may be another object each time
+        return memory.tobytes()
 
     def _now(self) -> list[Tensor]:
         return [*self._params, *(state[name] for state, name in self._entries)]
