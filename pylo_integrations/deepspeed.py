@@ -263,7 +263,7 @@ class _Run:
 
     Attributes:
         name: Of the parameter.
-        param: Of the model.
+        param: Of the model, a tensor with DeepSpeed's notes.
         master: Its elements in the flat tensor: all in their shape, or a run of them.
         part: Which run, if ranks divide the parameter.
         start: Where it begins in the flat tensor.
@@ -271,7 +271,7 @@ class _Run:
     """
 
     name: str
-    param: Tensor
+    param: Any
     master: Tensor
     part: FlatSlice | None
     start: int
@@ -294,7 +294,7 @@ class _Run:
     def copy_to_model(self) -> None:
         """Write what is here to the parameter, rounded to its type."""
         if self.master.numel():
-            self.param._hp_mapping.update_lp()  # type: ignore[attr-defined]
+            self.param._hp_mapping.update_lp()
 
 
 def _find(param: Any, flat: Tensor, name: str) -> _Run:

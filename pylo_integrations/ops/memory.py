@@ -51,8 +51,7 @@ def look_at(tensors: Sequence[Tensor]) -> bytes:
     Raises:
         RuntimeError: One has no memory.
     """
-    local = [tensor if type(tensor) in (Tensor, torch.nn.Parameter) else local_part(tensor) for tensor in tensors]
-    memory = read_memory(local, len(local))
+    memory = read_memory(map(local_part, tensors), len(tensors))
     memory[:, _IDENTITY] = list(map(id, tensors))
     return memory.tobytes()
 
@@ -98,7 +97,7 @@ class Written:
         self._versioned = self.tensors if is_plain else self.tensors + local
         # All of it as the library reads it, where there is nothing that only Python can tell.
         self._asked = _asked() if is_plain and {type(state) for state, _ in entries} <= {dict} else None
-        self._memory = self._look(local)
+        self._memory = look_at(self.tensors)
         owners, names = zip(*entries, strict=True) if entries else ((), ())
         self._arrays = [_array(owners), _array(names), _array(self.tensors)]
         self._read = np.empty((len(local), _COLUMNS), np.uint64)
@@ -116,9 +115,7 @@ class Written:
                 and self._read.tobytes() == self._memory
             )
         try:
-            now = self._now()
-            local = list(map(local_part, now))
-            return all(map(_is, now, self.tensors)) and self._look(local) == self._memory
+            return look_at(self._now()) == self._memory
         except (KeyError, ValueError, RuntimeError, AttributeError):  # one is gone, or no dense tensor
             return False
 
@@ -128,12 +125,6 @@ class Written:
             torch.autograd.graph.increment_version(self._versioned)
         if self._wrappers:
             torch.autograd.graph.increment_version(self._wrappers)
-
-    def _look(self, local: Sequence[Tensor]) -> bytes:
-        memory = read_memory(local, len(local))
-        if self._asked is None:
-            memory[:, _IDENTITY] = 0  # what is inside a wrapper may be another object each time
-        return memory.tobytes()
 
     def _now(self) -> list[Tensor]:
         return [*self._params, *(state[name] for state, name in self._entries)]

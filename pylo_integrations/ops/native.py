@@ -172,6 +172,16 @@ class NativeStages:
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
+        # Of every state, the rule's entries: others are not ours. Noted before their addresses are taken down: what
+        # another thread replaces meanwhile is then missed by no later look.
+        entries = [
+            (state, name)
+            for bucket in buckets
+            for state in bucket.states
+            for name in bucket.stored_names(rule.state_shapes(bucket.layout))
+        ]
+        wrappers = [tensor for bucket in buckets for tensor in bucket.wrappers()]
+        self._written = Written(self._params, entries, wrappers)
         self._advances = any(bucket.form is not FLOAT32 for bucket in buckets)
         # Tensors are in one piece, except for slices of FSDP1. Their further pieces have tables of their own.
         self._tables: list[_PieceTable] = []
@@ -192,15 +202,11 @@ class NativeStages:
                 for row, position in enumerate(mine):
                     self._fill_record(number, index, row, position)
             nth.table.check()
-        # Of every state, the rule's entries: others are not ours.
-        entries = [
-            (state, name)
-            for bucket in buckets
-            for state in bucket.states
-            for name in bucket.stored_names(rule.state_shapes(bucket.layout))
-        ]
-        wrappers = [tensor for bucket in buckets for tensor in bucket.wrappers()]
-        self._written = Written(self._params, entries, wrappers)
+        if not self._written.is_current():
+            raise RuntimeError(
+                "parameters or their state were replaced while a step was prepared: replace them between steps, in no "
+                "other thread"
+            )
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)

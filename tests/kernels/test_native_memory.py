@@ -10,6 +10,7 @@ from torch import nn
 
 from pylo_integrations.ops import memory
 from pylo_integrations.ops.memory import Written, addresses, formats, read_memory
+from pylo_integrations.ops.records import Table
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +266,40 @@ def test_a_step_like_the_last_one_makes_no_plan(monkeypatch):
         param.grad = torch.full((4, 3), step + 1.0)
         optimizer.step()
     assert optimizer.iteration == 3
+
+
+def test_a_state_that_another_thread_replaces_while_addresses_are_taken_down_is_seen(monkeypatch):
+    library_or_skip()
+    param = nn.Parameter(torch.randn(40, 30))
+    optimizer = create([param], "small_fc_lopt", backend="native")
+    param.grad = torch.randn(40, 30)
+    optimizer.step()
+    state, check = optimizer.state[param], Table.check
+
+    def replace(self):
+        monkeypatch.setattr(Table, "check", check)
+        state["momentum_0"] = state["momentum_0"].clone()
+        check(self)
+
+    monkeypatch.setattr(Table, "check", replace)
+    state["momentum_1"] = state["momentum_1"].clone()  # so that a new table is made
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="replaced while a step was prepared"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
+def test_what_is_inside_a_wrapper_may_be_another_object_at_each_look():
+    class Wrapper(torch.Tensor):
+        """As a DTensor, whose inside is a new view each time."""
+
+        def to_local(self):
+            return self.as_subclass(torch.Tensor).view(-1)
+
+    wrapper = torch.ones(6).as_subclass(Wrapper)
+    written = Written([wrapper], [({"rms": torch.ones(2)}, "rms")])
+    assert written.is_current()  # else kernels would make a table at every step
+    wrapper.data = torch.ones(6)
+    assert not written.is_current()
