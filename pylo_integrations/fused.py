@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from pylo_integrations.sharding.components import Split
+from pylo_integrations.sharding.components import Split, check_split
 from pylo_integrations.sharding.layout import AxisOrder
 
 _GATES: Mapping[type[nn.Module], int] = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
@@ -52,21 +52,18 @@ class FusedWeights:
         split: Whether outputs are divided where modules are recognised, see :func:`~pylo_integrations.param_groups`.
 
     Raises:
-        TypeError: ``split`` is neither a bool nor a mapping to numbers or sizes of tensors.
+        TypeError: ``split`` is neither a bool nor a mapping.
+        ValueError: It maps a name to what the group option cannot be.
     """
 
     def __init__(self, model: nn.Module, split: bool | Mapping[str, Split]) -> None:
         if not isinstance(split, bool | Mapping):
             raise TypeError(f"split={split!r} must be True, False, or a mapping from names to numbers of tensors")
-        for name, given in split.items() if isinstance(split, Mapping) else ():
-            sizes = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-            if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
-                raise TypeError(
-                    f"split={{{name!r}: {given!r}}} must be a number of tensors, or the outputs of each, all from 1"
-                )
         self._places = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
         self._divides = split is not False
         self._named: Mapping[str, Split] = split if isinstance(split, Mapping) else {}
+        for given in self._named.values():
+            check_split({"split": given})
         self.unused = set(self._named)
 
     def of(self, full_name: str, module: nn.Module, name: str, shape: Sequence[int]) -> Fused:

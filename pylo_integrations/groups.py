@@ -56,7 +56,8 @@ def param_groups(
         Groups of ``(name, parameter)`` pairs, without empty ones.
 
     Raises:
-        ValueError: Nothing is trainable, or ``split`` names nothing.
+        ValueError: Nothing is trainable; ``split`` names nothing, or its values are no such group options.
+        TypeError: ``split`` is neither a bool nor a mapping.
         ShardingError: FSDP1 melted parameters together, or wraps ``model``.
     """
     slices = read_flat_slices(model)
