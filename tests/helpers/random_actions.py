@@ -165,7 +165,9 @@ class Session:
         groups = [{"params": [copies[id(p)] for p in group["params"]]} for group in own.param_groups]
         fresh = create(groups, self.name, **self.options)
         for group, theirs in zip(fresh.param_groups, own.param_groups, strict=True):
-            group.update({key: value for key, value in theirs.items() if key != "params"})
+            params = group["params"]
+            group.clear()  # of options too that the session's group has lost
+            group.update({**theirs, "params": params})
         for param in self.params:
             if param in own.state:
                 state = own.state[param]
