@@ -8,8 +8,8 @@ import json
 import math
 import os
 import shutil
-import stat
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
