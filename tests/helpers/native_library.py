@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,25 @@ def library_or_skip() -> Library:
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Configure and compile the core into ``folder``; skips the test where there are no tools."""
-    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"building the core needs {' and '.join(missing)}")
-    for command in (["cmake", "-S", str(CSRC), "-B", str(folder), *options], ["cmake", "--build", str(folder), "-j2"]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
+    """Configure and compile the core and its driver into ``folder``; returns the driver."""
+    configure = ["cmake", "-S", str(CSRC), "-B", str(folder), "-DPYLO_TESTS=ON", *options]
+    for command in (configure, ["cmake", "--build", str(folder), "-j2"]):
+        _run(command)
+    return folder / "pylo_driver"
+
+
+def driver_of_library(folder: Path) -> Path:
+    """A driver of the library that tests use, compiled into ``folder``."""
+    library = library_or_skip().path
+    driver = folder / "pylo_driver"
+    source = Path(__file__).parents[1] / "kernels" / "csrc" / "driver.cpp"
+    _run(["c++", "-std=c++17", f"-I{CSRC / 'core'}", source, library, f"-Wl,-rpath,{library.parent}", "-o", driver])
+    return driver
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    """Run a tool of building; skips the test where it is missing."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"building the core needs {command[0]}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

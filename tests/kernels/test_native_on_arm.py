@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from native_library import build, library_or_skip
+from native_library import build, driver_of_library, library_or_skip
 
 COMPILER, EMULATOR, LIBRARIES = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 
@@ -21,19 +21,18 @@ def test_neon_gives_the_bits_of_avx2_and_refuses_what_it_refuses(tmp_path):
         pytest.skip(f"needs {' and '.join(missing)}: apt-get install g++-aarch64-linux-gnu qemu-user")
     if platform.machine() != "x86_64" or "avx2" not in library_or_skip().isas():
         pytest.skip("there is no AVX2 to compare with")
-    options = ("-DCMAKE_BUILD_TYPE=Quick", "-DCMAKE_CXX_FLAGS=-O1", "-DPYLO_TESTS=ON")
-    build(tmp_path / "here", *options)
-    cross = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
-    build(tmp_path / "arm", *options, *cross)
+    options = ("-DCMAKE_BUILD_TYPE=Quick", "-DCMAKE_CXX_FLAGS=-O1", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+    cross = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    drivers = driver_of_library(tmp_path), build(tmp_path / "arm", *options, *cross)
     here, arm = (
         subprocess.run(
-            [*emulator, tmp_path / folder / "pylo_driver"],
+            [*emulator, driver],
             env={**os.environ, "QEMU_LD_PREFIX": LIBRARIES},
             capture_output=True,
             text=True,
             timeout=1200,
         )
-        for folder, emulator in (("here", ()), ("arm", (EMULATOR,)))
+        for driver, emulator in zip(drivers, ((), (EMULATOR,)), strict=True)
     )
     assert here.returncode == 0 and arm.returncode == 0, here.stderr[-3000:] + arm.stderr[-3000:]
     assert arm.stdout.split()[:-1] == ["1", "ok"], "one instruction set, and it passed"
