@@ -257,7 +257,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(shim, shape, cuts):
 
 def test_structures_have_the_size_that_the_library_expects():
     sizes = re.findall(r"static_assert\(sizeof\(pylo_cuda_(\w+)\) == (\d+)", (CSRC / "cuda/launches.cpp").read_text())
-    structs = {"call": cuda.CudaCallStruct, "launches": kernels.LaunchesStruct, "kernels": cuda.KernelsStruct}
+    structs = {"call": cuda.CudaCallStruct, "launch": kernels.LaunchStruct, "kernels": cuda.KernelsStruct}
     assert {name: int(size) for name, size in sizes} == {name: ctypes.sizeof(each) for name, each in structs.items()}
 
 
@@ -322,7 +322,7 @@ def test_adam_has_three_launches_and_no_other_stage(shim, monkeypatch):
     state = {name: torch.zeros_like(param.detach()) for name in rule.state_shapes(TensorLayout.whole(param.shape))}
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     bucket = bucket_of(param, state, group)
-    stages = NativeStages(shim, rule, [bucket])
+    stages = NativeStages(shim, [rule], [bucket])
     give_gradients(params, 0)
     bucket.grads = [param.grad]
     launched = []
