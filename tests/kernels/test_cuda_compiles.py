@@ -40,7 +40,8 @@ def assert_compiles(count_sass, kernel: str, architecture: int) -> None:
     assert f"pylo_{kernel}".encode() in compiled.cubin
     assert 0 < compiled.registers <= 255
     if kernel in FAST:
-        assert compiled.spill_stores + compiled.spill_loads <= 16, compiled
+        # A few bytes, outside of the loop, for registers that let one more block into a multiprocessor.
+        assert compiled.spill_stores + compiled.spill_loads <= 24, compiled
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(k, marks=pytest.mark.slow if k in WIDE else ()) for k in KERNELS])

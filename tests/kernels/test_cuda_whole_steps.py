@@ -22,7 +22,7 @@ from test_native_rules import BOUNDS, CONVOLUTIONS
 from thetas import create, slow_unless, theta_for
 from torch import nn
 
-from pylo_integrations import bench, get_optimizer_info
+from pylo_integrations import bench
 from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops import loader, native
 from pylo_integrations.ops.driver import Driver
@@ -274,13 +274,13 @@ PACE = {"collect": 1, "merge": 1, "apply_nesterov_plain": 1, "update": 1}
 ADAM = {"collect": 1, "merge": 1, "update": 1}
 MATRICES = [(24, 16), (16, 24), (16, 24), (8, 4, 3, 3), (24, 16)] * 4
 
-MIXES = {
-    "celo2, one matrix": ("celo2", [(24, 16)], CELO2),
-    "celo2, matrices": ("celo2", MATRICES, CELO2),
-    "celo2, with vectors": ("celo2", [(130,), *MATRICES, ()], CELO2),
-    "celo2, vectors only": ("celo2", [(130,), ()], ADAM),
-    "pace, matrices": ("pace", MATRICES, PACE),
-    "pace, with vectors": ("pace", [(130,), *MATRICES, ()], PACE),
+MIXES = {  # shapes, and those of embeddings
+    "celo2, one matrix": ("celo2", [(24, 16)], [], CELO2),
+    "celo2, matrices": ("celo2", MATRICES, [], CELO2),
+    "celo2, all that a model has": ("celo2", [(130,), *MATRICES, ()], [(50, 12)], CELO2),
+    "celo2, no matrices": ("celo2", [(130,), ()], [(50, 12)], ADAM),
+    "pace, matrices": ("pace", MATRICES, [], PACE),
+    "pace, all that a model has": ("pace", [(130,), *MATRICES, ()], [(50, 12)], PACE),  # three rules
 }
 
 
@@ -299,24 +299,21 @@ def launches_of_steps(name: str, groups, monkeypatch, steps: int = 2, **options)
 @pytest.mark.usefixtures("shim")
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_step_launches_as_few_kernels_whatever_the_number_of_tensors_and_rules(mix, monkeypatch):
-    name, shapes, wanted = MIXES[mix]
-    launched = launches_of_steps(name, [{"params": parameters(shapes)}], monkeypatch)
+    name, shapes, embeddings, wanted = MIXES[mix]
+    groups = [{"params": parameters(shapes)}, {"params": parameters(embeddings), "rule": "adamw"}]
+    launched = launches_of_steps(name, groups[: 1 + bool(embeddings)], monkeypatch)
     assert launched == {kernel: 2 * count for kernel, count in wanted.items()}
 
 
 @pytest.mark.usefixtures("shim")
 @pytest.mark.parametrize(("name", "kernels", "most"), [("celo2", CELO2, 6), ("pace", PACE, 4)])
 def test_a_step_of_a_vision_transformer_launches_six_kernels_and_four(name, kernels, most, monkeypatch):
-    """All 152 tensors of ViT-B/16, far narrower, in groups as a model has them: three rules of ``pace``."""
-    groups: dict[tuple, dict] = {}
-    for shape in bench.SHAPES["vit_b16"]():
-        narrow = tuple(extent // 48 if extent % 768 == 0 else extent for extent in shape.shape)
-        key = shape.axes, shape.rule_of(get_optimizer_info(name))
-        group = groups.setdefault(key, {"params": [], "axes": key[0], "rule": key[1]})
-        group["params"] += parameters([narrow])
-    assert sum(len(group["params"]) for group in groups.values()) == 152 and len(groups) > 1
+    """All 152 tensors of ViT-B/16, far narrower: matrices, a convolution, a class token, positions, vectors."""
+    shapes = [shape.shape for shape in bench.SHAPES["vit_b16"]()]
+    params = parameters([tuple(n // 48 if n % 768 == 0 else n for n in shape) for shape in shapes])
+    assert len(params) == 152
     monkeypatch.setitem(native.TOGETHER, "cpu", native.TOGETHER["cuda"])
-    launched = launches_of_steps(name, list(groups.values()), monkeypatch, steps=1, num_steps=10)
+    launched = launches_of_steps(name, [{"params": params}], monkeypatch, steps=1)
     assert launched == kernels and launched.total() == most
 
 
