@@ -295,7 +295,7 @@ def _step_boxes(rule: Rule, start: Tensor, boxes: Sequence[Box]) -> list[Tensor]
         grads = [grad[mine].contiguous()]
         buckets.append(Bucket(layout, [param], [state], group, torch.float32, _RANKS, held=held, grads=grads))
         buckets[-1].cut_(box.numel)
-    parts = [Part((i,), NativeStages(library, rule, [bucket])) for i, bucket in enumerate(buckets)]
+    parts = [Part((i,), NativeStages(library, [rule], [bucket])) for i, bucket in enumerate(buckets)]
     memory = {name: value.to(start.device) for name, value in rule.initial_memory().items()}
     loss = torch.ones((), device=start.device)
     ctx = StepContext(0, 10, loss, memory=memory, constants=rule.constants(start.device, torch.float32))

@@ -92,6 +92,11 @@ inline int check_weight(long long record, const pylo_step &step) {
     return fail(PYLO_BAD_ARGUMENT, "tensor %lld: momentum_weight must be above 0 and at most 1", record);
 }
 
+// That no rule of a call has a network.
+inline int fail_without_layers() {
+    return fail(PYLO_BAD_ARGUMENT, "rules: without layers there is no such stage, only collect, measure and apply");
+}
+
 // What else apply needs of a step, by the kind of rule.
 inline int check_for_apply(long long record, const pylo_step &step, const pylo_rule &rule) {
     if (rule.layers == PYLO_NESTEROV) return check_weight(record, step);

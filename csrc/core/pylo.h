@@ -8,10 +8,11 @@
  *   prepare   factored state and its inverse roots, from complete sums
  *   describe  sums of squared features; nothing is written but the sums
  *   advance   accumulators, of tensors whose state is not stored in float32
- *   apply     accumulators, but for those, and parameters, from complete sums
- *   write     parameters from the directions that apply left, and a scale that the caller made of them
+ *   apply     accumulators, but for those, and parameters, from complete sums; or the step, as a direction; or, of a
+ *             direction that the caller has finished and scaled, parameters
  *
- * A rule of one layer is linear: its only layer makes the outputs of features.
+ * Tensors of all rules of a step are one table, and a stage passes over those whose rule has no use for it. A rule of one
+ * layer is linear: its only layer makes the outputs of features.
  *
  * A rule without layers is Adam, and one of PYLO_NESTEROV layers is momentum: they need no sums of features, so there is
  * no prepare and no describe, and collect only sums all squared gradients.
@@ -36,7 +37,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 9u
+#define PYLO_ABI_VERSION 10u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */
@@ -83,8 +84,9 @@ typedef struct pylo_tensor {
     double *stat_squares; /* (norm_slices, PYLO_SLOTS): mean squares of row and column features, for apply; written by
                            * prepare if norm_slices is 1, else by the caller */
     double *tensor_sums;  /* (PYLO_TENSOR_SUMS), written by measure; null if rule.measures is 0 */
-    void *direction;      /* null, or where apply leaves the step instead of updating the parameter; read by write */
-    float *direction_scale; /* (norm_slices): read by write, else null */
+    void *direction;      /* null, or where apply leaves the step instead of updating the parameter */
+    float *direction_scale; /* null, or (norm_slices): apply updates the parameter by direction_scale * direction and
+                             * reads or writes nothing else */
     int64_t extent[PYLO_MAX_RANK];
     int64_t row_stride[PYLO_MAX_RANK];
     int64_t col_stride[PYLO_MAX_RANK];
@@ -100,6 +102,8 @@ typedef struct pylo_tensor {
     int32_t d0_axis, d1_axis; /* -1 if unfactored */
     int32_t param_dtype, direction_dtype;
     int32_t state_dtype; /* of momentum and rms: float32, or of a matrix bfloat16 or PYLO_INT8, see pylo_stored */
+    int32_t rule;        /* its number among those of the call */
+    int32_t reserved;
     int64_t param_bytes, momentum_bytes[3], rms_bytes, diagonal_bytes[3];
     int64_t row_bytes, col_bytes, row_scale_bytes, col_scale_bytes, row_sums_bytes, col_sums_bytes;
     int64_t feature_sums_bytes, stat_squares_bytes, tensor_sums_bytes, direction_bytes;
@@ -116,8 +120,7 @@ typedef struct pylo_stored {
     uint32_t noise[2][2];   /* keys of the noise by which momentum[0] and rms are rounded; and momentum[1] and [2] */
 } pylo_stored;
 
-/* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step, where the step of write is
- * direction_scale * direction. */
+/* What changes from step to step, one per pylo_tensor: param <- keep * param - scale * step. */
 typedef struct pylo_step {
     const void *grad;
     const float *network; /* per layer: weights (inputs, outputs rounded up to 4), then biases; slots are inputs.
@@ -155,7 +158,8 @@ typedef struct pylo_rule {
 typedef struct pylo_call {
     uint32_t abi_version; /* PYLO_ABI_VERSION */
     uint32_t size;        /* sizeof(pylo_call) */
-    const pylo_rule *rule;
+    const pylo_rule *rules;
+    int64_t rule_count;
     const pylo_tensor *tensors;
     const pylo_step *steps;
     const pylo_stored *stored; /* one per tensor; may be null if all state is float32 */
@@ -220,8 +224,8 @@ PYLO_API int32_t pylo_has_isa(int32_t isa);
 /* Number of floats behind pylo_step.network; 0 if the geometry is not supported. */
 PYLO_API int64_t pylo_network_floats(const pylo_rule *rule);
 
-/* Validate rule and table: null, misaligned, overlapping and too small buffers, extents that do not fit. Ignores `steps`,
- * `stored`, `token` and the workspace. On success `token` receives what the stages ask for; it covers rule and table, so any change of
+/* Validate rules and table: null, misaligned, overlapping and too small buffers, extents that do not fit. Ignores `steps`,
+ * `stored`, `token` and the workspace. On success `token` receives what the stages ask for; it covers rules and table, so any change of
  * them needs another check. `workspace_bytes` receives what the stages need. */
 PYLO_API int32_t pylo_check(const pylo_call *call, uint64_t *token, int64_t *workspace_bytes);
 
@@ -232,7 +236,6 @@ PYLO_API int32_t pylo_cpu_prepare(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_describe(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_advance(const pylo_call *call);
 PYLO_API int32_t pylo_cpu_apply(const pylo_call *call);
-PYLO_API int32_t pylo_cpu_write(const pylo_call *call);
 
 /* Run a loop of nothing but independent multiply-adds in the registers of one thread and return how many it made: what
  * that takes tells what share of a core's arithmetic the stages reach. */

@@ -9,10 +9,10 @@
 #include "hash.h"
 
 // Other languages mirror these; a change needs a new PYLO_ABI_VERSION.
-static_assert(sizeof(pylo_tensor) == 600, "");
+static_assert(sizeof(pylo_tensor) == 608, "");
 static_assert(sizeof(pylo_step) == 72, "");
 static_assert(sizeof(pylo_rule) == 116, "");
-static_assert(sizeof(pylo_call) == 88, "");
+static_assert(sizeof(pylo_call) == 96, "");
 static_assert(sizeof(pylo_stored) == 96, "");
 
 namespace pylo {
@@ -32,8 +32,9 @@ struct Span {
 // Checks one record and appends its buffers to `spans`.
 class RecordCheck {
 public:
-    RecordCheck(const pylo_tensor &tensor, const pylo_rule &rule, int64_t record, std::vector<Span> &spans)
-        : t_(tensor), rule_(rule), layers_(rule.layers), record_(record), spans_(spans) {}
+    // The rule of the tensor must be one of the call's.
+    RecordCheck(const pylo_call &call, int64_t record, std::vector<Span> &spans)
+        : t_(call.tensors[record]), rule_(call.rules[t_.rule]), layers_(rule_.layers), record_(record), spans_(spans) {}
 
     int run() {
         if (t_.rank < 1 || t_.rank > PYLO_MAX_RANK)
@@ -70,6 +71,7 @@ public:
         if (layers_ > 0)
             if (int status = slices()) return status;
         const int64_t slices = layers_ > 0 ? t_.norm_slices : 1;
+        if (t_.direction_scale && !t_.direction && local) return bad("direction", "is null, but has a direction_scale");
         if (t_.direction_scale)
             if (int status = buffer("direction_scale", t_.direction_scale, t_.direction_scale_bytes, slices)) return status;
         if (layers_ <= 0) return t_.norm_offset == 0 ? PYLO_OK : bad("norm_offset", "must be 0 for a rule without layers");
@@ -203,22 +205,29 @@ int check_header(const pylo_call *call) {
     if (int status = check_version(call)) return status;
     if (call->count < 0) return fail(PYLO_BAD_ARGUMENT, "count is negative");
     if (call->count > INT64_MAX / (int64_t)sizeof(pylo_tensor)) return fail(PYLO_BAD_ARGUMENT, "count is too large");
-    if (!call->rule || (call->count && !call->tensors)) return fail(PYLO_BAD_ARGUMENT, "rule or tensors is null");
+    if (call->rule_count < 1 || call->rule_count > INT32_MAX)
+        return fail(PYLO_BAD_ARGUMENT, "rule_count is %lld, must be positive", (long long)call->rule_count);
+    if (!call->rules || (call->count && !call->tensors)) return fail(PYLO_BAD_ARGUMENT, "rules or tensors is null");
     return PYLO_OK;
 }
 
 int check_table(const pylo_call &call) {
-    if (int status = check_rule(*call.rule)) return status;
+    for (int64_t rule = 0; rule < call.rule_count; ++rule)
+        if (int status = check_rule(call.rules[rule])) return status;
     std::vector<Span> spans;
     spans.reserve((size_t)call.count * 12);  // about what a matrix has
-    for (int64_t i = 0; i < call.count; ++i)
-        if (int status = RecordCheck(call.tensors[i], *call.rule, i, spans).run()) return status;
+    for (int64_t i = 0; i < call.count; ++i) {
+        const int32_t rule = call.tensors[i].rule;
+        if (rule < 0 || rule >= call.rule_count)
+            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: rule %d is none of the call's", (long long)i, rule);
+        if (int status = RecordCheck(call, i, spans).run()) return status;
+    }
     return check_overlaps(spans);
 }
 
 uint64_t token_of(const pylo_call &call) {
-    const uint64_t rule = hash(PYLO_ABI_VERSION, call.rule, sizeof *call.rule);
-    return hash(rule, call.tensors, (size_t)call.count * sizeof *call.tensors);
+    const uint64_t rules = hash(PYLO_ABI_VERSION, call.rules, (size_t)call.rule_count * sizeof *call.rules);
+    return hash(rules, call.tensors, (size_t)call.count * sizeof *call.tensors);
 }
 
 }  // namespace pylo

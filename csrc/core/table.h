@@ -9,11 +9,11 @@ namespace pylo {
 // What must hold before anything else of a call is read.
 int check_header(const pylo_call *call);
 
-// Rule and records: null, misaligned, overlapping and too small buffers, extents and strides that do not fit. Throws
+// Rules and records: null, misaligned, overlapping and too small buffers, extents and strides that do not fit. Throws
 // std::bad_alloc.
 int check_table(const pylo_call &call);
 
-// A hash of rule and records as they were checked: a stage compares it, so that a table is checked once and not at every
+// A hash of rules and records as they were checked: a stage compares it, so that a table is checked once and not at every
 // step, and is never used after it has changed.
 uint64_t token_of(const pylo_call &call);
 

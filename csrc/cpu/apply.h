@@ -7,6 +7,7 @@
 #include "adam.h"
 #include "evaluate.h"
 #include "nesterov.h"
+#include "write.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -121,6 +122,7 @@ void apply_part(const Job &job, Workplace &work) {
 }
 
 void apply(const Job &job) {
+    if (job.tensor->direction_scale) return write(job);
     if (job.rule->layers == 0) return adam(job);
     if (job.rule->layers == PYLO_NESTEROV) return nesterov(job);
     Workplace work;

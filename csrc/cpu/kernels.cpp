@@ -10,11 +10,10 @@
 #include "measure.h"
 #include "peak.h"
 #include "prepare.h"
-#include "write.h"
 
 namespace pylo {
 
 extern const Kernels PYLO_KERNELS;
-const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, advance, apply, write, multiply_adds};
+const Kernels PYLO_KERNELS = {collect, measure, prepare, describe, advance, apply, multiply_adds};
 
 }  // namespace pylo

@@ -30,7 +30,6 @@ struct Kernels {
     void (*describe)(const Job &);
     void (*advance)(const Job &);
     void (*apply)(const Job &);
-    void (*write)(const Job &);
     int64_t (*multiply_adds)(int64_t rounds);
 };
 

@@ -16,37 +16,29 @@ bool reads_steps(Stage stage) { return stage != MEASURE && stage != PREPARE; }
 // What a stage needs of step `i` beyond pylo_check().
 int check_step(Stage stage, const pylo_call &call, int64_t i) {
     const long long record = i;
-    if (stage == MEASURE && !call.tensors[i].tensor_sums)
-        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
-    if (stage != COLLECT && stage != PREPARE && stage != WRITE)
-        if (int status = check_stored(record, call.tensors[i], call.stored ? &call.stored[i] : nullptr, *call.rule,
-                                      local_numel(call.tensors[i])))
-            return status;
+    const pylo_tensor &t = call.tensors[i];
+    const pylo_rule &rule = call.rules[t.rule];
+    if (!is_in(stage, rule) || (stage == APPLY && t.direction_scale)) return PYLO_OK;
+    if (stage == MEASURE && !t.tensor_sums) return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", record);
+    if (stage != COLLECT && stage != PREPARE)
+        if (int status = check_stored(record, t, call.stored ? &call.stored[i] : nullptr, rule, local_numel(t))) return status;
     if (!reads_steps(stage)) return PYLO_OK;
-    if (stage == WRITE) {
-        const pylo_tensor &t = call.tensors[i];
-        const bool complete = t.direction && t.direction_scale;
-        return complete || !local_numel(t)
-                   ? PYLO_OK
-                   : fail(PYLO_BAD_ARGUMENT, "tensor %lld: direction or direction_scale is null", record);
-    }
     const pylo_step &step = call.steps[i];
-    if (int status = check_gradient(record, step, local_numel(call.tensors[i]))) return status;
-    if (stage != APPLY) return PYLO_OK;
-    return check_for_apply(record, step, *call.rule);
+    if (int status = check_gradient(record, step, local_numel(t))) return status;
+    return stage == APPLY ? check_for_apply(record, step, rule) : PYLO_OK;
 }
 
 // What a stage needs beyond pylo_check().
 int check_stage(Stage stage, const pylo_call &call) {
     if (token_of(call) != call.token)
-        return fail(PYLO_UNCHECKED, "rule or tensors are not those that pylo_check() passed: check them again");
+        return fail(PYLO_UNCHECKED, "rules or tensors are not those that pylo_check() passed: check them again");
     if (call.threads < 1) return fail(PYLO_BAD_ARGUMENT, "threads must be positive, is %d", call.threads);
     if (!kernels_of(call.isa == PYLO_BEST ? best_isa() : call.isa))
         return fail(PYLO_NO_SUCH_ISA, "instruction set %d is not available here", call.isa);
-    if (call.rule->layers <= 0 && (stage == PREPARE || stage == DESCRIBE))
-        return fail(PYLO_BAD_ARGUMENT, "rule: without layers there is no such stage, only collect, measure, apply and write");
-    if (stage == MEASURE && call.rule->measures == 0)
-        return fail(PYLO_BAD_ARGUMENT, "rule: measures is 0, so there is nothing to measure");
+    const pylo_rule *const end = call.rules + call.rule_count;
+    if (std::none_of(call.rules, end, [&](const pylo_rule &rule) { return is_in(stage, rule); }))
+        return stage == MEASURE ? fail(PYLO_BAD_ARGUMENT, "rules: measures is 0, so there is nothing to measure")
+                                : fail_without_layers();
     if (call.count == 0) return PYLO_OK;
     if (!call.workspace || !aligned(call.workspace, 64))
         return fail(PYLO_BAD_ARGUMENT, "workspace is null or not aligned to 64 bytes");
@@ -88,7 +80,7 @@ int run(Stage stage, void (*Kernels::*kernel)(const Job &), const pylo_call *cal
                 std::fill_n(partial, partial_doubles(stage, t, g), 0.0);
                 const pylo_step *step = call.steps ? &call.steps[part.record] : nullptr;
                 const pylo_stored *stored = call.stored ? &call.stored[part.record] : nullptr;
-                (kernels_for(call.isa, g)->*kernel)({call.rule, &t, step, stored, g, part, partial});
+                (kernels_for(call.isa, g)->*kernel)({&call.rules[t.rule], &t, step, stored, g, part, partial});
             }
             if (merges) {
 #pragma omp for schedule(dynamic)
@@ -143,7 +135,6 @@ int32_t pylo_cpu_prepare(const pylo_call *call) { return run(PREPARE, &Kernels::
 int32_t pylo_cpu_describe(const pylo_call *call) { return run(DESCRIBE, &Kernels::describe, call); }
 int32_t pylo_cpu_advance(const pylo_call *call) { return run(ADVANCE, &Kernels::advance, call); }
 int32_t pylo_cpu_apply(const pylo_call *call) { return run(APPLY, &Kernels::apply, call); }
-int32_t pylo_cpu_write(const pylo_call *call) { return run(WRITE, &Kernels::write, call); }
 int64_t pylo_cpu_multiply_adds(int64_t rounds) { return kernels_of(best_isa())->multiply_adds(std::max<int64_t>(rounds, 0)); }
 
 }  // extern "C"

@@ -9,6 +9,12 @@ struct Size {
     int64_t outer, lanes;
 };
 
+// Of a part of a stage that computes little.
+Size size_of_stream(const Geometry &g, bool by_slice) {
+    const int64_t lanes = std::min<int64_t>(g.lanes, by_slice && g.lane_norm_step ? 1 : 1 << 16);
+    return {(1 << 16) / lanes, lanes};
+}
+
 // How large a part is at most: large enough that what is done once for each does not count, small enough that threads
 // share a tensor evenly.
 Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
@@ -18,15 +24,14 @@ Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
             if (t.d0_axis < 0) return {1, 1 << 18};
             return {std::max<int64_t>((1 << 18) / g.lanes, 64 * g.slices), g.lanes};
         case MEASURE:
-        case WRITE:
         case DESCRIBE: {
-            const int64_t lanes = std::min<int64_t>(g.lanes, stage != MEASURE && g.lane_norm_step ? 1 : 1 << 16);
-            const int64_t outer = (1 << 16) / lanes;
+            const Size size = size_of_stream(g, stage == DESCRIBE);
             // Each part has sums of its own for all slices.
-            if (stage == DESCRIBE && t.norm_slices > 1) return {std::max(outer, 512 * t.norm_slices / lanes), lanes};
-            return {outer, lanes};
+            if (stage == MEASURE || t.norm_slices <= 1) return size;
+            return {std::max(size.outer, 512 * t.norm_slices / size.lanes), size.lanes};
         }
         case APPLY: {
+            if (t.direction_scale) return size_of_stream(g, true);
             // Many rows of few lanes, so that what lanes contribute to the network is computed once for many rows. 768
             // is a multiple of every instruction set's tile: only the last part of a row has an end that is none.
             const int64_t most = t.d0_axis < 0 ? 1 << 15 : g.lane_norm_step ? 1 : 768, lanes = std::min(g.lanes, most);
@@ -42,7 +47,8 @@ Size part_size(Stage stage, const pylo_tensor &t, const Geometry &g) {
 
 // Calls cut(outer_begin, outer_end, lane_begin, lane_end) for every part of a record.
 template <class Cut>
-void cut_record(Stage stage, const pylo_tensor &t, const Geometry &g, Cut &&cut) {
+void cut_record(Stage stage, const pylo_rule &rule, const pylo_tensor &t, const Geometry &g, Cut &&cut) {
+    if (!is_in(stage, rule)) return;
     if (stage == PREPARE) return cut(0, 1, 0, 1);  // the statistics of a whole tensor, whatever the box
     if (local_numel(t) == 0 || (stage == ADVANCE && t.state_dtype == PYLO_FLOAT32)) return;
     const Size size = part_size(stage, t, g);
@@ -79,6 +85,11 @@ void merge_lanes(const pylo_tensor &t, const Geometry &g, const double *partial)
 
 }  // namespace
 
+bool is_in(Stage stage, const pylo_rule &rule) {
+    if (stage == MEASURE) return rule.measures;
+    return (stage != PREPARE && stage != DESCRIBE) || rule.layers > 0;
+}
+
 int64_t partial_doubles(Stage stage, const pylo_tensor &t, const Geometry &g) {
     switch (stage) {
         case COLLECT:
@@ -103,7 +114,7 @@ Plan make_plan(Stage stage, const pylo_call &call) {
         const Geometry &g = plan.geometries.back();
         const int64_t each = partial_doubles(stage, t, g);
         plan.first_part.push_back((int64_t)plan.parts.size());
-        cut_record(stage, t, g, [&](int64_t outer_begin, int64_t outer_end, int64_t lane_begin, int64_t lane_end) {
+        cut_record(stage, call.rules[t.rule], t, g, [&](int64_t outer_begin, int64_t outer_end, int64_t lane_begin, int64_t lane_end) {
             plan.parts.push_back({i, outer_begin, outer_end, lane_begin, lane_end, plan.doubles});
             plan.doubles += each;
         });
@@ -117,9 +128,10 @@ int64_t workspace_doubles(const pylo_call &call) {
     for (Stage stage : {COLLECT, MEASURE, DESCRIBE}) {
         int64_t total = 0;
         for (int64_t i = 0; i < call.count; ++i) {
-            const Geometry g = geometry(call.tensors[i]);
-            const int64_t each = partial_doubles(stage, call.tensors[i], g);
-            cut_record(stage, call.tensors[i], g, [&](int64_t, int64_t, int64_t, int64_t) { total += each; });
+            const pylo_tensor &t = call.tensors[i];
+            const Geometry g = geometry(t);
+            const int64_t each = partial_doubles(stage, t, g);
+            cut_record(stage, call.rules[t.rule], t, g, [&](int64_t, int64_t, int64_t, int64_t) { total += each; });
         }
         most = std::max(most, total);
     }
@@ -134,6 +146,7 @@ void clear_sums(const pylo_tensor &t) {
 
 void merge(Stage stage, const pylo_call &call, const Plan &plan, const double *scratch, int64_t i) {
     const pylo_tensor &t = call.tensors[i];
+    if (!is_in(stage, call.rules[t.rule])) return;
     const int64_t first = plan.first_part[(size_t)i], end = plan.first_part[(size_t)i + 1];
     double *sums = stage == DESCRIBE ? t.feature_sums : stage == MEASURE ? t.tensor_sums : nullptr;
     const int64_t count = stage == DESCRIBE || stage == MEASURE ? partial_doubles(stage, t, plan.geometries[(size_t)i]) : 0;

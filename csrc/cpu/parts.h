@@ -10,7 +10,7 @@
 
 namespace pylo {
 
-enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, ADVANCE, APPLY, WRITE };
+enum Stage { COLLECT, MEASURE, PREPARE, DESCRIBE, ADVANCE, APPLY };
 
 struct Plan {
     std::vector<Geometry> geometries;
@@ -18,6 +18,9 @@ struct Plan {
     std::vector<int64_t> first_part;  // of every record, and the end
     int64_t doubles = 0;              // of scratch
 };
+
+// Whether a stage has something to do with the tensors of a rule.
+bool is_in(Stage stage, const pylo_rule &rule);
 
 // Throws std::bad_alloc.
 Plan make_plan(Stage stage, const pylo_call &call);

@@ -1,4 +1,4 @@
-// write: parameters from directions, which whoever finished them has left where apply put them.
+// apply of directions that are complete: whoever finished them has left them where apply put them.
 #pragma once
 
 #include "elements.h"

@@ -1,27 +1,10 @@
-// Apply for rules without layers, and write: a few operations for each element, bound by memory.
+// Apply for rules without layers, and for directions that are complete: a few operations for each element, bound by memory.
 #pragma once
 
 #include "elements.cuh"
 
 namespace pylo {
 inline namespace PYLO_ISA {
-
-// `Plain`: also that parameters are updated in place.
-template <bool Plain>
-__device__ __forceinline__ void apply_adam(const Arguments &arguments) {
-    const FlatPart part = arguments.applies[blockIdx.x];
-    const pylo_tensor &t = arguments.records[part.record].tensor;
-    const pylo_step step = arguments.steps[part.record];
-    for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
-        const float param = read<Plain>(t.param, t.param_dtype, i);
-        const float grad = seen_gradient<Plain>(arguments.rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
-        float momentum = device(t.momentum[0])[i], rms = device(t.rms)[i];
-        const float proposed = adam_step(arguments.rule, step, grad, momentum, rms);
-        device(t.momentum[0])[i] = momentum;
-        device(t.rms)[i] = rms;
-        finish<Plain>(t, step, i, param, proposed);
-    }
-}
 
 // Nesterov's momentum; what is left as a direction needs no parameter.
 template <bool Plain>
@@ -59,16 +42,41 @@ __device__ __forceinline__ void write_part(const Record &record, const Slice &sl
     }
 }
 
-// Parameters from directions, which whoever finished them has left where apply put them.
-__device__ __forceinline__ void write_directions(const Arguments &arguments) {
+// Adam's step. `Plain`: also that parameters are updated in place.
+template <bool Plain>
+__device__ __forceinline__ void adam_part(const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, const FlatPart &part) {
+    for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
+        const float param = read<Plain>(t.param, t.param_dtype, i);
+        const float grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
+        float momentum = device(t.momentum[0])[i], rms = device(t.rms)[i];
+        const float proposed = adam_step(rule, step, grad, momentum, rms);
+        device(t.momentum[0])[i] = momentum;
+        device(t.rms)[i] = rms;
+        finish<Plain>(t, step, i, param, proposed);
+    }
+}
+
+// Of all rules: parameters from directions that are complete, where apply or whoever finished them has left them; and the
+// steps of Adam, which wait for nothing but gradients and so come with them, in one launch. A block does one or the other.
+__device__ __forceinline__ void update(const Arguments &arguments) {
     const FlatPart part = arguments.applies[blockIdx.x];
     const Record &record = arguments.records[part.record];
-    const Slice slice = arguments.slices[part.slice];
+    const pylo_tensor &t = record.tensor;
     const pylo_step step = arguments.steps[part.record];
-    if (record.wide || record.sliced || record.tensor.param_dtype != PYLO_FLOAT32)
-        write_part<false>(record, slice, step, part);
+    const bool is_float = !record.wide && t.param_dtype == PYLO_FLOAT32;
+    if (t.direction_scale) {
+        const Slice slice = arguments.slices[part.slice];
+        if (is_float && !record.sliced)
+            write_part<true>(record, slice, step, part);
+        else
+            write_part<false>(record, slice, step, part);
+        return;
+    }
+    const pylo_rule rule = arguments.sections[t.rule].rule;  // copies, as in collect_part()
+    if (is_float && step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE) && !t.direction)
+        adam_part<true>(rule, t, step, part);
     else
-        write_part<true>(record, slice, step, part);
+        adam_part<false>(rule, t, step, part);
 }
 
 }  // namespace PYLO_ISA

@@ -10,7 +10,7 @@
 
 // Other languages mirror them.
 static_assert(sizeof(pylo_cuda_call) == 72, "");
-static_assert(sizeof(pylo_cuda_launches) == 296, "");
+static_assert(sizeof(pylo_cuda_launch) == 272, "");
 static_assert(sizeof(pylo_cuda_kernels) == 72, "");
 
 namespace {
@@ -56,14 +56,15 @@ int check_precision(int32_t precision) {
     return fail(PYLO_BAD_ARGUMENT, "precision %d is unknown", precision);
 }
 
+const Section *sections_of(const Header &plan) { return (const Section *)((const char *)&plan + plan.sections); }
+
+const Record *records_of(const Header &plan) { return (const Record *)((const char *)&plan + plan.records); }
+
 // What a stage needs of a record and its step beyond pylo_check().
 int check_step(const pylo_cuda_call &call, const pylo_rule &rule, const Record &record, int64_t i) {
     const pylo_step &step = call.steps[i];
     const pylo_tensor &t = record.tensor;
-    if (call.stage == PYLO_CUDA_WRITE) {
-        if ((t.direction && t.direction_scale) || !record.numel) return PYLO_OK;
-        return fail(PYLO_BAD_ARGUMENT, "tensor %lld: direction or direction_scale is null", (long long)i);
-    }
+    if (call.stage == PYLO_CUDA_APPLY && t.direction_scale) return PYLO_OK;
     if (int status = check_gradient(i, step, record.numel)) return status;
     if (rule.measures && !t.tensor_sums) return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
     if (call.stage != PYLO_CUDA_APPLY) return PYLO_OK;
@@ -77,10 +78,12 @@ int check_call(const pylo_cuda_call *call) {
     if (!call->plan || !aligned(call->plan, 16) || ((const Header *)call->plan)->magic != MAGIC)
         return fail(PYLO_BAD_ARGUMENT, "plan is not what pylo_cuda_plan() wrote");
     const Header &plan = *(const Header *)call->plan;
-    if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_WRITE)
+    if (call->stage < PYLO_CUDA_COLLECT || call->stage > PYLO_CUDA_APPLY)
         return fail(PYLO_BAD_ARGUMENT, "stage %d is unknown", call->stage);
-    if (plan.rule.layers <= 0 && (call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE))
-        return fail(PYLO_BAD_ARGUMENT, "rule: without layers there is no such stage, only collect, measure, apply and write");
+    const Section *const sections = sections_of(plan);
+    if ((call->stage == PYLO_CUDA_PREPARE || call->stage == PYLO_CUDA_DESCRIBE) &&
+        std::none_of(sections, sections + plan.section_count, [](const Section &section) { return section.rule.layers > 0; }))
+        return fail_without_layers();
     if (plan.record_count == 0) return PYLO_OK;
     if (!call->device_plan || !aligned(call->device_plan, 16))
         return fail(PYLO_BAD_ARGUMENT, "device_plan is null or not aligned to 16 bytes");
@@ -94,23 +97,27 @@ int check_call(const pylo_cuda_call *call) {
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
     if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
         return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
-    const Record *records = (const Record *)((const char *)call->plan + plan.records);
+    const Record *records = records_of(plan);
     for (int64_t i = 0; i < plan.record_count; ++i)
-        if (int status = check_step(*call, plan.rule, records[i], i)) return status;
+        if (int status = check_step(*call, sections[records[i].tensor.rule].rule, records[i], i)) return status;
     return PYLO_OK;
 }
 
-bool is_plain(const pylo_cuda_call &call, const Header &plan) {
-    return plan.plain && std::all_of(call.steps, call.steps + plan.record_count, [](const pylo_step &step) {
-               return step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE);
-           });
+// Whether all tensors of a rule are.
+bool is_plain(const pylo_cuda_call &call, const Header &plan, int64_t rule) {
+    const Record *const records = records_of(plan);
+    for (int64_t i = 0; i < plan.record_count; ++i) {
+        const pylo_step &step = call.steps[i];
+        const bool plain = step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE);
+        if (records[i].tensor.rule == rule && !plain) return false;
+    }
+    return sections_of(plan)[rule].plain;
 }
 
 Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain, bool in_place) {
     if (rule.layers == PYLO_NESTEROV) return plain ? kernels::apply_nesterov_plain : kernels::apply_nesterov;
     if (rule.layers == 1) return plain ? kernels::apply_linear_plain : kernels::apply_linear;
     plain = plain && in_place;
-    if (rule.layers == 0) return plain ? kernels::apply_adam_plain : kernels::apply_adam;
     const int width = *std::max_element(rule.width, rule.width + rule.layers - 1);
     if (precision == PYLO_PRECISE && width > 8 && width <= TENSOR_WIDTH)
         return plain ? kernels::apply_tensor_cores_plain : kernels::apply_tensor_cores;
@@ -121,12 +128,13 @@ Kernel apply_kernel(const pylo_rule &rule, int32_t precision, bool plain, bool i
     return kernels::apply_64;
 }
 
+// What launches over all tensors get.
 Arguments arguments_of(const pylo_cuda_call &call, const Header &plan) {
     const char *const tables = (const char *)call.device_plan;
     char *const workspace = (char *)call.workspace;
     Arguments arguments = {};
-    arguments.rule = plan.rule;
     arguments.matrix_count = (int32_t)plan.matrix_count;
+    arguments.sections = (const Section *)(tables + plan.sections);
     arguments.records = (const Record *)(tables + plan.records);
     arguments.slices = (const Slice *)(tables + plan.slices);
     arguments.steps = call.device_steps;
@@ -149,7 +157,7 @@ extern "C" {
 int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int64_t *workspace_bytes) {
     if (!plan_bytes || !workspace_bytes) return fail(PYLO_BAD_ARGUMENT, "plan_bytes or workspace_bytes is null");
     return with_plan(call, [&](const Plan &plan) {
-        const Header header = write_plan(plan, *call->rule, nullptr);
+        const Header header = write_plan(plan, nullptr);
         *plan_bytes = header.bytes;
         *workspace_bytes = header.workspace_bytes;
         return (int)PYLO_OK;
@@ -159,10 +167,10 @@ int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int64_t *wor
 int32_t pylo_cuda_plan(const pylo_call *call, void *to, int64_t plan_bytes) {
     if (!to || !aligned(to, 16)) return fail(PYLO_BAD_ARGUMENT, "plan is null or not aligned to 16 bytes");
     return with_plan(call, [&](const Plan &plan) {
-        const int64_t bytes = write_plan(plan, *call->rule, nullptr).bytes;
+        const int64_t bytes = write_plan(plan, nullptr).bytes;
         if (plan_bytes < bytes)
             return fail(PYLO_BAD_ARGUMENT, "plan_bytes is %lld, must be at least %lld", (long long)plan_bytes, (long long)bytes);
-        write_plan(plan, *call->rule, (char *)to);
+        write_plan(plan, (char *)to);
         return (int)PYLO_OK;
     });
 }
@@ -176,42 +184,53 @@ int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda
     const auto add = [&](const Kernel &kernel) {
         if (std::find(to->name, to->name + to->count, kernel.name) == to->name + to->count) to->name[to->count++] = kernel.name;
     };
-    for (const Kernel &kernel : {kernels::collect, kernels::merge, kernels::write}) add(kernel);
+    for (const Kernel &kernel : {kernels::collect, kernels::merge, kernels::update}) add(kernel);
     if (rule->layers > 0)
         for (const Kernel &kernel : {kernels::prepare, kernels::describe, kernels::describe_plain}) add(kernel);
-    for (const bool plain : {false, true}) add(apply_kernel(*rule, precision, plain, plain));
+    for (const bool plain : {false, true})
+        if (rule->layers) add(apply_kernel(*rule, precision, plain, plain));
     return PYLO_OK;
 }
 
-int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launches *launches) {
-    if (!launches) return fail(PYLO_BAD_ARGUMENT, "launches is null");
+int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launch *launches, int64_t room, int64_t *count) {
+    if (!launches || !count) return fail(PYLO_BAD_ARGUMENT, "launches or count is null");
     if (int status = check_call(call)) return status;
     const Header &plan = *(const Header *)call->plan;
-    const Arguments arguments = arguments_of(*call, plan);
-    std::memcpy(launches->arguments, &arguments, sizeof arguments);
-    launches->count = 0;
-    const auto launch = [&](const Kernel &kernel, int64_t blocks) {
-        if (blocks) launches->launch[launches->count++] = {kernel.name, (uint32_t)blocks, kernel.threads};
-    };
+    if (room <= plan.section_count)
+        return fail(PYLO_BAD_ARGUMENT, "room is %lld, must be at least %lld", (long long)room, (long long)plan.section_count + 1);
+    *count = 0;
     if (plan.record_count == 0) return PYLO_OK;
-    switch (call->stage) {
-        case PYLO_CUDA_COLLECT:
-            launch(kernels::collect, plan.matrix_count + plan.measure_count);
-            launch(kernels::merge, plan.merge_count);
-            break;
-        case PYLO_CUDA_PREPARE:
-            launch(kernels::prepare, plan.statistic_count);
-            break;
-        case PYLO_CUDA_DESCRIBE:
-            launch(is_plain(*call, plan) ? kernels::describe_plain : kernels::describe, plan.describe_count);
-            break;
-        case PYLO_CUDA_APPLY:
-            launch(apply_kernel(plan.rule, call->precision, is_plain(*call, plan), plan.in_place), plan.apply_count);
-            break;
-        case PYLO_CUDA_WRITE:
-            launch(kernels::write, plan.apply_count);
-            break;
+    Arguments arguments = arguments_of(*call, plan);
+    const auto launch = [&](const Kernel &kernel, int64_t blocks) {
+        if (!blocks) return;
+        pylo_cuda_launch &next = launches[(*count)++] = {kernel.name, (uint32_t)blocks, kernel.threads, {}};
+        std::memcpy(next.arguments, &arguments, sizeof arguments);
+    };
+    if (call->stage == PYLO_CUDA_COLLECT) {
+        launch(kernels::collect, plan.matrix_count + plan.measure_count);
+        launch(kernels::merge, plan.merge_count);
+        return PYLO_OK;
     }
+    const Arguments all = arguments;
+    for (int64_t i = 0; i < plan.section_count; ++i) {
+        const Section &section = sections_of(plan)[i];
+        if (section.rule.layers == 0) continue;
+        const bool plain = is_plain(*call, plan, i);
+        arguments.rule = section.rule;
+        arguments.statistics = all.statistics + section.statistics.first;
+        arguments.describes = all.describes + section.describes.first;
+        arguments.applies = all.applies + section.applies.first;
+        if (call->stage == PYLO_CUDA_PREPARE)
+            launch(kernels::prepare, section.statistics.count);
+        else if (call->stage == PYLO_CUDA_DESCRIBE)
+            launch(plain ? kernels::describe_plain : kernels::describe, section.describes.count);
+        else if (section.applies.count)
+            launch(apply_kernel(section.rule, call->precision, plain, section.in_place), section.applies.count);
+    }
+    if (call->stage != PYLO_CUDA_APPLY) return PYLO_OK;
+    arguments = all;
+    arguments.applies += plan.updates.first;
+    launch(kernels::update, plan.updates.count);
     return PYLO_OK;
 }
 

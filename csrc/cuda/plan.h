@@ -77,25 +77,38 @@ struct Merge {
     int32_t count, record;  // at most SUM_THREADS
 };
 
+// Some of the parts of a kernel.
+struct Range {
+    int64_t first, count;
+};
+
+// A rule, and what of the plan kernels of its own step. Those of Adam, and of directions that are complete, have none.
+struct Section {
+    pylo_rule rule;
+    int32_t plain;     // whether tensors and boxes are, see elements.cuh
+    int32_t in_place;  // whether they are whole slices and are updated where they are
+    int32_t unused;
+    Range statistics, describes, applies;
+};
+
 // Begin of the plan. Offsets are bytes from here.
 struct Header {
     uint64_t magic;
     int64_t bytes, workspace_bytes;
     int64_t tickets, partial;  // offsets in the workspace
-    int64_t records, slices, matrices, measures, merges, statistics, describes, applies;
-    int64_t record_count, slice_count, matrix_count, measure_count, merge_count, statistic_count, describe_count, apply_count;
-    int32_t plain;     // whether tensors and boxes are, see elements.cuh
-    int32_t in_place;  // whether they are whole slices and are updated where they are
-    pylo_rule rule;
-    int32_t unused;
+    int64_t sections, records, slices, matrices, measures, merges, statistics, describes, applies;
+    int64_t section_count, record_count, slice_count, matrix_count, measure_count, merge_count, statistic_count,
+        describe_count, apply_count;
+    Range updates;  // of `applies`: those that are in no section
 };
 
 constexpr uint64_t MAGIC = 0x70796C6F00000000u + PYLO_ABI_VERSION;
 
-// What every kernel gets.
+// What every kernel gets. `rule` and the parts are those of a launch; what is launched for all rules at once looks them up.
 struct Arguments {
     pylo_rule rule;
     int32_t matrix_count;
+    const Section *sections;  // one per rule
     const Record *records;
     const Slice *slices;
     const pylo_step *steps;
@@ -109,7 +122,7 @@ struct Arguments {
 };
 
 // The host's compiler lays them out, the device's reads them: both must come to the same sizes.
-static_assert(sizeof(Record) == 832 && sizeof(Slice) == 56 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
-static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 216, "");
+static_assert(sizeof(Record) == 840 && sizeof(Section) == 176 && sizeof(Slice) == 56 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
+static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 224, "");
 
 }  // namespace pylo

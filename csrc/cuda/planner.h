@@ -28,14 +28,15 @@ Divisor divisor(int64_t n) {
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Plan {
+    std::vector<Section> sections;
     std::vector<Record> records;
     std::vector<Slice> slices;
     std::vector<MatrixPart> matrices;
     std::vector<FlatPart> measures, describes, applies;
     std::vector<Merge> merges;
     std::vector<StatisticPart> statistics;
+    Range updates = {};
     int64_t doubles = 0;  // of partial sums; those of one stage are forgotten in the next
-    bool plain = true, in_place = true;
 
     explicit Plan(const pylo_call &call) {
         int64_t numel = 0;
@@ -43,8 +44,11 @@ struct Plan {
         // Enough blocks for a large device, but not so small that folding the network costs more than using it.
         const int64_t apply_part = std::min<int64_t>(std::max<int64_t>(divide_up(numel / 1024, 1024) * 1024, 2048), 16384);
         int64_t collect_slots = 0, prepare_slots = 0, describe_slots = 0;
+        for (int64_t i = 0; i < call.rule_count; ++i) sections.push_back({call.rules[i], true, true, 0, {}, {}, {}});
         for (int64_t i = 0; i < call.count; ++i) {
             const pylo_tensor &t = call.tensors[i];
+            Section &section = sections[(size_t)t.rule];
+            const pylo_rule &rule = section.rule;
             Record r = {};
             r.tensor = t;
             r.numel = local_numel(t);
@@ -53,29 +57,56 @@ struct Plan {
                 r.axis[axis] = {divisor(std::max<int64_t>(t.extent[axis], 1)), (int32_t)t.row_stride[axis], (int32_t)t.col_stride[axis]};
             int64_t next = 1;
             for (int axis = t.rank - 1; axis >= 0; --axis) r.step[axis] = next, next *= t.extent[axis];
-            r.sliced = call.rule->layers > 0 && t.norm_slices > 1;
+            r.sliced = rule.layers > 0 && t.norm_slices > 1;
             for (int axis = 0; axis < t.rank && r.sliced; ++axis)
                 if (t.norm_stride[axis] == 0) r.inner[r.inner_axes++] = axis;
-            plain = plain && !r.wide && t.param_dtype == PYLO_FLOAT32;
-            in_place = in_place && !t.direction && !r.sliced;
+            if (!is_update(t)) {
+                section.plain = section.plain && !r.wide && t.param_dtype == PYLO_FLOAT32;
+                section.in_place = section.in_place && !t.direction && !r.sliced;
+            }
             record = (int32_t)i;
-            collect(call, r, collect_slots);
+            collect(rule, r, collect_slots);
             if (t.d0_axis >= 0) prepare(r, prepare_slots);
             const size_t first = slices.size();
             const int64_t each = add_slices(r), present = (int64_t)(slices.size() - first);
-            if (call.rule->layers > 0) describe(first, present, each, describe_slots);
+            if (rule.layers > 0) describe(first, present, each, describe_slots);
             // Slices beside each other, since they share cache lines.
             for (int64_t begin = 0; begin < each; begin += apply_part)
                 for (int64_t n = 0; n < present; ++n)
                     applies.push_back({begin, std::min(begin + apply_part, each), 0, record, (int32_t)(first + n)});
-            if (call.rule->layers > 0) add_absent_slices(r, first, present, describe_slots);
+            if (rule.layers > 0) add_absent_slices(r, first, present, describe_slots);
             records.push_back(r);
         }
         doubles = std::max({collect_slots, prepare_slots, describe_slots});
+        divide();
     }
 
 private:
     int32_t record = 0;
+
+    // Whether a tensor is stepped together with those of other rules, by few operations for each element.
+    bool is_update(const pylo_tensor &t) const { return t.direction_scale || sections[(size_t)t.rule].rule.layers == 0; }
+
+    // Orders parts by rule, and gives every section its own.
+    void divide() {
+        const auto rule_of = [&](const auto &part) { return (size_t)records[(size_t)part.record].tensor.rule; };
+        const auto by_rule = [&](auto &parts, Range Section::*range) {
+            std::stable_sort(parts.begin(), parts.end(), [&](auto &a, auto &b) { return rule_of(a) < rule_of(b); });
+            for (size_t i = parts.size(); i-- > 0;) {
+                Range &mine = sections[rule_of(parts[i])].*range;
+                mine = {(int64_t)i, mine.count + 1};
+            }
+        };
+        const auto has_section = [&](const FlatPart &part) { return !is_update(records[(size_t)part.record].tensor); };
+        const auto end = std::stable_partition(applies.begin(), applies.end(), has_section);
+        const std::vector<FlatPart> rest(end, applies.end());
+        applies.erase(end, applies.end());
+        by_rule(statistics, &Section::statistics);
+        by_rule(describes, &Section::describes);
+        by_rule(applies, &Section::applies);
+        updates = {(int64_t)applies.size(), (int64_t)rest.size()};
+        applies.insert(applies.end(), rest.begin(), rest.end());
+    }
 
     // The slices that a box reaches into; returns how many elements each of them has there.
     int64_t add_slices(const Record &r) {
@@ -140,7 +171,7 @@ private:
                               (int32_t)std::min<int64_t>(count - i, SUM_THREADS), record});
     }
 
-    void collect(const pylo_call &call, const Record &r, int64_t &slots) {
+    void collect(const pylo_rule &rule, const Record &r, int64_t &slots) {
         const pylo_tensor &t = r.tensor;
         const size_t before = matrices.size();
         if (t.d0_axis < 0) {
@@ -157,7 +188,7 @@ private:
         for (size_t i = before; i < matrices.size(); ++i) matrices[i].square_slot = slots + (int64_t)(i - before);
         merge(nullptr, 1, 1, slots, 1, parts, 1);
         slots += parts;
-        if (const int sums = call.rule->measures) {
+        if (const int sums = rule.measures) {
             const int64_t first = slots;
             merge(t.tensor_sums, 1, sums, first, 1, cut_measures(r.numel, sums, slots), sums);
         }
@@ -224,12 +255,10 @@ private:
 };
 
 // Writes header and tables behind each other, or, to no place, finds their size.
-Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
+Header write_plan(const Plan &plan, char *to) {
     Header h = {};
     h.magic = MAGIC;
-    h.rule = rule;
-    h.plain = plan.plain;
-    h.in_place = plan.in_place;
+    h.updates = plan.updates;
     h.bytes = (int64_t)sizeof(Header);
     const auto put = [&](const auto &table, int64_t &offset, int64_t &count) {
         h.bytes = divide_up(h.bytes, 16) * 16;
@@ -239,6 +268,7 @@ Header write_plan(const Plan &plan, const pylo_rule &rule, char *to) {
         if (to && bytes) std::memcpy(to + offset, table.data(), bytes);
         h.bytes += (int64_t)bytes;
     };
+    put(plan.sections, h.sections, h.section_count);
     put(plan.records, h.records, h.record_count);
     put(plan.slices, h.slices, h.slice_count);
     put(plan.matrices, h.matrices, h.matrix_count);

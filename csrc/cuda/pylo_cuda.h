@@ -2,7 +2,7 @@
  * ../core/pylo.h. It is part of the CPU library and calls nothing of CUDA: kernels are launched by the caller.
  *
  * The table of tensors stays on the host and names addresses of the device. pylo_cuda_plan() turns it into a plan, once
- * for many steps: plain bytes that the caller copies to the device. pylo_cuda_launches() then tells which kernels a stage
+ * for many steps: plain bytes that the caller copies to the device. pylo_cuda_launches_of() then tells which kernels a stage
  * launches. What changes from step to step is a table of pylo_step, of which the caller keeps a copy on the device too.
  *
  * Every function returns a pylo_status; pylo_last_error() says why.
@@ -22,7 +22,7 @@ enum pylo_precision {
 };
 
 /* The stages. `collect` also does the work of `measure` if the rule asks for it. */
-enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3, PYLO_CUDA_WRITE = 4 };
+enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3 };
 
 typedef struct pylo_cuda_call {
     uint32_t abi_version; /* PYLO_ABI_VERSION */
@@ -38,27 +38,23 @@ typedef struct pylo_cuda_call {
     int32_t precision;
 } pylo_cuda_call;
 
-#define PYLO_CUDA_MOST_LAUNCHES 2
 #define PYLO_CUDA_MOST_KERNELS 8
 #define PYLO_CUDA_ARGUMENTS 256
 
-/* Kernels to be launched one after the other, in one dimension, without dynamic shared memory. */
-typedef struct pylo_cuda_launches {
-    struct {
-        const char *kernel; /* the name in kernels.inc; the function is called pylo_<kernel> */
-        uint32_t blocks, threads;
-    } launch[PYLO_CUDA_MOST_LAUNCHES];
-    int64_t count;
-    uint64_t arguments[PYLO_CUDA_ARGUMENTS / 8]; /* each gets these bytes as its one parameter */
-} pylo_cuda_launches;
+/* A kernel to be launched, in one dimension, without dynamic shared memory. */
+typedef struct pylo_cuda_launch {
+    const char *kernel; /* the name in kernels.inc; the function is called pylo_<kernel> */
+    uint32_t blocks, threads;
+    uint64_t arguments[PYLO_CUDA_ARGUMENTS / 8]; /* these bytes are its one parameter */
+} pylo_cuda_launch;
 
 typedef struct pylo_cuda_kernels {
     const char *name[PYLO_CUDA_MOST_KERNELS];
     int64_t count;
 } pylo_cuda_kernels;
 
-/* Validate rule and table as pylo_check() does, and tell the sizes of plan and workspace. Of `call` only the rule, the
- * tensors and their count are read. */
+/* Validate rules and table as pylo_check() does, and tell the sizes of plan and workspace. Of `call` only rules, tensors and
+ * their counts are read. */
 PYLO_API int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int64_t *workspace_bytes);
 
 /* Write the plan of a table that pylo_cuda_check() passes; `plan` is aligned to 16 bytes. */
@@ -67,9 +63,11 @@ PYLO_API int32_t pylo_cuda_plan(const pylo_call *call, void *plan, int64_t plan_
 /* The kernels that stages of a rule may launch, by their names, for who loads them beforehand. */
 PYLO_API int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *kernels);
 
-/* What a stage launches: two kernels for collect, one for each of the others, however many tensors there are; none where
- * there is nothing to do. Kernels allocate nothing and wait for nothing, so launches may be captured in a graph. */
-PYLO_API int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launches *launches);
+/* What a stage launches, one after the other: two kernels for collect, one for each of the others, however many tensors there
+ * are; none where there is nothing to do. Those but collect's are one for every rule that has the stage, and apply's one more
+ * for all that needs no network: Adam's steps, whatever their rules, and directions that are complete. So there is room for
+ * all in rule_count + 1. Kernels allocate nothing and wait for nothing, so launches may be captured in a graph. */
+PYLO_API int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launch *launches, int64_t room, int64_t *count);
 
 #ifdef __cplusplus
 }

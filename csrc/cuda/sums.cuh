@@ -75,6 +75,7 @@ struct CollectShared {
 __device__ __forceinline__ void collect_part(const Arguments &arguments, const MatrixPart &part, CollectShared &shared) {
     const pylo_tensor &t = arguments.records[part.record].tensor;
     const pylo_step &step = arguments.steps[part.record];
+    const pylo_rule rule = arguments.sections[t.rule].rule;  // a copy, which no store can be thought to change
     const int warps = SUM_THREADS / WARP, warp = (int)threadIdx.x / WARP, thread = (int)threadIdx.x % WARP;
     int across = 1;
     while (across < warps && across * WARP < part.lanes) across *= 2;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void collect_part(const Arguments &arguments, const M
                     const int64_t index = part.memory + row * part.row_step + lane * part.lane_step;
                     raw = read(step.grad, step.grad_dtype, index);
                     const float param = step.l2 != 0.0f ? read(t.param, t.param_dtype, index) : 0.0f;
-                    seen = seen_gradient(arguments.rule, step, raw, param);
+                    seen = seen_gradient(rule, step, raw, param);
                 }
                 raw_sum = madd(raw, raw, raw_sum);
                 if (!factored) continue;
@@ -161,13 +162,13 @@ __device__ __forceinline__ void measure_part(const Arguments &arguments, const F
 
 __device__ __forceinline__ void collect(const Arguments &arguments) {
     auto &shared = shared_memory<CollectShared>();
-    const int part = (int)blockIdx.x, measure = part - arguments.matrix_count;
-    if (measure < 0)
-        collect_part(arguments, arguments.matrices[part], shared);
-    else if (arguments.rule.measures == 1)
-        measure_part<false>(arguments, arguments.measures[measure], shared);
+    const int number = (int)blockIdx.x - arguments.matrix_count;
+    if (number < 0) return collect_part(arguments, arguments.matrices[blockIdx.x], shared);
+    const FlatPart &part = arguments.measures[number];
+    if (arguments.sections[arguments.records[part.record].tensor.rule].rule.measures == 1)
+        measure_part<false>(arguments, part, shared);
     else
-        measure_part<true>(arguments, arguments.measures[measure], shared);
+        measure_part<true>(arguments, part, shared);
 }
 
 __device__ __forceinline__ void merge(const Arguments &arguments) {

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pylo_integrations.ops import kernels, loader
 from pylo_integrations.ops.driver import DriverError
-from pylo_integrations.ops.kernels import Kernels, LaunchesStruct
+from pylo_integrations.ops.kernels import Kernels, LaunchStruct
 from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError
 from pylo_integrations.ops.nvrtc import NvrtcError
 from pylo_integrations.ops.records import STEP
 
-STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3, "write": 4}
+STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3}
 """Numbers of the stages; ``measure`` is done by ``collect``."""
 
 PRECISIONS = {"precise": 0, "exact": 1}
@@ -58,7 +58,7 @@ class KernelsStruct(ctypes.Structure):
 class _Plan:
     """A table of tensors on its device, and everything that stages over it need there."""
 
-    def __init__(self, host: Tensor, count: int, workspace_bytes: int, device: torch.device) -> None:
+    def __init__(self, host: Tensor, count: int, rules: int, workspace_bytes: int, device: torch.device) -> None:
         self._host = host
         self._device = host.to(device, non_blocking=True, copy=True)
         self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=device)
@@ -74,7 +74,7 @@ class _Plan:
             workspace=self._workspace.data_ptr(),
             workspace_bytes=workspace_bytes,
         )
-        self.launches = LaunchesStruct()
+        self.launches = (LaunchStruct * (rules + 1))()
 
     def upload(self, call: CallStruct) -> None:
         """Bring the device's copy of the steps up to date."""
@@ -115,7 +115,7 @@ class CudaLibrary:
         return self._cpu.feature_names()
 
     def check(self, call: CallStruct) -> tuple[int, int]:
-        """Validate rule and table, plan stages over them, and have their kernels ready; the plan stays with ``call``.
+        """Validate rules and table, plan stages over them, and have their kernels ready; the plan stays with ``call``.
 
         Returns:
             A token, which nothing asks for, and the workspace that the caller must provide, which is none.
@@ -130,12 +130,13 @@ class CudaLibrary:
         host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
         self._cpu.call("pylo_cuda_plan", call, ctypes.c_char.from_address(host.data_ptr()), plan_bytes.value)
         needed = KernelsStruct()
-        self._cpu.call("pylo_cuda_kernels_of", call.rule.contents, self._precision, needed)
-        try:
-            self._kernels.load(needed.name[: needed.count])
-        except (DriverError, NvrtcError) as error:
-            raise NativeError(f"CUDA kernels: {error}") from error
-        call.plan = _Plan(host, call.count, workspace_bytes.value, self.device)
+        for rule in call.rules[: call.rule_count]:
+            self._cpu.call("pylo_cuda_kernels_of", rule, self._precision, needed)
+            try:
+                self._kernels.load(needed.name[: needed.count])
+            except (DriverError, NvrtcError) as error:
+                raise NativeError(f"CUDA kernels: {error}") from error
+        call.plan = _Plan(host, call.count, call.rule_count, workspace_bytes.value, self.device)
         return 0, 0
 
     def run(self, stage: str, call: CallStruct) -> None:
@@ -152,11 +153,12 @@ class CudaLibrary:
         plan.call.stage, plan.call.precision = STAGES[stage], self._precision
         plan.call.grad_squares = call.grad_squares
         plan.upload(call)
-        self._cpu.call("pylo_cuda_launches_of", plan.call, plan.launches)
+        count = ctypes.c_int64()
+        self._cpu.call("pylo_cuda_launches_of", plan.call, plan.launches, len(plan.launches), count)
         on_cuda = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_cuda else 0
         try:
-            self._kernels.launch(plan.launches, stream)
+            self._kernels.launch(plan.launches[: count.value], stream)
         except DriverError as error:
             raise NativeError(f"CUDA kernels: {error}") from error
 

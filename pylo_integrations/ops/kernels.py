@@ -13,21 +13,14 @@ from pylo_integrations.ops.cubins import Cubins
 from pylo_integrations.ops.driver import Driver, DriverError
 from pylo_integrations.ops.nvrtc import NvrtcError
 
-MOST_LAUNCHES = 2
-
 
 class LaunchStruct(ctypes.Structure):
-    """One of the launches in ``pylo_cuda_launches``."""
-
-    _fields_ = [("kernel", ctypes.c_char_p), ("blocks", ctypes.c_uint32), ("threads", ctypes.c_uint32)]
-
-
-class LaunchesStruct(ctypes.Structure):
-    """``pylo_cuda_launches``."""
+    """``pylo_cuda_launch``."""
 
     _fields_ = [
-        ("launch", LaunchStruct * MOST_LAUNCHES),
-        ("count", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+        ("blocks", ctypes.c_uint32),
+        ("threads", ctypes.c_uint32),
         ("arguments", ctypes.c_uint64 * 32),
     ]
 
@@ -66,15 +59,15 @@ class Kernels:
                         self._modules[image] = self._driver.load(image)
                     self._functions[name] = self._driver.function(self._modules[image], f"pylo_{name.decode()}")
 
-    def launch(self, launches: LaunchesStruct, stream: int) -> None:
+    def launch(self, launches: Iterable[LaunchStruct], stream: int) -> None:
         """Launch kernels that were loaded, one after the other on a stream; allocates nothing and waits for nothing.
 
         Raises:
             DriverError: The driver refuses; what was launched before may have changed memory.
         """
-        arguments = ctypes.c_void_p(ctypes.addressof(launches) + LaunchesStruct.arguments.offset)
         with self._driver.within(self._context):
-            for each in launches.launch[: launches.count]:
+            for each in launches:
+                arguments = ctypes.c_void_p(ctypes.addressof(each) + LaunchStruct.arguments.offset)
                 self._driver.launch(self._functions[each.kernel], each.blocks, each.threads, stream, arguments)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4
@@ -96,7 +96,8 @@ class CallStruct(ctypes.Structure):
     _fields_ = [
         ("abi_version", ctypes.c_uint32),
         ("size", ctypes.c_uint32),
-        ("rule", ctypes.POINTER(RuleStruct)),
+        ("rules", ctypes.POINTER(RuleStruct)),
+        ("rule_count", ctypes.c_int64),
         ("tensors", ctypes.c_void_p),
         ("steps", ctypes.c_void_p),
         ("stored", ctypes.c_void_p),
@@ -123,7 +124,7 @@ class NativeLibrary(Protocol):
         """The feature of every slot; the channels of one feature share its name."""
 
     def check(self, call: CallStruct) -> tuple[int, int]:
-        """Validate rule and table.
+        """Validate rules and table.
 
         Returns:
             The token that the stages ask for, and the workspace that they need, in bytes.
@@ -173,7 +174,7 @@ class Library:
     """
 
     device = torch.device("cpu")
-    STAGES = ("collect", "measure", "prepare", "describe", "advance", "apply", "write")
+    STAGES = ("collect", "measure", "prepare", "describe", "advance", "apply")
     QUESTIONS = {"read_memory": 3, "has_entries": 4, "raise_versions": 2}  # and how many addresses they take
 
     def __init__(self, path: Path) -> None:

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pylo_integrations.fitting import is_aligned
 from pylo_integrations.formats import FLOAT32
-from pylo_integrations.ops.loader import SLOTS, TENSOR_SUMS, NativeLibrary
+from pylo_integrations.ops.loader import SLOTS, TENSOR_SUMS, NativeLibrary, RuleStruct
 from pylo_integrations.ops.memory import Memory, Written, addresses, formats, read_memory
 from pylo_integrations.ops.packing import PackedNetwork, layers_of, norm_axes_of, pack, rule_struct, slots_of, spec_of
 from pylo_integrations.ops.records import (
@@ -40,7 +41,7 @@ from pylo_integrations.ops.records import (
 from pylo_integrations.rounding import noise_keys
 from pylo_integrations.rules.accumulators import DIAGONAL, MOMENTUM
 from pylo_integrations.rules.base import Control, Rule, StepContext, l2_penalty
-from pylo_integrations.rules.kernel_spec import AdamSpec, KernelSpec, NesterovSpec, NetworkSpec
+from pylo_integrations.rules.kernel_spec import KernelSpec, NetworkSpec
 from pylo_integrations.sharding.blocks import Bucket, Sums, by_tensors
 from pylo_integrations.sharding.layout import run_start
 from pylo_integrations.sharding.pieces import Piece, local_part
@@ -63,6 +64,25 @@ _MEASURED = {
 """Sums over parameters, momenta and second moment before the step, by the names that rules know them by."""
 
 
+class _Stretch(IntEnum):
+    """Who finishes the steps of a bucket, in the order of their records."""
+
+    LEFT = 0
+    """Others: kernels cannot round as they should be, or the rule finishes tensors that are not whole here."""
+    WHOLE = 1
+    """The rule, whole tensors at a time, between two calls."""
+    AT_ONCE = 2
+    """Nobody: the kernels' step is the step."""
+
+
+def _stretch_of(rule: Rule, bucket: Bucket) -> _Stretch:
+    if bucket.rounds_stochastically:
+        return _Stretch.LEFT
+    if not rule.finishes:
+        return _Stretch.AT_ONCE
+    return _Stretch.LEFT if bucket.parts > 1 or spec_of(rule).directions is None else _Stretch.WHOLE
+
+
 def _measured(spec: KernelSpec, bucket: Bucket) -> tuple[str, ...]:
     """Which of :data:`_MEASURED` a rule asks for."""
     return spec.sums_with_l2 if l2_penalty(bucket.group) else spec.sums
@@ -71,9 +91,12 @@ def _measured(spec: KernelSpec, bucket: Bucket) -> tuple[str, ...]:
 class _PieceTable:
     """The n-th piece of every tensor that has so many, as one table, and the buffers for its sums.
 
+    Records come in the order of the stretches that step them: of what others write, of whole tensors, of all else.
+
     Attributes:
         members: For each bucket, the positions of these tensors in it.
         rows: For each bucket, its records in the table.
+        at_once: The records that are stepped in one call: of those in no other stretch.
         collected: For each bucket, sums of squared gradients by name, ``(members, 1, *axes)``.
         described: For each bucket, sums of squared features, ``(members, norm slices, SLOTS)``.
         measured: For each bucket, ``(members, TENSOR_SUMS)``.
@@ -85,16 +108,22 @@ class _PieceTable:
     def __init__(
         self,
         table: Table,
-        rule: Rule,
+        rules: Sequence[Rule],
         buckets: Sequence[Bucket],
+        stretches: Sequence[int],
         members: list[list[int]],
         slices: list[int],
     ) -> None:
         self.table = table
         self.members = members
-        ends = list(itertools.accumulate(map(len, members), initial=0))
-        self.rows = [slice(first, end) for first, end in itertools.pairwise(ends)]
-        self.collected = [_empty_sums(rule, *pair) for pair in zip(buckets, members, strict=True)]
+        self.rows = [slice(0)] * len(buckets)
+        end = 0
+        for index in sorted(range(len(buckets)), key=stretches.__getitem__):
+            self.rows[index] = slice(end, end + len(members[index]))
+            end += len(members[index])
+        others = sum(len(mine) for mine, stretch in zip(members, stretches, strict=True) if stretch != _Stretch.AT_ONCE)
+        self.at_once = slice(others, end)
+        self.collected = [_empty_sums(*each) for each in zip(rules, buckets, members, strict=True)]
         self.described = [
             torch.zeros(len(mine), count, SLOTS, dtype=torch.float64, device=table.device)
             for mine, count in zip(members, slices, strict=True)
@@ -102,9 +131,16 @@ class _PieceTable:
         self.measured = [
             torch.zeros(len(mine), TENSOR_SUMS, dtype=torch.float64, device=table.device) for mine in members
         ]
-        self.owners = np.zeros(ends[-1], np.int64)
-        self.offsets = np.zeros(ends[-1], np.uint64)
-        self.grad_offsets = np.zeros(ends[-1], np.uint64)
+        self.owners = np.zeros(end, np.int64)
+        self.offsets = np.zeros(end, np.uint64)
+        self.grad_offsets = np.zeros(end, np.uint64)
+
+    def apply(self) -> None:
+        """Step what is stepped in one call."""
+        if self.at_once == slice(0, len(self.owners)):
+            self.table.run("apply")
+        else:
+            self.table.run_some("apply", self.at_once)
 
 
 @dataclass(frozen=True)
@@ -132,13 +168,13 @@ class _Stack:
 
 
 class NativeStages:
-    """Buckets of one rule, stepped by the native kernels.
+    """Buckets of any rules, stepped by the native kernels.
 
-    One of the :class:`~pylo_integrations.step.stages.Stages`.
+    One of the :class:`~pylo_integrations.step.stages.Stages`. All rules share one table, so that a stage is one call.
 
     Args:
         library: The loaded library.
-        rule: The mathematics.
+        rules: The mathematics of each bucket.
         buckets: What to step; there must be no :func:`obstacle` or :func:`local_obstacle`.
         isa: Instruction set, by default the best one of this machine.
 
@@ -148,14 +184,19 @@ class NativeStages:
 
     recalls = True
 
-    def __init__(self, library: NativeLibrary, rule: Rule, buckets: Sequence[Bucket], isa: str | None = None) -> None:
+    def __init__(
+        self, library: NativeLibrary, rules: Sequence[Rule], buckets: Sequence[Bucket], isa: str | None = None
+    ) -> None:
         names = library.feature_names()
-        self._rule = rule
-        self._spec = spec = spec_of(rule)
-        network = spec.step if isinstance(spec.step, NetworkSpec) else None
+        self._rules = rules
+        self._specs = list(map(spec_of, rules))
+        self._networks = [spec.step if isinstance(spec.step, NetworkSpec) else None for spec in self._specs]
         self._buckets = buckets
-        self._struct = rule_struct(rule, names)
-        self._norm_axes = [norm_axes_of(spec, bucket.layout) for bucket in buckets]
+        distinct = list(dict.fromkeys(rules))
+        self._numbers = [distinct.index(rule) for rule in rules]
+        self._structs = (RuleStruct * len(distinct))(*(rule_struct(rule, names) for rule in distinct))
+        self._stretches = list(map(_stretch_of, rules, buckets))
+        self._norm_axes = [norm_axes_of(spec, bucket.layout) for spec, bucket in zip(self._specs, buckets, strict=True)]
         slices = [
             math.prod(norm_shape(bucket.layout, axes)) for bucket, axes in zip(buckets, self._norm_axes, strict=True)
         ]
@@ -165,10 +206,12 @@ class NativeStages:
                 dtype=torch.int64,
                 device=library.device,
             )
-            for bucket in buckets
+            for network, bucket in zip(self._networks, buckets, strict=True)
         ]
-        read = network.features if network else ()
-        self._statistic_slots = {name: names.index(name) for name in STATISTICS if name in read}
+        self._statistic_slots = [
+            {name: names.index(name) for name in STATISTICS if network and name in network.features}
+            for network in self._networks
+        ]
         ends = list(itertools.accumulate(map(len, buckets), initial=0))
         self._tensors = [slice(first, end) for first, end in itertools.pairwise(ends)]  # of each bucket, among all
         self._params = [param for bucket in buckets for param in bucket.params]
@@ -176,7 +219,7 @@ class NativeStages:
         # another thread replaces meanwhile is then missed by no later look.
         entries = [
             (state, name)
-            for bucket in buckets
+            for rule, bucket in zip(rules, buckets, strict=True)
             for state in bucket.states
             for name in bucket.stored_names(rule.state_shapes(bucket.layout))
         ]
@@ -189,8 +232,8 @@ class NativeStages:
             members = [[i for i in range(len(b)) if len(pieces_of(b, i)) > number] for b in buckets]
             if number and not any(members):
                 break
-            table = Table(library, self._struct, sum(map(len, members)), isa)
-            self._tables.append(_PieceTable(table, rule, buckets, members, slices))
+            table = Table(library, self._structs, sum(map(len, members)), isa)
+            self._tables.append(_PieceTable(table, rules, buckets, self._stretches, members, slices))
         first = self._tables[0]
         self._scales = [
             {name: sums.new_empty(len(sums), 3, *sums.shape[2:], dtype=torch.float32) for name, sums in c.items()}
@@ -210,7 +253,7 @@ class NativeStages:
         self._grads: Sequence[Tensor] = ()
         self._grad_formats: bytes | None = None  # which the kernels read as they are
         self._grad_sizes = np.zeros(len(self._params), np.uint64)
-        self._networks: list[PackedNetwork] = []
+        self._packed: list[PackedNetwork] = []
 
     def _fill_record(self, number: int, index: int, row: int, position: int) -> None:
         """Describe a piece of a tensor of bucket ``index`` to the library, as the ``row``-th of that bucket."""
@@ -221,8 +264,8 @@ class NativeStages:
         record = nth.table.tensors[where]
         nth.owners[where] = self._tensors[index].start + position
         nth.offsets[where] = piece.offset or 0
-        record["param_dtype"], record["numel"] = DTYPES[param.dtype], layout.numel
-        owned = self._rule.state_shapes(layout)
+        record["rule"], record["param_dtype"], record["numel"] = self._numbers[index], DTYPES[param.dtype], layout.numel
+        owned = self._rules[index].state_shapes(layout)
         enter_buffers(record, "param", [param], piece)
         held = {
             name: [local_part(state[part]) for part in bucket.parts_of(name, None)]
@@ -238,7 +281,7 @@ class NativeStages:
             self._fill_stored(nth.table.stored[where], bucket, piece, held)
             record["state_dtype"] = STATE_DTYPES[bucket.form.kind]
         enter_buffers(record, "tensor_sums", [nth.measured[index][row]])
-        if not isinstance(self._spec.step, NetworkSpec):
+        if self._networks[index] is None:
             record["rank"], record["d0_axis"], record["d1_axis"] = 1, -1, -1
             record["extent"][0] = piece.box.numel
             return
@@ -328,7 +371,7 @@ class NativeStages:
         self._read_gradients()
         self._read_policy(ctx)
         self._run("collect")
-        measured = [_measured(self._spec, bucket) for bucket in self._buckets]
+        measured = list(map(_measured, self._specs, self._buckets))
         if any(measured):
             self._run("measure")
         first, *others = self._tables
@@ -381,7 +424,7 @@ class NativeStages:
             self._read_policy(contexts[0])
         # From here on the kernels write, which autograd does not see.
         self._written.raise_versions()
-        if not isinstance(self._spec.step, NetworkSpec):
+        if not any(self._networks):
             return
         first = self._tables[0]
         for ours, sums in zip(first.collected, collected, strict=True):
@@ -390,7 +433,7 @@ class NativeStages:
                     total.copy_(sums[name])
         first.table.run("prepare")
         for index, statistics in enumerate(self._statistics):
-            if statistics.shape[1] > 1 and self._statistic_slots:
+            if statistics.shape[1] > 1 and self._statistic_slots[index]:
                 self._normalise_statistics_(index)
 
     def _normalise_statistics_(self, index: int) -> None:
@@ -400,7 +443,7 @@ class NativeStages:
         for name in ("row", "col"):
             value = bucket.stack(name).double()
             for square, feature in ((value.square(), name), ((value + 1e-8).reciprocal(), f"inverse_{name}")):
-                if (slot := self._statistic_slots.get(feature)) is None:
+                if (slot := self._statistic_slots[index].get(feature)) is None:
                     continue
                 mean = square.mean([axis + 2 for axis in axes], keepdim=True)
                 of_slices = mean.expand(-1, -1, *shape).flatten(2).transpose(1, 2)
@@ -412,14 +455,17 @@ class NativeStages:
         Sums of squared features, ``(tensors, norm slices, SLOTS)``; state that is shaped like parameters is updated
         with these, later.
         """
-        if not isinstance(self._spec.step, NetworkSpec):
+        if not any(self._networks):
             return [{}] * len(self._buckets)
         self._run("describe")
         first, *others = self._tables
         for nth in others:
             for total, share, members in zip(first.described, nth.described, nth.members, strict=True):
                 total[members] += share
-        return [{"features": described} for described in first.described]
+        return [
+            {"features": described} if network else {}
+            for network, described in zip(self._networks, first.described, strict=True)
+        ]
 
     def step_(
         self,
@@ -434,7 +480,7 @@ class NativeStages:
         Parameters are left to others where kernels cannot round as they should be, or where a rule finishes steps of
         tensors that are not whole here; only the steps of a block's tensors are then held at a time.
         """
-        networks = self._read_decisions(controls, contexts[0])
+        networks = self._read_decisions(controls, contexts)
         for nth in self._tables:
             for rows, (keep, scale) in zip(nth.rows, factors, strict=True):
                 nth.table.enter("keep", rows, keep)
@@ -442,47 +488,56 @@ class NativeStages:
         if self._advances:
             self._enter_noise(contexts[0].iteration)
             self._run("advance")
-        left = [self._is_left(bucket) for bucket in self._buckets]
         before = [
-            [] if record is None or others else [p.clone() for p in bucket.params]
-            for bucket, others in zip(self._buckets, left, strict=True)
+            [] if record is None or stretch == _Stretch.LEFT else [p.clone() for p in bucket.params]
+            for bucket, stretch in zip(self._buckets, self._stretches, strict=True)
         ]
-        if self._rule.finishes:
-            self._step_whole_([index for index, others in enumerate(left) if not others], contexts)
-        elif not any(left):
-            self._run("apply")
+        first, *others = self._tables
+        if not self._step_whole_(contexts):
+            first.apply()
+        for nth in others:
+            nth.apply()
         if record is not None:
             for number, params, (keep, _), ctx in zip(numbers, before, factors, contexts, strict=True):
                 if params:
                     record.add_applied(number, params, keep, ctx)
-        return [self._propose_bucket_(i, networks) if others else None for i, others in enumerate(left)]
+        return [
+            self._propose_bucket_(i, networks) if stretch == _Stretch.LEFT else None
+            for i, stretch in enumerate(self._stretches)
+        ]
 
-    def _is_left(self, bucket: Bucket) -> bool:
-        """Whether others write a bucket's parameters."""
-        if not self._rule.finishes:
-            return bucket.rounds_stochastically
-        return bucket.rounds_stochastically or bucket.parts > 1 or self._spec.directions is None
+    def _step_whole_(self, contexts: Sequence[StepContext]) -> bool:
+        """Propose steps of whole tensors, have their rules finish them, and write parameters; some tensors at a time.
 
-    def _step_whole_(self, indices: Sequence[int], contexts: Sequence[StepContext]) -> None:
-        """Propose steps of whole tensors, have the rule finish them, and write parameters; some tensors at a time."""
-        for stacks in self._stacks(indices):
+        With the last of them come, in the same call, those tensors that are stepped at once.
+
+        Returns:
+            Whether there were any.
+        """
+        batches = list(self._stacks())
+        for number, stacks in enumerate(batches, start=1):
             proposed = [
                 torch.empty_strided(
                     (stack.count, *stack.shape), stack.strides, dtype=torch.float32, device=stack.device
                 )
                 for stack in stacks
             ]
-            self._run_at("apply", stacks, proposed)
+            rows = slice(stacks[0].rows.start, stacks[-1].rows.stop)
+            self._apply_at(rows, stacks, proposed)
             finished = [self._finished(stack, proposed.pop(0), contexts) for stack in stacks]
             directions, scales = zip(*finished, strict=True)
-            self._run_at("write", stacks, directions, scales)
+            last = self._tables[0].at_once.stop if number == len(batches) else rows.stop
+            self._apply_at(slice(rows.start, last), stacks, directions, scales)
+        return bool(batches)
 
-    def _stacks(self, indices: Sequence[int]) -> Iterator[list[_Stack]]:
-        """Whole tensors of buckets, those that lie alike together, in lists of about :data:`TOGETHER` elements."""
+    def _stacks(self) -> Iterator[list[_Stack]]:
+        """Whole tensors that rules finish, alike ones together, in lists of about :data:`TOGETHER` elements."""
         stacks: list[_Stack] = []
         room = most = TOGETHER[self._tables[0].table.device.type]
-        for index in indices:
-            bucket, first = self._buckets[index], self._tables[0].rows[index].start
+        for index, bucket in enumerate(self._buckets):
+            if self._stretches[index] != _Stretch.WHOLE:
+                continue
+            first = self._tables[0].rows[index].start
             stepped = [bucket.stepped(position) for position in range(len(bucket))]
             for _, run in itertools.groupby(range(len(bucket)), [tensor.stride() for tensor in stepped].__getitem__):
                 alike = list(run)
@@ -501,23 +556,22 @@ class NativeStages:
 
     def _finished(self, stack: _Stack, proposed: Tensor, contexts: Sequence[StepContext]) -> tuple[Tensor, Tensor]:
         """What the rule makes of the proposed steps of a stack: directions that lie as these, and their scales."""
-        bucket, spec, count = self._buckets[stack.index], self._spec, stack.count
-        assert spec.directions is not None, "see _is_left()"
+        bucket, spec, count = self._buckets[stack.index], self._specs[stack.index], stack.count
+        assert spec.directions is not None, "see _stretch_of()"
         whole = proposed.view(count, 1, *bucket.layout.shape)
         made, scale = spec.directions(whole, bucket.layout, contexts[stack.index])
-        if scale[0].numel() > 1 and not isinstance(spec.step, NetworkSpec):  # whose records know no slices
+        if scale[0].numel() > 1 and self._networks[stack.index] is None:  # whose records know no slices
             made, scale = made * scale, scale.new_ones(count, 1)
         directions = made.reshape(proposed.shape)
         if directions.stride() != stack.strides:
             directions = directions.new_empty_strided(proposed.shape, stack.strides).copy_(directions)
         return directions, scale.float().flatten(1).contiguous()
 
-    def _run_at(
-        self, stage: str, stacks: Sequence[_Stack], directions: Sequence[Tensor], scales: Sequence[Tensor] = ()
+    def _apply_at(
+        self, rows: slice, stacks: Sequence[_Stack], directions: Sequence[Tensor], scales: Sequence[Tensor] = ()
     ) -> None:
-        """Run a stage over stacks of whole tensors, with records that refer to their directions and scales of these."""
+        """Apply some records; those of stacks of whole tensors refer to their directions, and to scales of these."""
         table = self._tables[0].table
-        rows = slice(stacks[0].rows.start, stacks[-1].rows.stop)
         try:
             for name, tensors in (("direction", directions), ("direction_scale", scales)):
                 for stack, tensor in zip(stacks, tensors, strict=False):
@@ -526,7 +580,7 @@ class NativeStages:
                     table.tensors[name][stack.rows], table.tensors[f"{name}_bytes"][stack.rows] = where, each
             for stack, tensor in zip(stacks, directions, strict=True):
                 table.tensors["direction_dtype"][stack.rows] = DTYPES[tensor.dtype]
-            table.run_some(stage, rows)
+            table.run_some("apply", rows)
         finally:  # whatever interrupts this, the table is again the one that was checked
             for name in ("direction", "direction_scale", "direction_dtype", "direction_bytes", "direction_scale_bytes"):
                 table.tensors[name][rows] = 0
@@ -540,10 +594,10 @@ class NativeStages:
             steps = [torch.empty_like(param, dtype=torch.float32) for param in stepped]
             where = np.array([step.data_ptr() for step in steps], np.uint64)
             room = np.array([step.nbytes for step in steps], np.uint64)
-            first, end = (self._tensors[index].start + position for position in (tensors.start, tensors.stop))
             for nth in self._tables:
-                rows = slice(*np.searchsorted(nth.owners, [first, end]).tolist())
-                records, mine = nth.table.tensors, nth.owners[rows] - first
+                begin, end = np.searchsorted(nth.members[index], [tensors.start, tensors.stop]).tolist()
+                rows = slice(nth.rows[index].start + begin, nth.rows[index].start + end)
+                records, mine = nth.table.tensors, np.array(nth.members[index][begin:end], np.int64) - tensors.start
                 skipped = nth.offsets[rows] * np.uint64(torch.float32.itemsize)
                 try:
                     records["direction"][rows] = where[mine] + skipped
@@ -561,29 +615,25 @@ class NativeStages:
 
         A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
         """
-        if number == len(self._networks):
-            self._networks.append(PackedNetwork(layers, pack(layers, slots)))
-        network = self._networks[number]
+        if number == len(self._packed):
+            self._packed.append(PackedNetwork(layers, pack(layers, slots)))
+        network = self._packed[number]
         if network.has_weights_of(layers):
             network.enter_biases(layers)
         else:
             packed = pack(layers, slots)
             if network.packed.shape == packed.shape:
                 packed = network.packed.copy_(packed)
-            self._networks[number] = PackedNetwork(layers, packed)
-        return self._networks[number].packed
+            self._packed[number] = PackedNetwork(layers, packed)
+        return self._packed[number].packed
 
-    def _read_decisions(self, controls: Sequence[Control], ctx: StepContext) -> list[Tensor]:
+    def _read_decisions(self, controls: Sequence[Control], contexts: Sequence[StepContext]) -> list[Tensor]:
         """Enter completed sums and what was decided into the tables; returns memory that they refer to."""
         networks: dict[tuple[int, ...], Tensor] = {}
-        step, averages = self._spec.step, {}
-        if isinstance(step, AdamSpec):
-            averages["momentum_correction"], averages["rms_correction"] = step.corrections(ctx.iteration)
-        elif isinstance(step, NesterovSpec):
-            averages["momentum_weight"] = step.weight(ctx.num_steps)
-        for index, control in enumerate(controls):
-            values: dict[str, Any] = dict(averages)
-            if isinstance(step, NetworkSpec):
+        for index, (control, ctx) in enumerate(zip(controls, contexts, strict=True)):
+            spec = self._specs[index]
+            values: dict[str, Any] = dict(spec.step.averages(ctx))
+            if self._networks[index] is not None:
                 layers = layers_of(ctx.constants, control)
                 key = (len(self._slots[index]), *(id(part) for layer in layers for part in layer))
                 if key not in networks:
@@ -593,9 +643,9 @@ class NativeStages:
                 values["network_bytes"] = network.element_size() * network.shape[1]
                 if len(network) > 1:
                     values["network"] += values["network_bytes"] * np.arange(len(network), dtype=np.uint64)
-            mult: float | Tensor = self._spec.step_mult
-            if self._spec.factor is not None:
-                mult = self._spec.factor(ctx) * mult
+            mult: float | Tensor = spec.step_mult
+            if spec.factor is not None:
+                mult = spec.factor(ctx) * mult
             for factor in ("lr_mult", "param_scale"):  # decided for every tensor, by rules that do
                 mult = control[factor] * mult if factor in control else mult
             for nth in self._tables:

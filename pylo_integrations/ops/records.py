@@ -43,6 +43,7 @@ TENSOR = np.dtype(
         ("norm_stride", "i8", MAX_RANK),
         *((name, "i8") for name in ("norm_offset", "norm_slices")),
         *((name, "i4") for name in ("rank", "d0_axis", "d1_axis", "param_dtype", "direction_dtype", "state_dtype")),
+        *((name, "i4") for name in ("rule", "reserved")),
         *((f"{name}_bytes", "i8", *count) for name, count in _BUFFERS.items()),
     ]
 )
@@ -217,12 +218,14 @@ class Table:
 
     Args:
         library: The loaded library.
-        rule: Of all records.
+        rules: Those of the records, which name them by their number.
         count: Number of records.
         isa: Instruction set, by default the best one of this machine.
     """
 
-    def __init__(self, library: NativeLibrary, rule: RuleStruct, count: int, isa: str | None = None) -> None:
+    def __init__(
+        self, library: NativeLibrary, rules: ctypes.Array[RuleStruct], count: int, isa: str | None = None
+    ) -> None:
         self._library = library
         self.device = library.device
         self.tensors = np.zeros(count, TENSOR)
@@ -233,7 +236,8 @@ class Table:
         self.call = CallStruct(
             abi_version=ABI_VERSION,
             size=ctypes.sizeof(CallStruct),
-            rule=ctypes.pointer(rule),
+            rules=rules,
+            rule_count=len(rules),
             tensors=self.tensors.ctypes.data,
             steps=self.steps.ctypes.data,
             stored=self.stored.ctypes.data,
@@ -244,7 +248,7 @@ class Table:
         )
         self._entered: dict[tuple[str, int, int], float] = {}
         self._on_device: dict[tuple[str, int, int], Tensor] = {}
-        self._checked: dict[tuple[str, int, int], tuple[bytes, CallStruct]] = {}
+        self._checked: dict[tuple[str, int, int, bool], tuple[bytes, CallStruct]] = {}
         self.call.on_device = self._on_device
 
     def enter(self, field: str, rows: slice, value: float | np.ndarray[Any, Any] | Tensor) -> None:
@@ -288,7 +292,8 @@ class Table:
         """Run a stage that needs no workspace over some records, which are checked if they have been changed."""
         if rows.start == rows.stop:
             return
-        key, records = (stage, rows.start, rows.stop), self.tensors[rows].tobytes()
+        is_complete = bool(self.tensors["direction_scale"][rows.start])  # other records than those that leave steps
+        key, records = (stage, rows.start, rows.stop, is_complete), self.tensors[rows].tobytes()
         known, call = self._checked.get(key, (b"", self.call))
         if known != records:
             call = CallStruct.from_buffer_copy(self.call)

@@ -131,13 +131,16 @@ def _why_no_library(device: torch.device) -> str | None:
 def native_stages(
     rules: Sequence[Rule], buckets: Sequence[Bucket], indices: Iterable[int]
 ) -> dict[tuple[int, ...], NativeStages]:
-    """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps."""
-    together: dict[tuple[Rule, torch.device, bool], list[int]] = {}
+    """Native stages of those buckets, out of what :func:`find_native` found, by the buckets that each steps.
+
+    Rules on one device share theirs, so that what they have in common, reading gradients above all, is done once.
+    """
+    together: dict[torch.device, list[int]] = {}
     for index in indices:
-        rule, bucket = rules[index], buckets[index]
-        # The kernels only round to the nearest; where that is not wanted, they leave the last step to the engine.
-        together.setdefault((rule, bucket.device, bucket.rounds_stochastically), []).append(index)
+        together.setdefault(buckets[index].device, []).append(index)
     return {
-        tuple(mine): NativeStages(cast(NativeLibrary, library_for(device)), rule, [buckets[i] for i in mine])
-        for (rule, device, _), mine in together.items()
+        tuple(mine): NativeStages(
+            cast(NativeLibrary, library_for(device)), [rules[i] for i in mine], [buckets[i] for i in mine]
+        )
+        for device, mine in together.items()
     }

@@ -26,6 +26,15 @@ class AdamSpec:
     eps_root: float
     corrections: Callable[[int], tuple[float, float]]
 
+    def averages(self, ctx: Any) -> dict[str, float]:
+        """What kernels ask about averages, by their names for it.
+
+        Args:
+            ctx: The :class:`~pylo_integrations.rules.base.StepContext` of a step.
+        """
+        momentum, rms = self.corrections(ctx.iteration)
+        return {"momentum_correction": momentum, "rms_correction": rms}
+
 
 @dataclass(frozen=True)
 class NesterovSpec:
@@ -37,6 +46,10 @@ class NesterovSpec:
     """
 
     weight: Callable[[int | None], float]
+
+    def averages(self, ctx: Any) -> dict[str, float]:
+        """See :class:`AdamSpec`."""
+        return {"momentum_weight": self.weight(ctx.num_steps)}
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,10 @@ class NetworkSpec:
     vector_momentum_eps: float
     norm_eps: float
     unread: tuple[str, ...] = ()
+
+    def averages(self, ctx: Any) -> dict[str, float]:
+        """See :class:`AdamSpec`; none changes from step to step."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -457,7 +457,7 @@ def test_the_library_refuses_buffers_that_are_too_small(entry, monkeypatch):
     with pytest.raises(
         NativeError, match=rf"{entry.split('_')[0]} has {value.nbytes - 1} bytes, must have {value.nbytes}"
     ):
-        NativeStages(stages._tables[0].table._library, run.optimizer.rule, [bucket])
+        NativeStages(stages._tables[0].table._library, [run.optimizer.rule], [bucket])
 
 
 def test_the_library_refuses_gradients_that_are_too_small():

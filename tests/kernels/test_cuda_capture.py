@@ -19,7 +19,7 @@ from test_native_kernels import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pylo_integrations.ops import cuda, loader
-from pylo_integrations.ops.kernels import LaunchesStruct
+from pylo_integrations.ops.kernels import LaunchStruct
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -72,7 +72,7 @@ def capturing(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Laun
         launch = driver.launch
 
         def recorded(function: Any, blocks: int, threads: int, stream: int, argument: ctypes.c_void_p) -> None:
-            parameter = ctypes.string_at(argument, LaunchesStruct.arguments.size)
+            parameter = ctypes.string_at(argument, LaunchStruct.arguments.size)
             launched.append((id(function), blocks, threads, parameter))
             launch(function, blocks, threads, stream, argument)
 

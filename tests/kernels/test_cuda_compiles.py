@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 KERNELS = list(cubins.kernel_lines())
 WIDE = ["apply_4", "apply_8", "apply_16", "apply_32", "apply_32_plain", "apply_64"]  # one source, most of the time
-FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain", "apply_linear_plain", "write"]
+FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain", "apply_linear_plain", "update"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def assert_compiles(count_sass, kernel: str, architecture: int) -> None:
     assert f"pylo_{kernel}".encode() in compiled.cubin
     assert 0 < compiled.registers <= 255
     if kernel in FAST:
-        assert compiled.spill_stores + compiled.spill_loads <= 16, compiled
+        # A few bytes, outside of the loop, for registers that let one more block into a multiprocessor.
+        assert compiled.spill_stores + compiled.spill_loads <= 24, compiled
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(k, marks=pytest.mark.slow if k in WIDE else ()) for k in KERNELS])
@@ -77,7 +78,7 @@ def test_the_host_knows_the_layout_of_the_device(count_sass):
     compiler = nvrtc.load()
     program = '#include "cuda/plan.h"\nstatic_assert(sizeof(pylo::Arguments) == {}, "another size");\n'
     options = ["--gpu-architecture=sm_90", *cubins.OPTIONS, f"--include-path={cubins.sources()}"]
-    assert compiler.compile(program.format(216), options, cubins._HEADERS).cubin
+    assert compiler.compile(program.format(224), options, cubins._HEADERS).cubin
     with pytest.raises(NvrtcError, match="another size"):
         compiler.compile(program.format(200), options, cubins._HEADERS)
 

@@ -229,6 +229,46 @@ def test_tensors_do_not_influence_each_other(shim):
     assert_equal_bits(together, alone)
 
 
+@pytest.mark.parametrize("precision", ["exact"], indirect=True)
+def test_rules_that_share_a_table_step_as_each_does_alone(shim, monkeypatch):
+    """Two networks and two of Adam's rules, their tensors mixed: a network's stages come for each, all else once."""
+    each = [theta((5,)).rule(), AdamWRule(), theta((12, 12)).rule(), AdamWRule((0.8, 0.9), clips=True)]
+    rules = each * 2
+    shapes = [(33, 7), (130,), (8, 16, 3, 3), (24, 16), (130,), (33, 7), (), (5, 4)]
+    launched = []
+    original = Driver.launch
+    monkeypatch.setattr(Driver, "launch", lambda self, *args: launched.append(args[1]) or original(self, *args))
+    results = []
+    for together in ([range(8)], [range(k, 8, 4) for k in range(4)]):
+        launched.clear()
+        params = parameters(shapes)
+        give_gradients(params, 0)
+        states = [
+            {n: torch.zeros(s or p.shape) for n, s in r.state_shapes(TensorLayout.whole(p.shape)).items()}
+            for r, p in zip(rules, params, strict=True)
+        ]
+        for mine in together:
+            step_at_once(shim, [rules[i] for i in mine], [params[i] for i in mine], [states[i] for i in mine])
+        results.append([t for p, state in zip(params, states, strict=True) for t in (p.detach(), *state.values())])
+        assert len(launched) == (2 + 2 * 3 + 1 if len(together) == 1 else 2 * 5 + 2 * 3)
+    assert_equal_bits(*results)
+
+
+def step_at_once(library, rules, params, states) -> None:
+    group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
+    buckets = [bucket_of(param, state, group) for param, state in zip(params, states, strict=True)]
+    for bucket, param in zip(buckets, params, strict=True):
+        bucket.grads = [param.grad]
+    stages = NativeStages(library, rules, buckets)
+    cpu = torch.device("cpu")
+    contexts = [StepContext(0, None, None, constants=rule.constants(cpu, torch.float32)) for rule in rules]
+    stages.prepare_(stages.collect(contexts), contexts)
+    stages.describe_(contexts)
+    pairs = zip(rules, buckets, contexts, strict=True)
+    controls = [rule.control([bucket], [{}], context)[0] for rule, bucket, context in pairs]
+    stages.step_(controls, contexts, [(1.0, 1e-2)] * len(rules), None, range(len(rules)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["exact"], indirect=True)
 def test_indices_of_64_bits_find_the_same_elements(tmp_path, compiled_kernels, shim, precision):
@@ -257,7 +297,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(shim, shape, cuts):
 
 def test_structures_have_the_size_that_the_library_expects():
     sizes = re.findall(r"static_assert\(sizeof\(pylo_cuda_(\w+)\) == (\d+)", (CSRC / "cuda/launches.cpp").read_text())
-    structs = {"call": cuda.CudaCallStruct, "launches": kernels.LaunchesStruct, "kernels": cuda.KernelsStruct}
+    structs = {"call": cuda.CudaCallStruct, "launch": kernels.LaunchStruct, "kernels": cuda.KernelsStruct}
     assert {name: int(size) for name, size in sizes} == {name: ctypes.sizeof(each) for name, each in structs.items()}
 
 
@@ -322,7 +362,7 @@ def test_adam_has_three_launches_and_no_other_stage(shim, monkeypatch):
     state = {name: torch.zeros_like(param.detach()) for name in rule.state_shapes(TensorLayout.whole(param.shape))}
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     bucket = bucket_of(param, state, group)
-    stages = NativeStages(shim, rule, [bucket])
+    stages = NativeStages(shim, [rule], [bucket])
     give_gradients(params, 0)
     bucket.grads = [param.grad]
     launched = []

@@ -22,6 +22,7 @@ from test_native_rules import BOUNDS, CONVOLUTIONS
 from thetas import create, slow_unless, theta_for
 from torch import nn
 
+from pylo_integrations import bench
 from pylo_integrations.formats import FLOAT32
 from pylo_integrations.ops import loader, native
 from pylo_integrations.ops.driver import Driver
@@ -73,7 +74,7 @@ def test_tensors_of_many_parts(name):
 def test_linear_networks_are_stepped_as_such(monkeypatch):
     launched = count_launches(monkeypatch)
     assert_updates_match("celo2", SHAPES, weights=linear_theta())
-    assert launched["apply_linear_plain"] == launched["write"] == 1
+    assert launched["apply_linear_plain"] == launched["update"] == 1
 
 
 def assert_updates_match(name: str, shapes, **options) -> None:
@@ -222,7 +223,7 @@ class _Pieces:
             held = [Held((Piece(box),))]
             self.buckets.append(Bucket(layout, [piece], [state], group, torch.float32, 2, held=held))
             self.buckets[-1].cut_(2**20)
-            self.stages.append(NativeStages(library, rule, self.buckets[-1:]))
+            self.stages.append(NativeStages(library, [rule], self.buckets[-1:]))
 
     def proposals(self, grad, step: int) -> list[torch.Tensor]:
         ctx = StepContext(step, None, None, constants=self.rule.constants(torch.device("cpu"), torch.float32))
@@ -268,29 +269,60 @@ def count_launches(monkeypatch) -> collections.Counter[str]:
     return launched
 
 
-CELO2 = {"collect": 1, "merge": 1, "prepare": 1, "describe_plain": 1, "apply_linear_plain": 1, "write": 1}
-ADAM = {"collect": 1, "merge": 1, "apply_adam_plain": 1}
-PACE = {"collect": 1, "merge": 1, "apply_nesterov_plain": 1, "write": 1}
+CELO2 = {"collect": 1, "merge": 1, "prepare": 1, "describe_plain": 1, "apply_linear_plain": 1, "update": 1}
+PACE = {"collect": 1, "merge": 1, "apply_nesterov_plain": 1, "update": 1}
+ADAM = {"collect": 1, "merge": 1, "update": 1}
+MATRICES = [(24, 16), (16, 24), (16, 24), (8, 4, 3, 3), (24, 16)] * 4
+
+MIXES = {  # shapes, and those of embeddings
+    "celo2, one matrix": ("celo2", [(24, 16)], [], CELO2),
+    "celo2, matrices": ("celo2", MATRICES, [], CELO2),
+    "celo2, all that a model has": ("celo2", [(130,), *MATRICES, ()], [(50, 12)], CELO2),
+    "celo2, no matrices": ("celo2", [(130,), ()], [(50, 12)], ADAM),
+    "pace, matrices": ("pace", MATRICES, [], PACE),
+    "pace, all that a model has": ("pace", [(130,), *MATRICES, ()], [(50, 12)], PACE),  # three rules
+}
+
+
+def launches_of_steps(name: str, groups, monkeypatch, steps: int = 2, **options) -> collections.Counter[str]:
+    options |= {"weights": linear_theta()} if name == "celo2" else {}
+    optimizer = create(groups, name, backend="native", **options)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    launched = count_launches(monkeypatch)
+    for step in range(steps):
+        give_gradients(params, step)
+        optimizer.step()
+    assert is_native(optimizer)
+    return launched
 
 
 @pytest.mark.usefixtures("shim")
-@pytest.mark.parametrize(("name", "kernels"), [("celo2", CELO2), ("pace", PACE)])
-def test_a_step_of_any_number_of_tensors_launches_six_kernels_at_most_and_three_of_adam(name, kernels, monkeypatch):
-    assert sum(kernels.values()) <= 6 and sum(ADAM.values()) == 3
-    options = {"weights": linear_theta()} if name == "celo2" else {}
-    for shapes, wanted in (
-        ([(24, 16)], kernels),
-        ([(24, 16), (16, 24), (16, 24), (8, 4, 3, 3), (24, 16)] * 4, kernels),
-        ([(130,), ()], ADAM),
-        ([(24, 16), (130,)], collections.Counter(kernels) + collections.Counter(ADAM)),
-    ):
-        params = parameters(shapes)
-        optimizer = create(params, name, backend="native", **options)
-        launched = count_launches(monkeypatch)
-        for step in range(3):
-            give_gradients(params, step)
-            optimizer.step()
-        assert launched == {kernel: 3 * count for kernel, count in wanted.items()}
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_step_launches_as_few_kernels_whatever_the_number_of_tensors_and_rules(mix, monkeypatch):
+    name, shapes, embeddings, wanted = MIXES[mix]
+    groups = [{"params": parameters(shapes)}, {"params": parameters(embeddings), "rule": "adamw"}]
+    launched = launches_of_steps(name, groups[: 1 + bool(embeddings)], monkeypatch)
+    assert launched == {kernel: 2 * count for kernel, count in wanted.items()}
+
+
+@pytest.mark.usefixtures("shim")
+@pytest.mark.parametrize(("name", "kernels", "most"), [("celo2", CELO2, 6), ("pace", PACE, 4)])
+def test_a_step_of_a_vision_transformer_launches_six_kernels_and_four(name, kernels, most, monkeypatch):
+    """All 152 tensors of ViT-B/16, far narrower: matrices, a convolution, a class token, positions, vectors."""
+    shapes = [shape.shape for shape in bench.SHAPES["vit_b16"]()]
+    params = parameters([tuple(n // 48 if n % 768 == 0 else n for n in shape) for shape in shapes])
+    assert len(params) == 152
+    monkeypatch.setitem(native.TOGETHER, "cpu", native.TOGETHER["cuda"])
+    launched = launches_of_steps(name, [{"params": params}], monkeypatch, steps=1)
+    assert launched == kernels and launched.total() == most
+
+
+@pytest.mark.usefixtures("shim")
+def test_steps_that_others_round_share_what_comes_before(monkeypatch):
+    """Matrices in bfloat16, rounded at random by torch; vectors in float32, by kernels."""
+    params = [*parameters(MATRICES[:2], torch.bfloat16), *parameters([(130,)])]
+    launched = launches_of_steps("celo2", [{"params": params}], monkeypatch, steps=1, stochastic_rounding=True)
+    assert launched == {"collect": 1, "merge": 1, "prepare": 1, "describe": 1, "apply_linear": 2, "update": 1}
 
 
 # -- the interface ----------------------------------------------------------------------------------------------------
@@ -303,7 +335,7 @@ def test_nothing_is_in_the_way_of_the_kernels_for_cuda(name):
     assert obstacle(rule, bucket) is None
 
 
-def test_a_write_without_directions_and_a_direction_of_another_type_are_refused(shim):
+def test_scales_without_directions_and_a_direction_of_another_type_are_refused(shim):
     params = parameters([(6, 5), (7, 4)])
     optimizer = create(params, "celo2_base", backend="native")
     give_gradients(params, 0)
@@ -311,9 +343,11 @@ def test_a_write_without_directions_and_a_direction_of_another_type_are_refused(
     before = snapshot(optimizer, params)
     (part,) = optimizer._engine._plan.parts
     table = table_of(part.stages)
-    with pytest.raises(NativeError, match="tensor 0: direction or direction_scale is null"):
-        table.run_some("write", slice(0, 2))
-    directions = torch.zeros(2, 6, 5, dtype=torch.bfloat16)
+    scale, directions = torch.ones(1), torch.zeros(2, 6, 5, dtype=torch.bfloat16)
+    table.tensors["direction_scale"][0], table.tensors["direction_scale_bytes"][0] = scale.data_ptr(), 4
+    with pytest.raises(NativeError, match="tensor 0: direction is null, but has a direction_scale"):
+        table.run_some("apply", slice(0, 2))
+    table.tensors["direction_scale"][0] = 0
     table.tensors["direction"][0], table.tensors["direction_bytes"][0] = directions.data_ptr(), 60
     table.tensors["direction_dtype"][0] = 2
     with pytest.raises(NativeError, match="tensor 0: the CUDA kernels leave directions in float32"):

@@ -273,7 +273,7 @@ def stages_of(params, *, isa=None, library=None):
     optimizer = SmallFCLOpt(params, weights=theta())
     optimizer.init_state()
     buckets = [bucket_of(p, optimizer.state[p], group) for p in params]
-    stages = NativeStages(library or library_or_skip(), rule, buckets, isa)
+    stages = NativeStages(library or library_or_skip(), [rule] * len(buckets), buckets, isa)
     constants = rule.constants(torch.device("cpu"), torch.float32)
 
     def run(scale: float = 1.0, iteration: int = 0) -> None:
@@ -486,7 +486,7 @@ def test_pieces_of_a_tensor_make_the_steps_of_the_whole(library, shape, cuts):
         held = [Held((Piece(box),))]
         bucket = Bucket(layout, [piece], [state], group, torch.float32, held=held)
         buckets.append(bucket)
-        shards.append(NativeStages(library, rule, [bucket]))
+        shards.append(NativeStages(library, [rule], [bucket]))
     constants = rule.constants(torch.device("cpu"), torch.float32)
     for step in range(2):
         give_gradients([whole], step)

@@ -312,9 +312,9 @@ CELO2, LINEAR = Subject("Celo2", (8, 8, 3)), Subject("Celo2", (3,))
     [
         *((kernel, SMALL) for kernel in ("collect", "prepare", "apply_4_plain")),
         *(slow_unless(False, kernel, SMALL) for kernel in ("merge", "describe", "describe_plain", "apply_4")),
-        *((kernel, ADAM) for kernel in ("apply_adam", "apply_adam_plain")),
+        ("update", ADAM),
         slow_unless(False, "apply_8", CELO2),
-        *(slow_unless(False, kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "write")),
+        *(slow_unless(False, kernel, LINEAR) for kernel in ("apply_linear", "apply_linear_plain", "update")),
         *((kernel, PACE) for kernel in ("apply_nesterov", "apply_nesterov_plain")),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from native_library import library_or_skip
+from plans import native_parts
 from thetas import create
 from torch import nn
 
@@ -106,12 +107,14 @@ def test_a_step_that_is_interrupted_between_its_halves_can_be_followed_by_anothe
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    (part,) = [p for p in optimizer._engine._plan.parts if getattr(p.stages, "_rule", None) is optimizer.rule]
-    spec = part.stages._spec
-    object.__setattr__(spec, "directions", interrupted)
+    (stages,) = native_parts(optimizer)
+    specs = [spec for spec in stages._specs if spec.directions is not None]
+    for spec in specs:
+        object.__setattr__(spec, "directions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    object.__setattr__(spec, "directions", lambda steps, layout, ctx: original(optimizer.rule, steps, layout, ctx))
+    for spec in specs:
+        object.__setattr__(spec, "directions", lambda steps, layout, ctx: original(optimizer.rule, steps, layout, ctx))
     before = [p.detach().clone() for p in params]
     optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(params, before, strict=True))

@@ -211,7 +211,8 @@ struct Table {
         }
         call.abi_version = PYLO_ABI_VERSION;
         call.size = sizeof call;
-        call.rule = &this->rule;
+        call.rules = &this->rule;
+        call.rule_count = 1;
         call.tensors = tensors.data();
         call.steps = steps.data();
         call.count = (int64_t)tensors.size();
@@ -243,7 +244,7 @@ struct Table {
         steps[i].network_bytes = 0;
     }
 
-    // Has apply leave the steps in directions, which write then subtracts.
+    // Has apply leave the steps in directions, which it then subtracts once they have scales.
     void leave_directions(int dtype) {
         for (size_t i = 0; i < records.size(); ++i) {
             pylo_tensor &t = tensors[i];
@@ -253,9 +254,17 @@ struct Table {
             r.direction = block<char>(t.direction_bytes);
             t.direction = r.direction.get();
             const int64_t slices = rule.layers > 0 ? t.norm_slices : 1;
-            r.direction_scale = block(slices, t.direction_scale, t.direction_scale_bytes);
+            r.direction_scale = block<float>(slices);
+            t.direction_scale_bytes = slices * (int64_t)sizeof(float);
             for (int64_t slice = 0; slice < slices; ++slice) r.direction_scale[(size_t)slice] = 1 + 0.25f * (float)slice;
         }
+    }
+
+    // Whether directions are complete: apply subtracts them.
+    void complete_directions(bool complete) {
+        for (size_t i = 0; i < records.size(); ++i)
+            tensors[i].direction_scale = complete ? records[i].direction_scale.get() : nullptr;
+        CHECK(check() == PYLO_OK);
     }
 
     int check() {
@@ -293,7 +302,10 @@ struct Table {
                 CHECK(pylo_cpu_describe(&call) == PYLO_OK);
             }
             CHECK(pylo_cpu_apply(&call) == PYLO_OK);
-            if (tensors[0].direction_scale) CHECK(pylo_cpu_write(&call) == PYLO_OK);
+            if (!tensors[0].direction) continue;
+            complete_directions(true);
+            CHECK(pylo_cpu_apply(&call) == PYLO_OK);
+            complete_directions(false);
         }
     }
 };
@@ -365,7 +377,7 @@ void buffers_that_are_too_small_are_refused() {
     for (int64_t pylo_tensor::*bytes : {&pylo_tensor::direction_bytes, &pylo_tensor::direction_scale_bytes})
         refused(PYLO_BAD_ARGUMENT, [&](Table &t) {
             t.leave_directions(PYLO_BFLOAT16);
-            CHECK(t.check() == PYLO_OK);
+            t.complete_directions(true);
             t.tensors[MATRIX].*bytes -= 1;
         });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[MATRIX].rms_bytes = -1; });
@@ -421,7 +433,10 @@ void nonsense_is_refused() {
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.features |= 1u << 31; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.grad_clip = NAN; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.rule.measures = 4; });
-    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.rule = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.rules = nullptr; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.call.rule_count = 0; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].rule = 1; });
+    refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].rule = -1; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.steps[0].network = nullptr; });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].row_sums = (double *)((char *)t.tensors[4].row_sums + 4); });
     refused(PYLO_BAD_ARGUMENT, [](Table &t) { t.tensors[4].row_scale = nullptr; });
@@ -454,13 +469,11 @@ void nonsense_is_refused() {
 
     // What only some stages ask for.
     Table directed(a_rule(2, 8, ALL), PYLO_FLOAT32, PYLO_BEST, 1);
-    CHECK(directed.check() == PYLO_OK);
-    CHECK(pylo_cpu_write(&directed.call) == PYLO_BAD_ARGUMENT);
     directed.leave_directions(PYLO_FLOAT32);
-    directed.tensors[3].direction_scale = nullptr;
-    CHECK(pylo_cpu_write(&directed.call) == PYLO_UNCHECKED);
-    CHECK(directed.check() == PYLO_OK);
-    CHECK(pylo_cpu_write(&directed.call) == PYLO_BAD_ARGUMENT);
+    directed.complete_directions(true);
+    directed.tensors[3].direction = nullptr;
+    CHECK(pylo_cpu_apply(&directed.call) == PYLO_UNCHECKED);
+    CHECK(directed.check() == PYLO_BAD_ARGUMENT);
     Table adam(adam_rule(), PYLO_FLOAT32, PYLO_BEST, 1);
     CHECK(adam.check() == PYLO_OK);
     for (auto stage : {pylo_cpu_prepare, pylo_cpu_describe})
@@ -541,6 +554,35 @@ void directions_are_the_steps(const pylo_rule &rule, int isa, const std::vector<
         for (int64_t k = 0; k < taken.records[i].numel; ++k) CHECK(param[k] == direction[k]);
         CHECK(std::memcmp(taken.records[i].state[0].get(), left.records[i].state[0].get(), (size_t)left.records[i].numel * 4) == 0);
     }
+}
+
+// Every tensor of a table steps by its own rule, as it does in a table of that rule alone.
+void rules_share_a_table(int isa) {
+    const pylo_rule rules[] = {adam_rule(), a_rule(2, 8, ALL), momentum_rule()};
+    constexpr size_t parts = sizeof rules / sizeof *rules;
+    std::vector<std::unique_ptr<Table>> alone, shared;
+    std::vector<pylo_tensor> tensors;
+    std::vector<pylo_step> steps;
+    for (size_t k = 0; k < parts; ++k) {
+        for (auto *tables : {&alone, &shared}) tables->emplace_back(new Table(rules[k], PYLO_FLOAT32, isa, 2));
+        for (pylo_tensor &t : shared[k]->tensors) t.rule = (int32_t)k, tensors.push_back(t);
+        steps.insert(steps.end(), shared[k]->steps.begin(), shared[k]->steps.end());
+        CHECK(alone[k]->check() == PYLO_OK);
+        alone[k]->run(2);
+    }
+    Table joint(rules[0], PYLO_FLOAT32, isa, 2);
+    auto squares = block<double>((int64_t)tensors.size());
+    joint.call.rules = rules;
+    joint.call.rule_count = (int64_t)parts;
+    joint.call.tensors = tensors.data();
+    joint.call.steps = steps.data();
+    joint.call.count = (int64_t)tensors.size();
+    joint.call.grad_squares = squares.get();
+    CHECK(joint.check() == PYLO_OK);
+    for (int step = 0; step < 2; ++step)
+        for (auto stage : {pylo_cpu_measure, pylo_cpu_collect, pylo_cpu_prepare, pylo_cpu_describe, pylo_cpu_apply})
+            CHECK(stage(&joint.call) == PYLO_OK);
+    for (size_t k = 0; k < parts; ++k) CHECK(shared[k]->bytes() == alone[k]->bytes());
 }
 
 // A Python object with a tensor, and torch's functions about it, which are given the address of the object's second word.
@@ -640,6 +682,7 @@ int main() {
     for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
         if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
         boxes_of_a_tensor_are_stepped(isa);
+        rules_share_a_table(isa);
         directions_are_the_steps(a_rule(2, 8, ALL), isa, shapes);
         directions_are_the_steps(a_rule(2, 8, ALL), isa, sliced);
         directions_are_the_steps(a_rule(0, 2, ALL), isa, sliced);
