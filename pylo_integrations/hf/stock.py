@@ -160,7 +160,7 @@ def _add_handler(
 
 def _add_callback(undo: ExitStack) -> None:
     """Where every Trainer's callbacks come together: ms-swift replaces the list of those that Trainers begin with."""
-    original = CallbackHandler.__init__
+    original: Any = CallbackHandler.__init__
 
     @functools.wraps(original)
     def with_ours(self: Any, callbacks: Any, *args: Any, **kwargs: Any) -> None:
