@@ -6,8 +6,8 @@ accumulation, where the loss of a step is spread over micro-batches.
 
 :func:`prepare_scheduler` has a schedule step once with every optimizer step, on however many processes.
 
-DDP, FSDP1 with ``fsdp_use_orig_params: true``, FSDP2 and DeepSpeed's ZeRO, stages 1 and 2, are supported; Megatron-LM
-hides whole tensors.
+DDP, FSDP1 with ``fsdp_use_orig_params: true``, FSDP2 and DeepSpeed's ZeRO, stages 1 and 2, are supported. Under
+Megatron-LM Accelerate makes the optimizer itself; :mod:`pylo_integrations.megatron` is for Megatron's own loops.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def attach(accelerator: Accelerator, optimizer: Optimizer, num_steps: int | None
         return attach_to_engine(accelerator.deepspeed_engine_wrapped.engine, num_steps)
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ValueError(
-            f"{accelerator.distributed_type} hides whole tensors from the optimizer, which a learned one needs; use "
+            f"Accelerate's {accelerator.distributed_type} makes the optimizer itself, one of Megatron-LM's: with "
+            "Megatron-Core make it by pylo_integrations.megatron.megatron_optimizer(), see docs/megatron.md; or use "
             "one device, DDP, FSDP or DeepSpeed"
         )
     learned.bind_model(nn.ModuleList(accelerator._models))

@@ -8,9 +8,9 @@ GPT-NeoX, are not known here. To step every head by itself, divide by their numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -44,6 +44,20 @@ class Fused:
     axes: AxisOrder | None = None
 
 
+class Place(NamedTuple):
+    """Where a model has a parameter.
+
+    Attributes:
+        path: Full name there.
+        module: That has it.
+        name: Which it has in the module.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+
+
 class FusedWeights:
     """Knows which parameters of a model are several tensors.
 
@@ -59,54 +73,80 @@ class FusedWeights:
     def __init__(self, model: nn.Module, split: bool | Mapping[str, Split]) -> None:
         if not isinstance(split, bool | Mapping):
             raise TypeError(f"split={split!r} must be True, False, or a mapping from names to numbers of tensors")
-        self._places = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, child in module.named_children():
+                self._places.setdefault(child, []).append((module, name))
         self._divides = split is not False
         self._named: Mapping[str, Split] = split if isinstance(split, Mapping) else {}
         for given in self._named.values():
             check_split({"split": given})
         self.unused = set(self._named)
 
-    def of(self, full_name: str, module: nn.Module, name: str, shape: Sequence[int]) -> Fused:
-        """What a parameter is.
+    def of(self, places: Sequence[Place], shape: Sequence[int]) -> Fused:
+        """What a parameter is. Of modules that share it, any that knows it to be several tensors counts.
 
         Args:
-            full_name: In the model.
-            module: One that has it.
-            name: Which it has there.
+            places: Of the parameter.
             shape: Of the whole.
+
+        Raises:
+            ValueError: Modules that share it divide it in different ways, and ``split`` does not say which.
         """
-        is_stacked = type(module).__name__.endswith("Experts") and len(shape) == (2 if name.endswith("bias") else 3)
+        experts = [
+            place
+            for place in places
+            if type(place.module).__name__.endswith("Experts")
+            and len(shape) == (2 if place.name.endswith("bias") else 3)
+        ]
         axes: AxisOrder | None = None
-        if is_stacked:
-            axes = "in_out" if _is_transposed(module) else "out_in"
-        split: int | tuple[int, ...] = 1
-        if self._divides:
-            split = _experts_split(module, name) if is_stacked else self._recognise(module, name, shape)
+        if experts:
+            axes = "in_out" if _is_transposed(experts[0].module) else "out_in"
+        split: int | tuple[int, ...] | None = None
         for key, given in self._named.items():
-            if any(f".{place}".endswith(f".{key}") for place in (full_name, full_name.rpartition(".")[0])):
+            names = (name for place in places for name in (place.path, place.path.rpartition(".")[0]))
+            if any(f".{name}".endswith(f".{key}") for name in names):
                 self.unused.discard(key)
                 split = given if isinstance(given, int) else tuple(given)
-        return Fused(split, is_stacked, axes)
+        if split is None:
+            split = self._recognise_all(places, experts) if self._divides else 1
+        return Fused(split, bool(experts), axes)
 
-    def _recognise(self, module: nn.Module, name: str, shape: Sequence[int]) -> int | tuple[int, ...]:
-        if isinstance(module, nn.MultiheadAttention):
-            return 3 if name in ("in_proj_weight", "in_proj_bias") else 1
+    def _recognise_all(self, places: Sequence[Place], experts: Sequence[Place]) -> int | tuple[int, ...]:
+        found: dict[int | tuple[int, ...], str] = {}
+        for path, module, name in experts or places:
+            known = [_experts_split(module, name)] if experts else self._recognise(module, name)
+            found |= dict.fromkeys(known, path)
+        found.pop(1, None)
+        if len(found) > 1:
+            told = ", ".join(f"split={split} as {path}" for split, path in found.items())
+            raise ValueError(
+                f"modules that share a parameter divide it in different ways, {told}: say which with "
+                f"split={{'{places[0].path}': ...}}, where 1 leaves it whole"
+            )
+        return next(iter(found), 1)
+
+    def _recognise(self, module: nn.Module, name: str) -> Iterator[int | tuple[int, ...]]:
+        """What a parameter of a module is divided into; by the names, if any, that other modules have for that one."""
+        if isinstance(module, nn.MultiheadAttention) and name in ("in_proj_weight", "in_proj_bias"):
+            yield 3
         if gates := next((count for kind, count in _GATES.items() if isinstance(module, kind)), 0):
-            return gates if name.startswith(_GATED) else 1
-        parent, attribute = self._places.get(module, (None, ""))
-        weight = getattr(module, "weight", None)
-        if parent is None or weight is None or name not in ("weight", "bias"):
-            return 1
-        family = type(parent).__name__
-        if attribute in _JOINT and not family.startswith(_TAKING_TURNS):
-            inputs, outputs = _sizes_of(module)
-            is_cross = attribute == "c_attn" and type(module).__name__ == "Conv1D"
-            return outputs // inputs if inputs and outputs in (3 * inputs, 2 * inputs * is_cross) else 1
-        if attribute == "qkv_proj" and family.startswith(_GROUPED):
-            config: Any = parent.config
-            keys = config.num_key_value_heads * parent.head_dim
-            return config.num_attention_heads * parent.head_dim, keys, keys
-        return 2 if attribute == "gate_up_proj" and (outputs := _sizes_of(module)[1]) and outputs % 2 == 0 else 1
+            yield gates if name.startswith(_GATED) else 1
+        if getattr(module, "weight", None) is None or name not in ("weight", "bias"):
+            return
+        inputs, outputs = _sizes_of(module)
+        for parent, attribute in self._places.get(module, ()):
+            family = type(parent).__name__
+            if attribute in _JOINT and not family.startswith(_TAKING_TURNS):
+                is_cross = attribute == "c_attn" and type(module).__name__ == "Conv1D"
+                if inputs and outputs in (3 * inputs, 2 * inputs * is_cross):
+                    yield outputs // inputs
+            elif attribute == "qkv_proj" and family.startswith(_GROUPED):
+                config: Any = parent.config
+                keys = config.num_key_value_heads * parent.head_dim
+                yield config.num_attention_heads * parent.head_dim, keys, keys
+            elif attribute == "gate_up_proj" and outputs and outputs % 2 == 0:
+                yield 2
 
 
 def _sizes_of(module: Any) -> tuple[int, int]:

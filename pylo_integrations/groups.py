@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pylo_integrations.fused import FusedWeights
+from pylo_integrations.fused import FusedWeights, Place
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.components import Split
 from pylo_integrations.sharding.layout import AxisOrder
-from pylo_integrations.sharding.pieces import ShardingError, parameter_names, read_flat_slices
+from pylo_integrations.sharding.pieces import ShardingError, name_inside, parameter_names, read_flat_slices
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -38,9 +38,10 @@ def param_groups(
     modules whose type name ends in ``Experts``, get ``stacked=True``: each expert is a tensor.
 
     Args:
-        model: Parameters it shares between modules appear once; being an embedding anywhere counts. FSDP1's slices go
-            by the shapes and names of the parameters they are of; those of lazy modules, which have no shape yet, count
-            as matrices but for biases. Names are those of the model inside ``torch.compile`` and other wrappers.
+        model: Parameters it shares between modules appear once; being an embedding, fused or stacked anywhere counts.
+            FSDP1's slices go by the shapes and names of the parameters they are of; those of lazy modules, which have
+            no shape yet, count as matrices but for biases. Names are those of the model inside ``torch.compile`` and
+            other wrappers.
         weight_decay: Of the groups that decay.
         no_decay: Full names of parameters, or their last components, to exempt as well.
         adamw: For optimizers that leave some tensors to AdamW, such as ``celo2``, which tensors from rank 2 on those
@@ -56,17 +57,19 @@ def param_groups(
         Groups of ``(name, parameter)`` pairs, without empty ones.
 
     Raises:
-        ValueError: Nothing is trainable; ``split`` names nothing, or its values are no such group options.
+        ValueError: Nothing is trainable; ``split`` names nothing, or its values are no such group options; modules that
+            share a parameter divide it in different ways.
         TypeError: ``split`` is neither a bool nor a mapping.
         ShardingError: FSDP1 melted parameters together, or wraps ``model``.
     """
     slices = read_flat_slices(model)
     exempt = {*no_decay, *getattr(model, "no_weight_decay", set)()}
     to_adamw = _chooser(adamw)
-    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    owners: dict[nn.Parameter, list[Place]] = {}
+    for path, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(param, []).append((module, name))
+            place = Place(name_inside(model, f"{path}.{name}" if path else name), module, name)
+            owners.setdefault(param, []).append(place)
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     fused = FusedWeights(model, split)
@@ -81,9 +84,9 @@ def param_groups(
                 "pass that one in place of the model inside it"
             )
         shape = slices[param].shape if param in slices else () if is_lazy(param) else tuple(param.shape)
-        what = fused.of(name, *owners[param][0], shape)
+        what = fused.of(owners[param], shape)
         rank = (len(shape) if not is_lazy(param) else _rank(name)) - what.is_stacked
-        modules = [module for module, _ in owners[param]]
+        modules = [place.module for place in owners[param]]
         decays = not (
             rank < 2
             or any(_is_embedding(module) or "Norm" in type(module).__name__ for module in modules)

@@ -47,9 +47,19 @@ def small_thetas(monkeypatch):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
 
 
-@pytest.fixture(scope="session")
-def workers():
-    """Processes that tests of distributed training share."""
+def _started():
     workers = Workers()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes that tests of distributed training share."""
+    yield from _started()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Processes of one file's own, for tests that change the ones they run in."""
+    yield from _started()

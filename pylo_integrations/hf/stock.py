@@ -13,6 +13,7 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import torch
 import transformers
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.training_args import OptimizerNames
 
 from pylo_integrations.catalog import get_optimizer_info, list_optimizers
@@ -158,11 +159,19 @@ def _add_handler(
 
 
 def _add_callback(undo: ExitStack) -> None:
-    from transformers.trainer import DEFAULT_CALLBACKS
+    """Where every Trainer's callbacks come together: ms-swift replaces the list of those that Trainers begin with."""
+    original: Any = CallbackHandler.__init__
 
-    callbacks: list[Any] = DEFAULT_CALLBACKS
-    callbacks.append(RunCallback)
-    undo.callback(callbacks.remove, RunCallback)
+    @functools.wraps(original)
+    def with_ours(self: Any, callbacks: Any, *args: Any, **kwargs: Any) -> None:
+        kinds = [callback if isinstance(callback, type) else type(callback) for callback in callbacks]
+        if RunCallback not in kinds:
+            # After those that decide when to save, before those that report the logs it adds to.
+            at = max((i + 1 for i, kind in enumerate(kinds) if issubclass(kind, DefaultFlowCallback)), default=0)
+            callbacks = [*callbacks[:at], RunCallback, *callbacks[at:]]
+        original(self, callbacks, *args, **kwargs)
+
+    _replace(CallbackHandler, "__init__", with_ours, undo)
 
 
 def _tap_backward(undo: ExitStack) -> None:

@@ -314,14 +314,19 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """
     names: dict[Tensor, str] = {}
     for path, param in model.named_parameters():
-        parts, module = list[str](), model
-        for part in path.split("."):
-            if part not in _WRAPPERS and not (part == "module" and _is_replica(module)):
-                parts.append(part)
-            module = getattr(module, part, module)
         for tensor in (*getattr(param, "_stand_in", ())[:1], param):
-            names[tensor] = ".".join(parts)
+            names[tensor] = name_inside(model, path)
     return names
+
+
+def name_inside(model: nn.Module, path: str) -> str:
+    """The path of a parameter of ``model`` without what wrappers put into it."""
+    parts, module = list[str](), model
+    for part in path.split("."):
+        if part not in _WRAPPERS and not (part == "module" and _is_replica(module)):
+            parts.append(part)
+        module = getattr(module, part, module)
+    return ".".join(parts)
 
 
 def _is_replica(module: nn.Module) -> bool:

@@ -209,10 +209,12 @@ def other_size_case(rank: int, world: int, name: str, stage: int, folder: str) -
     return ""
 
 
-def arrive_case(rank: int, world: int, name: str, stage: int, canonical: Any, params: Any) -> dict[str, Any]:
+def arrive_case(
+    rank: int, world: int, name: str, stage: int, steps: range, canonical: Any, params: Any
+) -> dict[str, Any]:
     engine, optimizer = start(name, stage, canonical, params)
-    take_steps(engine, range(2, 4), (rank, world))
-    return end_of(engine, optimizer)
+    take_steps(engine, steps, (rank, world))
+    return {**end_of(engine, optimizer), "left": (to_canonical(optimizer, engine), params_of(engine.module))}
 
 
 def hf_zero_case(rank: int, world: int, **options: Any) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from test_adapters_distributed import LIMIT, check, check_resumed
 
 from pylo_integrations import ShardingError
 from pylo_integrations.deepspeed import check_config
-from pylo_integrations.workers import Workers
 
+# Ranks of their own (`ranks`): DeepSpeed changes the processes that import it.
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.timeout(240),
@@ -38,14 +38,6 @@ pytestmark = [
 
 CLOSE = 1e-5  # of the largest element of a tensor
 START = {"embedding.weight", "first.weight", "first.bias", "norm.weight", "norm.bias", "last.weight", "last.bias"}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """Processes of their own: DeepSpeed changes the ones that import it."""
-    workers = Workers()
-    yield workers
-    workers.close()
 
 
 def distance(got, want) -> float:
@@ -113,12 +105,16 @@ def test_checkpoints_go_on(ranks, tmp_path, name, stage):
         assert end["whole"]["digest"] == end["resumed"]["digest"], "the resumed run went another way"
     [told] = ranks.run(1, other_size_case, name=name, stage=stage, folder=str(tmp_path))
     assert "DP world size of 2 but the current world size is 1" in told
-    # by canonical state: to one process without DeepSpeed, to one rank, and back to two
+    # by canonical state: to one process without DeepSpeed; to two ranks; to one for a step, and back to two
     want, (canonical, params) = ends[0]["whole"]["params"], ends[0]["middle"]
     assert distance(plain_run(name, range(2, 4), canonical, params)[0], want) < CLOSE
-    for world in (1, 2):
-        arrived = ranks.run(world, arrive_case, name=name, stage=stage, canonical=canonical, params=params)
-        assert arrived[0]["iteration"] == 4 and distance(arrived[0]["params"], want) < CLOSE
+    for journey in ([(2, range(2, 4))], [(1, range(2, 3)), (2, range(3, 4))]):
+        left = canonical, params
+        for world, steps in journey:
+            options = {"name": name, "stage": stage, "steps": steps, "canonical": left[0], "params": left[1]}
+            arrived = ranks.run(world, arrive_case, **options)
+            left = arrived[0]["left"]
+        assert {end["iteration"] for end in arrived} == {4} and distance(arrived[0]["params"], want) < CLOSE
 
 
 @pytest.mark.parametrize(("name", "stage", "lr", "stock"), [("velo", 1, 0.7, True), ("celo2", 2, 3e-4, False)])

@@ -32,6 +32,7 @@ from transformers import (  # noqa: E402
     HfArgumentParser,
     TrainingArguments,
 )
+from transformers.trainer_callback import CallbackHandler  # noqa: E402
 from transformers.trainer_utils import SchedulerType  # noqa: E402
 from transformers.training_args import OptimizerNames  # noqa: E402
 
@@ -48,6 +49,7 @@ from pylo_integrations import (  # noqa: E402
 )
 from pylo_integrations.hf import stock  # noqa: E402
 from pylo_integrations.hf.optimizer import FromGroups, check_supported  # noqa: E402
+from pylo_integrations.hf.run import RunCallback  # noqa: E402
 from pylo_integrations.ops import loader  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
@@ -143,8 +145,6 @@ def logged(trainer, what="loss"):
 
 
 def everything_changed_by_install():
-    from transformers.trainer import DEFAULT_CALLBACKS
-
     return {
         "values": dict(OptimizerNames._value2member_map_),
         "members": dict(OptimizerNames._member_map_),
@@ -152,7 +152,7 @@ def everything_changed_by_install():
         "attributes": dict(vars(OptimizerNames)),
         "trainer": dict(vars(transformers.Trainer)),
         "accelerator": dict(vars(accelerate.Accelerator)),
-        "callbacks": list(DEFAULT_CALLBACKS),
+        "callbacks": dict(vars(CallbackHandler)),
         "handlers": dict(stock._handlers() or {}),
     }
 
@@ -282,6 +282,19 @@ def test_a_foreign_trainer_class_takes_names(make_args, toy_loss, installed, sto
     assert trainer.factor == 2.0
     decaying = [name for g in optimizer.param_groups if g["weight_decay"] for name in g["param_names"]]
     assert decaying == ["transformer.wpe.weight"]
+
+
+def test_a_launcher_that_replaces_the_trainers_first_callbacks_is_followed(make_args, toy_loss, installed, monkeypatch):
+    """As ms-swift does: without ours, nobody hears the loss or tells how long the run is."""
+
+    class Flow(transformers.DefaultFlowCallback):
+        pass
+
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [Flow])
+    trainer = transformers.Trainer(gpt2(), make_args(optim="toy_loss"), train_dataset=texts())
+    assert [type(callback) for callback in trainer.callback_handler.callbacks[:2]] == [Flow, RunCallback]
+    optimizer = fit(trainer)
+    assert optimizer.rule.seen_losses == logged(trainer) and optimizer.num_steps == 4
 
 
 def test_a_foreign_trainer_class_takes_names_positionally(make_args, toy_loss):

@@ -13,8 +13,8 @@ import torch
 from megatron_cases import arrive_case, leave_case, overflow_case, plain_case, refused_case, resume_case, steps_case
 
 from pylo_integrations.catalog import get_optimizer_info
-from pylo_integrations.workers import Workers
 
+# Ranks of their own (`ranks`): their torch passes for one with devices.
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.timeout(300),
@@ -26,14 +26,6 @@ pytestmark = [
 CLOSE = 5e-5  # of the largest element of a tensor: sums in another order, in float32; seen: 1.6e-5
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 QKV_BIAS = "decoder.layers.0.self_attention.linear_qkv.bias"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """Processes of their own, whose torch passes for one with devices."""
-    workers = Workers()
-    yield workers
-    workers.close()
 
 
 def distance(got, want) -> float:

@@ -241,6 +241,39 @@ def test_names_divide_what_no_module_tells():
         param_groups(model, split={"missing": 2})
 
 
+@pytest.mark.parametrize("known_first", [True, False])
+def test_of_modules_that_share_a_parameter_any_that_knows_counts(known_first):
+    def shared(*names: str) -> nn.Module:
+        block = nn.Module()
+        for name in names if known_first else reversed(names):
+            setattr(block, name, nn.Linear(4, 12, bias=False))
+        for child in block.children():
+            child.weight = next(block.children()).weight
+        return block
+
+    block = shared("qkv", "out")
+    first = "qkv.weight" if known_first else "out.weight"
+    assert described(block, split=True) == {first: (3, False, "out_in")}
+    for name in ("qkv", "out", "qkv.weight", "out.weight"):  # by any of its names
+        assert described(block, split={name: 4}) == {first: (4, False, "out_in")}
+    contrary = shared("qkv", "gate_up_proj")
+    with pytest.raises(ValueError, match=r"different ways, .*split=2 as gate_up_proj\.weight.*say which") as told:
+        param_groups(contrary, split=True)
+    assert "split=3 as qkv.weight" in str(told.value)
+    assert [split for split, *_ in described(contrary, split={"qkv.weight": 1}).values()] == [1]
+
+    module = nn.Module()
+    for name in ("one", "two") if known_first else ("two", "one"):
+        setattr(module, name, nn.Module())
+    module.one.qkv = module.two.out = nn.Linear(4, 12, bias=False)
+    assert [split for split, *_ in described(module, split=True).values()] == [3]
+
+    experts, outside = Experts(), nn.Module()
+    outside.weight = experts.gate_up_proj
+    tied = nn.ModuleList([experts, outside] if known_first else [outside, experts])
+    assert (2, True, "in_out") in described(tied, split=True).values()
+
+
 def test_transformers_models_are_recognised():
     transformers = pytest.importorskip("transformers")
     gpt = transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4))

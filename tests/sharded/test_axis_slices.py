@@ -13,7 +13,6 @@ from pylo_integrations import ShardingError, param_groups
 from pylo_integrations.sharding.holdings import Holdings
 from pylo_integrations.sharding.pieces import AxisSlice, stand_in
 from pylo_integrations.state import from_canonical, to_canonical
-from pylo_integrations.workers import Workers
 
 # Of each parameter: whole shape, divided axis, slices of a rank along it.
 DIVIDED = {
@@ -91,13 +90,6 @@ def sliced_case(
     return {key: param.detach() for key, param in model.named_parameters()}, middle
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    workers = Workers()
-    yield workers
-    workers.close()
-
-
 def check(ends, want, tolerance=1e-5) -> None:
     for rank, (got, _) in enumerate(ends):
         for name, whole in want.items():
@@ -108,22 +100,22 @@ def check(ends, want, tolerance=1e-5) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("name", distinct_rules())
 @pytest.mark.parametrize(("split", "backend"), [(False, "auto"), (True, "reference")])
-def test_steps_are_those_of_whole_tensors(ranks, name, split, backend):
-    [(want, _)] = ranks.run(1, sliced_case, name=name, split=split)
-    check(ranks.run(2, sliced_case, name=name, split=split, backend=backend), want)
+def test_steps_are_those_of_whole_tensors(workers, name, split, backend):
+    [(want, _)] = workers.run(1, sliced_case, name=name, split=split)
+    check(workers.run(2, sliced_case, name=name, split=split, backend=backend), want)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["velo", "pace"])
-def test_canonical_state_is_of_whole_tensors(ranks, name):
-    [(want, (alone, wholes))] = ranks.run(1, sliced_case, name=name)
-    divided = ranks.run(2, sliced_case, name=name)
+def test_canonical_state_is_of_whole_tensors(workers, name):
+    [(want, (alone, wholes))] = workers.run(1, sliced_case, name=name)
+    divided = workers.run(2, sliced_case, name=name)
     canonical = divided[0][1][0]
     for param, states in alone["state"].items():
         for what, state in states.items():
             assert torch.allclose(canonical["state"][param][what], state, rtol=1e-4, atol=1e-6), (param, what)
-    check(ranks.run(1, sliced_case, name=name, canonical=canonical, wholes=wholes), want)
-    check(ranks.run(2, sliced_case, name=name, canonical=alone, wholes=wholes), want)
+    check(workers.run(1, sliced_case, name=name, canonical=canonical, wholes=wholes), want)
+    check(workers.run(2, sliced_case, name=name, canonical=alone, wholes=wholes), want)
 
 
 def test_blocks_of_8_bits_are_refused():

@@ -321,14 +321,8 @@ def sleep(rank, world):
 @pytest.mark.parametrize(
     ("function", "message"), [(fail_on_rank_1, "rank 1 of 2: .*nothing to see"), (sleep, "no answer within 1 s")]
 )
-def test_workers_that_fail_or_hang_are_reported_and_replaced(function, message):
-    from pylo_integrations.workers import Workers
-
-    workers = Workers()
-    try:
-        workers.run(2, start_some)  # they have started
-        with pytest.raises(RuntimeError, match=f"(?s){message}"):
-            workers.run(2, function, timeout=1 if function is sleep else 60)
-        assert not workers._groups
-    finally:
-        workers.close()
+def test_workers_that_fail_or_hang_are_reported_and_replaced(ranks, function, message):
+    ranks.run(2, start_some)  # they have started
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        ranks.run(2, function, timeout=1 if function is sleep else 60)
+    assert not ranks._groups

@@ -146,7 +146,7 @@ def test_the_wheel_works_away_from_the_sources(unpacked, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     recipes = unpacked / "pylo_integrations" / "_recipes"
-    assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "nano", "vit")]
+    assert run.stdout.split() == [str(recipes / name / "train.py") for name in ("gpt2", "nano", "sft", "vit")]
 
 
 @pytest.mark.slow

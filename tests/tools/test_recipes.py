@@ -25,7 +25,9 @@ for extra in ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers
     pytest.importorskip(extra)  # extra [recipes]
 
 ROOT = RECIPES.parent
-PRESETS = sorted(str(path.relative_to(RECIPES)) for name in ("vit", "gpt2") for path in (RECIPES / name).glob("*.yaml"))
+PRESETS = sorted(
+    str(path.relative_to(RECIPES)) for name in ("vit", "gpt2", "sft") for path in (RECIPES / name).glob("*.yaml")
+)
 
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
 ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
@@ -418,6 +420,30 @@ def test_gpt2_with_accelerate_on_two_processes(small_gpt2, tmp_path):
     said = run_script("gpt2/train_accelerate.py", *options, launcher=ACCELERATE)
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+
+
+# -- sft -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_sft_learns_and_resumes_exactly(tmp_path):
+    from safetensors.torch import load_file
+
+    for needed in ("datasets", "peft", "trl"):
+        pytest.importorskip(needed)  # which no extra brings
+    options = ["--max_functions=48", "--eval_functions=8", "--base_steps=2", "--hidden_size=32"]
+    options += ["--num_hidden_layers=1", "--max_steps=8", "--save_steps=4", "--learning_rate=0.01"]
+    options += ["--use_cpu=true", "--disable_tqdm=true"]
+    said = run_here("sft/train.py", *options, "--output_dir", tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["optimizer"] == "celo2" and summary["steps"] == 8
+    assert summary["eval loss, after"] < summary["eval loss, before"] - 0.1, summary
+    assert "data: 48 functions" in said and all(name in said for name in summary)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "whole.safetensors")
+    run_here("sft/train.py", *options, "--output_dir", tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
+    whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "adapter_model"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
