@@ -170,6 +170,7 @@ _DETAILS = (
     "best train",
     "batches",
     "best batches",
+    "largest spike",
     "validation",
     "accuracy",
     "steps to tuned AdamW",
@@ -187,13 +188,16 @@ def _details(results: Results, task: str) -> str:
 
 def _detail_row(result: Result) -> list[str]:
     diverged = f" ({result.diverged} of {len(result.runs)} diverged)" if result.diverged else ""
-    losses = [_spread(result, name) for name in ("train", "train_best", "batches", "batches_best", "validation")]
+    losses = [_spread(result, name) for name in ("train", "train_best", "batches", "batches_best")]
+    spikes = [run["spike"] for run in result.runs.values() if run.get("spike") is not None]
     accuracies = [run["accuracy"] for run in result.runs.values() if run["accuracy"] is not None]
     times = [f"{1e3 * result.median(name):.2f}" for name in ("step_seconds", "optimizer_seconds")]
     return [
         result.title,
         f"`{result.setting}`{diverged}",
         *losses,
+        f"{max(spikes):.2f}" if spikes else "",
+        _spread(result, "validation"),
         f"{median(accuracies):.3f}" if accuracies else "",
         _reach(result),
         *times,

@@ -30,6 +30,12 @@ from pylo_integrations.paths import LARGEST_LOG, read_bytes
 WINDOW = 0.05
 """Part of a run over whose steps the losses of batches are averaged."""
 
+SPIKE_WINDOW = 100
+"""Batches whose mean loss is looked at for spikes: enough that what is left of their noise is none."""
+
+WARM_UP = 0.05
+"""Part of a run in which no spikes are looked for."""
+
 POINTS = 20
 """How often, beside the start, the loss is measured on the same training examples."""
 
@@ -79,6 +85,8 @@ def train(run: Run) -> dict[str, Any]:
     * ``train_best``: the least loss in ``train_curve``;
     * ``batches``, ``batches_best``: the mean loss, before the update, of the last batches, 5 % of all, and the least
       such mean of so many batches in a row;
+    * ``spike``: the largest mean loss of a hundred batches in a row over the least such mean before it, after the first
+      twentieth of the run; at most 1 if losses only fall; None in a run without two such means;
     * ``diverged``: whether a loss was not finite, which ends the run, or ``train`` is not below what it was at the
       start;
     * ``step_seconds``, ``optimizer_seconds``: wall time per step, in all and in the optimizer; ``step_cpu_seconds``:
@@ -142,6 +150,7 @@ def _train(run: Run) -> dict[str, Any]:
         "train_best": _number(min((loss for _, loss, _ in train_curve if math.isfinite(loss)), default=math.inf)),
         "batches": _number(averages[-1] if is_whole else math.inf),
         "batches_best": _number(min(averages, default=math.inf)),
+        "spike": _number(_spike(losses)),
         "validation": _number(validation_loss),
         "accuracy": _number(accuracy),
         "train_curve": [[step, _number(loss)] for step, loss, _ in train_curve],
@@ -178,6 +187,15 @@ def _averages(losses: Sequence[float], window: int) -> list[float]:
     sums = [0.0, *itertools.accumulate(losses)]
     means = [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
     return [mean for mean in means if math.isfinite(mean)]
+
+
+def _spike(losses: Sequence[float]) -> float | None:
+    """How far averaged losses rise above their least before; None if there are no two averages."""
+    means = _averages(losses[round(WARM_UP * len(losses)) :], SPIKE_WINDOW)
+    return max(
+        (mean / least for mean, least in zip(means[1:], itertools.accumulate(means, min), strict=False) if least),
+        default=None,
+    )
 
 
 def _number(value: float | None) -> float | int | None:
@@ -230,6 +248,8 @@ _SETTING = {entry.name for entry in fields(Setting)}
 def _is_run(record: Mapping[str, Any]) -> bool:
     """Whether a record that was read has all that reports need."""
     if not all(isinstance(record.get(name, ...), kinds) for name, kinds in _KINDS.items()):
+        return False
+    if not isinstance(record.get("spike"), (int, float, type(None))):  # runs of 0.1.0 have none
         return False
     setting, curve = record["setting"], record["train_curve"]
     if any(isinstance(record[name], int) and abs(record[name]) >= 2**63 for name in _KINDS):

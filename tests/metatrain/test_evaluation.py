@@ -34,7 +34,7 @@ from pylo_integrations.evaluation.contenders import default_of, grid_of
 from pylo_integrations.evaluation.plan import RUNS
 from pylo_integrations.evaluation.report import describe
 from pylo_integrations.evaluation.results import Results, ranks_of
-from pylo_integrations.evaluation.runs import RunsFile, train_all
+from pylo_integrations.evaluation.runs import RunsFile, _spike, train_all
 from pylo_integrations.evaluation.tasks import base, first, transfer
 from pylo_integrations.metatrain import DataError
 from pylo_integrations.mup import mup_param_groups
@@ -104,6 +104,16 @@ def test_all_optimizers_start_alike_and_see_the_same_batches(whole):
             # muP divides the outputs, so mulo's network begins elsewhere.
             assert len({r["train_curve"][0][1] for r in mine if r["name"] != MULO}) == 1
             assert len({r["train"] for r in mine}) == len(mine), "they should differ in the end"
+
+
+def test_a_spike_is_how_far_averaged_losses_rise_after_warming_up():
+    falling = [1000 / (10 + step) for step in range(1000)]
+    assert _spike(falling) < 1
+    assert _spike([1e6, *falling]) < 1, "while warming up it may rise"
+    # A hundred batches at three times the loss, at 500, where it is 1000 / 510.
+    raised = [loss * (3 if 500 <= step < 600 else 1) for step, loss in enumerate(falling)]
+    assert _spike(raised) == pytest.approx(3 * 460 / 560, rel=0.01)
+    assert _spike(falling[:100]) is None
 
 
 def test_a_run_is_the_same_again(whole):
