@@ -117,7 +117,10 @@ class Offload:
 
 
 def _is_astray(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "cpu"
+    return isinstance(value, Tensor) and value.device.type not in (
+        "cpu",
+        "meta",
+    )  # which has no numbers, and is refused
 
 
 def _lies_like(copy: Tensor, tensor: Tensor) -> bool:
@@ -128,7 +131,8 @@ def _lies_like(copy: Tensor, tensor: Tensor) -> bool:
 
 def _host_copy(tensor: Tensor) -> Tensor:
     """Memory on the CPU, in the same order where that has no gaps."""
-    copy = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
+    with torch.inference_mode(False):  # later steps may be outside
+        copy = torch.empty_like(tensor.detach(), device="cpu", pin_memory=tensor.is_cuda)
     if hasattr(copy, "grad_dtype"):  # gradients may be of another type than their parameter
         copy.grad_dtype = None
     return copy

@@ -12,22 +12,46 @@ void adam_in_blocks(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const pylo_rule rule = *job.rule;  // copies, as below
     const pylo_step step = *job.step;
+    const Moving first = {0, rule.momentum_keep[0], rule.momentum_weight[0]};
+    const Moving second = {RMS_STATE, rule.rms_keep, rule.rms_weight};
     alignas(64) float buffer[2][BLOCK], momentum[BLOCK] = {}, rms[BLOCK] = {};
     alignas(64) uint32_t hashes[BLOCK];
-    for_blocks(job, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
-        make_hashes(job.stored->noise[0], (uint64_t)(job.stored->first + run.index), run.count, hashes);
-        move_block<false, LOWER, true>(
-            job, 0, run, block, grad, hashes, rule.momentum_keep[0], rule.momentum_weight[0], momentum);
-        move_block<true, UPPER, true>(job, RMS_STATE, run, block, grad, hashes, rule.rms_keep, rule.rms_weight, rms);
+    uint8_t copies[2][BLOCK];
+    for_blocks(job, !t.direction, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
+        make_hashes(job.stored->noise[0], (uint64_t)(job.stored->first + run.index), run.padded, hashes);
         float *param = nullptr, *direction = t.direction ? buffer[1] : nullptr;
         if (!direction) param = run.load(t.param, t.param_dtype, buffer[0]);
-        for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
-            Vec m = Vec::load(momentum + lane), r = Vec::load(rms + lane);
-            const Vec proposed = adam_step(rule, step, m, m, r, true);
-            if (direction)
-                proposed.store(direction + lane);
-            else
-                updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
+        const auto step_by = [&](auto &&averages) __attribute__((always_inline)) {
+            for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
+                Vec m, r;
+                averages(lane, m, r);
+                const Vec proposed = adam_step(rule, step, m, m, r, true);
+                if (direction)
+                    proposed.store(direction + lane);
+                else
+                    updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
+            }
+        };
+        if (t.state_dtype == PYLO_BFLOAT16) {
+            move_halves<false, LOWER>(job, first, run, grad, hashes, momentum);
+            move_halves<true, UPPER>(job, second, run, grad, hashes, rms);
+            step_by([&](int lane, Vec &m, Vec &r) __attribute__((always_inline)) {
+                m = Vec::load(momentum + lane);
+                r = Vec::load(rms + lane);
+            });
+        } else {
+            Codes<false> one(job, first, run, block, copies[0]);
+            Codes<true> other(job, second, run, block, copies[1]);
+            one.move(grad, momentum);
+            other.move(grad, rms);
+            one.encode<LOWER>(momentum, hashes);
+            other.encode<UPPER>(rms, hashes);
+            step_by([&](int lane, Vec &m, Vec &r) __attribute__((always_inline)) {
+                m = one.decoded(lane);
+                r = other.decoded(lane);
+            });
+            one.store();
+            other.store();
         }
         if (direction)
             run.store(t.direction, t.direction_dtype, direction);

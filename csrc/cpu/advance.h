@@ -15,26 +15,49 @@ void advance(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     if (rule.layers == 0) return;
     const bool is_network = rule.layers > 0;
-    alignas(64) float values[BLOCK];
-    alignas(64) uint32_t hashes[BLOCK];
-    for_blocks(job, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
+    Moving moving[3];
+    int momenta = 0;
+    for (int k = 0; k < (is_network ? 3 : 1); ++k) {
+        const float weight = is_network ? rule.momentum_weight[k] : job.step->momentum_weight;
+        if (t.momentum[k]) moving[momenta++] = {k, is_network ? rule.momentum_keep[k] : 1 - weight, weight};
+    }
+    const bool has_rms = is_network && t.rms;
+    const Moving square = {RMS_STATE, rule.rms_keep, rule.rms_weight};
+    alignas(64) float values[4][BLOCK];
+    alignas(64) uint32_t hashes[2][BLOCK];
+    uint8_t copies[4][BLOCK];
+    for_blocks(job, false, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
         const auto hash = [&](int pair) __attribute__((always_inline)) {
-            make_hashes(job.stored->noise[pair], (uint64_t)(job.stored->first + run.index), run.count, hashes);
+            make_hashes(job.stored->noise[pair], (uint64_t)(job.stored->first + run.index), run.padded, hashes[pair]);
         };
-        const auto momentum = [&](int k, auto half) __attribute__((always_inline)) {
-            const float weight = is_network ? rule.momentum_weight[k] : job.step->momentum_weight;
-            const float keep = is_network ? rule.momentum_keep[k] : 1 - weight;
-            move_block<false, decltype(half)::value, false>(job, k, run, block, grad, hashes, keep, weight, values);
+        if (has_rms || t.momentum[0]) hash(0);
+        if (is_network && (t.momentum[1] || t.momentum[2])) hash(1);
+        // act(i, hashes, half of them) for all momenta
+        const auto each = [&](auto &&act) __attribute__((always_inline)) {
+            for (int i = 0; i < momenta; ++i)
+                if (moving[i].state == 2)
+                    act(i, hashes[1], In<UPPER>{});
+                else
+                    act(i, hashes[moving[i].state], In<LOWER>{});
         };
-        const bool has_rms = is_network && t.rms;
-        if (t.momentum[0] || has_rms) hash(0);
-        if (t.momentum[0]) momentum(0, In<LOWER>{});
-        if (has_rms)
-            move_block<true, UPPER, false>(job, RMS_STATE, run, block, grad, hashes, rule.rms_keep, rule.rms_weight, values);
-        if (!is_network || !(t.momentum[1] || t.momentum[2])) return;
-        hash(1);
-        if (t.momentum[1]) momentum(1, In<LOWER>{});
-        if (t.momentum[2]) momentum(2, In<UPPER>{});
+        if (t.state_dtype == PYLO_BFLOAT16) {
+            if (has_rms) move_halves<true, UPPER>(job, square, run, grad, hashes[0], values[3]);
+            return each([&](int i, const uint32_t *noise, auto half) __attribute__((always_inline)) {
+                move_halves<false, decltype(half)::value>(job, moving[i], run, grad, noise, values[i]);
+            });
+        }
+        // All move on before any is encoded: until a scale is known, another state can move.
+        Codes<true> squares;
+        Codes<false> codes[3];
+        if (has_rms) (squares = Codes<true>(job, square, run, block, copies[3])).move(grad, values[3]);
+        for (int i = 0; i < momenta; ++i)
+            (codes[i] = Codes<false>(job, moving[i], run, block, copies[i])).move(grad, values[i]);
+        if (has_rms) squares.encode<UPPER>(values[3], hashes[0]);
+        each([&](int i, const uint32_t *noise, auto half) __attribute__((always_inline)) {
+            codes[i].encode<decltype(half)::value>(values[i], noise);
+        });
+        if (has_rms) squares.store();
+        for (int i = 0; i < momenta; ++i) codes[i].store();
     });
 }
 

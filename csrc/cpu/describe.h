@@ -30,6 +30,7 @@ void describe_part(const Job &job) {
     };
     for_runs(job, [&](const Position &at, int64_t first, const Run &run) __attribute__((always_inline)) {
         window.load(job, run);
+        window.prefetch_stored(job);
         const Run along(first * g.lane_stat_step, g.lane_stat_step, run.count);
         const float *lane_scale[3] = {};
         Vec fixed_scale[3];

@@ -41,6 +41,15 @@ struct Window {
         }
     }
 
+    // Asks for the states that follow in memory, where they are not floats: prefetch() is of copies then.
+    PYLO_FN void prefetch_stored(const Job &job) const {
+        const pylo_tensor &t = *job.tensor;
+        if (t.state_dtype == PYLO_FLOAT32 || run.step != 1) return;
+        const int64_t next = run.index + run.count;
+        pylo::prefetch(t.rms, t.state_dtype, next, run.count);
+        for (int k = 0; k < 3; ++k) pylo::prefetch(t.momentum[k], t.state_dtype, next, run.count);
+    }
+
     // The element at a lane, accumulators updated if they are not yet.
     PYLO_FN Element<Vec> element(const pylo_rule &rule, const pylo_step &step, int lane) const {
         Element<Vec> x;

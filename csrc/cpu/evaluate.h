@@ -62,29 +62,21 @@ PYLO_FN void relu_layer(
         relu_units<V, 4>(in, inputs, weights, weights_step, outputs, bias, table, out);
 }
 
-// The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one.
-PYLO_FN void prefetch(const void *base, int dtype, int64_t index) {
-    if (!base) return;
-    const int size = dtype == PYLO_FLOAT32 ? 4 : dtype == PYLO_INT8 ? 1 : 2;
-    const char *line = (const char *)base + index * size;
-    const int bytes = TILE * size;
-    for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(line + offset);
-}
-
-// A third of the streams at a time: a core waits where more lines are asked for at once than it can have on their way.
+// The tile is 3 cache lines of each stream: too short a run for the hardware to foresee, so ask for the next one. A third of
+// the streams at a time: a core waits where more lines are asked for at once than it can have on their way.
 PYLO_FN void prefetch_tile(const Job &job, int64_t index, int third) {
     const pylo_tensor &t = *job.tensor;
     if (index < 0) return;
     switch (third) {
         case 0:
-            prefetch(job.step->grad, job.step->grad_dtype, index);
-            return prefetch(t.param, t.param_dtype, index);
+            prefetch(job.step->grad, job.step->grad_dtype, index, TILE);
+            return prefetch(t.param, t.param_dtype, index, TILE);
         case 1:
-            prefetch(t.rms, t.state_dtype, index);
-            return prefetch(t.momentum[0], t.state_dtype, index);
+            prefetch(t.rms, t.state_dtype, index, TILE);
+            return prefetch(t.momentum[0], t.state_dtype, index, TILE);
         case 2:
-            prefetch(t.momentum[1], t.state_dtype, index);
-            return prefetch(t.momentum[2], t.state_dtype, index);
+            prefetch(t.momentum[1], t.state_dtype, index, TILE);
+            return prefetch(t.momentum[2], t.state_dtype, index, TILE);
     }
 }
 

@@ -1,9 +1,8 @@
 // Parameter-shaped state as it is stored: floats, their upper halves, or codes with a scale for every block. The formulas
 // are those of pylo_integrations/formats.py, operation by operation.
 //
-// Loops over a block are functions of their own, without branches and with pointers that are told to be distinct: codes are
-// bytes, which may be anything's, and in a larger function compilers give up on vectors. A call costs nothing beside 256
-// elements.
+// Loops over a block are functions of their own: codes are bytes, which may be anything's, and in a larger function compilers
+// read all that is constant again after each store. A call costs nothing beside 256 elements.
 #pragma once
 
 #include "../core/formulas.h"
@@ -32,6 +31,7 @@ struct Blocks {
     PYLO_FN explicit Blocks(const pylo_stored &stored)
         : row(stored.row), per_row((stored.row + BLOCK - 1) / BLOCK) {}
     PYLO_FN Place at(int64_t element) const {
+        if (row % BLOCK == 0) return {element / BLOCK, BLOCK - element % BLOCK};  // as nearly all are: no division
         const int64_t number = element / row, column = element - number * row, block = column / BLOCK;
         const int64_t end = (block + 1) * BLOCK;
         return {number * per_row + block, (end < row ? end : row) - column};
@@ -48,35 +48,33 @@ struct Blocks {
 // Products of the largest codes and these are exactly 1.
 constexpr float SIGNED = 1.0f / 16129.0f, SQUARE = 1.0f / 65025.0f;
 
-template <bool Square>
-PYLO_FN float decoded(int code) {
+// What a code stands for, as a part of its block's scale.
+template <bool Square, class V>
+PYLO_FN V curve(V code) {
     if constexpr (Square) {
-        const float square = (float)(code * code) * SQUARE;
+        const V square = code * code * V(SQUARE);
         return square * square;
     }
-    return (float)(code * (code < 0 ? -code : code)) * SIGNED;
+    return code * magnitude(code) * V(SIGNED);
 }
 
 template <bool Square>
-PYLO_FN int code_at(const void *codes, int64_t element) {
-    return Square ? (int)((const uint8_t *)codes)[element] : (int)((const int8_t *)codes)[element];
+PYLO_FN Vec load_curve(const void *codes, int64_t i) {
+    if constexpr (Square) return curve<true>(from_bytes((const uint8_t *)codes + i));
+    return curve<false>(from_bytes((const int8_t *)codes + i));
+}
+
+template <bool Square>
+PYLO_FN float decoded(const void *codes, int64_t i, float scale) {
+    if constexpr (Square) return curve<true>((float)((const uint8_t *)codes)[i]) * scale;
+    return curve<false>((float)((const int8_t *)codes)[i]) * scale;
 }
 
 template <bool Square>
 PYLO_FN void decode_codes(const void *codes, int64_t first, int count, float scale, float *values) {
     int i = 0;
-    for (; i + Vec::lanes <= count; i += Vec::lanes) {
-        Vec curve;
-        if constexpr (Square) {
-            const Vec code = from_bytes((const uint8_t *)codes + first + i), square = code * code * Vec(SQUARE);
-            curve = square * square;
-        } else {
-            const Vec code = from_bytes((const int8_t *)codes + first + i);
-            curve = code * at_least(code, Vec(0.0f) - code) * Vec(SIGNED);
-        }
-        (curve * Vec(scale)).store(values + i);
-    }
-    for (; i < count; ++i) values[i] = decoded<Square>(code_at<Square>(codes, first + i)) * scale;
+    for (; i + Vec::lanes <= count; i += Vec::lanes) (load_curve<Square>(codes, first + i) * Vec(scale)).store(values + i);
+    for (; i < count; ++i) values[i] = decoded<Square>(codes, first + i, scale);
 }
 
 template <bool Square>
@@ -94,7 +92,7 @@ PYLO_FN void decode(
     }
     for (int i = 0; i < run.count; ++i) {
         const int64_t element = run.index + i * run.step;
-        values[i] = decoded<Square>(code_at<Square>(codes, element)) * scales[blocks.at(element).block];
+        values[i] = decoded<Square>(codes, element, scales[blocks.at(element).block]);
     }
 }
 
@@ -159,12 +157,25 @@ PYLO_FN uint32_t noise_of(uint32_t hash) {
     return hash >> H & 0xFFFFu;
 }
 
+// (noise + 0.5) / 2^16: the noise as digits of a number from 1 to 2, less 1.
+template <Half H>
+PYLO_FN Vec chance_of(Bits hash) {
+    const Bits digits = H == UPPER ? hash >> 9 : hash << 7;
+    return of_bits((digits & 0x7FFF80u) | 0x3F800040u) - Vec(1.0f);
+}
+
 // -- averages that move on -----------------------------------------------------------------------------------------------
 
-template <bool Square>
-PYLO_FN float moved_on(float keep, float weight, float old, float grad) {
+template <bool Square, class V>
+PYLO_FN V moved_on(float keep, float weight, V old, V grad) {
     return ema(keep, weight, old, Square ? grad * grad : grad);
 }
+
+// A state of a record, and how it moves on.
+struct Moving {
+    int state;
+    float keep, weight;
+};
 
 // In bfloat16; `values` become what is stored.
 template <bool Square, Half H>
@@ -181,79 +192,95 @@ __attribute__((noinline)) void move_halves(
     }
 }
 
-// Of codes, not encoded yet.
+template <bool Square, Half H>
+PYLO_FN void move_halves(
+    const Job &job, const Moving &by, const Run &run, const float *grad, const uint32_t *hashes, float *values) {
+    uint16_t *state = (uint16_t *)state_of(*job.tensor, by.state) + run.index;
+    move_halves<Square, H>(grad, hashes, run.count, by.keep, by.weight, state, values);
+}
+
+// Of codes, not encoded yet. Returns the largest magnitude, NaN if there is one: these are ordered as integers.
 template <bool Square>
-__attribute__((noinline)) void move_codes(
-    const void *codes, int64_t first, const float *__restrict grad, int count, float scale, float keep, float weight,
-    float *__restrict values) {
-    for (int i = 0; i < count; ++i) {
-        const float old = decoded<Square>(code_at<Square>(codes, first + i)) * scale;
-        values[i] = moved_on<Square>(keep, weight, old, grad[i]);
+__attribute__((noinline)) float move_codes(
+    const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
+    Bits most = {};
+    for (int i = 0; i < padded; i += Vec::lanes) {
+        const Vec moved = moved_on<Square>(keep, weight, load_curve<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
+        moved.store(values + i);
+        most = larger_of(most, bits_of(magnitude(moved)));
     }
+    uint32_t sizes[Vec::lanes], largest = 0;
+    memcpy(sizes, &most, sizeof most);
+    for (uint32_t size : sizes) largest = size > largest ? size : largest;
+    return from_bits(largest);
 }
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-// Largest magnitude of a block, NaN if there is one: these are ordered as integers.
-__attribute__((noinline)) float largest_magnitude(const float *values, int count) {
-    uint32_t most = 0;
-    for (int i = 0; i < count; ++i) {
-        const uint32_t size = to_bits(values[i]) & 0x7FFFFFFFu;
-        most = size > most ? size : most;
-    }
-    const float scale = from_bits(most);
-    return scale < 0x1p-90f ? 0.0f : scale;
-}
-
-PYLO_FN float whole_part(float x) { return (float)(int)x; }  // of small numbers that are not negative
-
-// The code of a number times encode_codes()' unit.
+// The code of a number times Codes' unit.
 template <bool Square>
-PYLO_FN int encoded(float x, float chance) {
+PYLO_FN Vec encoded(Vec x, Vec chance) {
+    const Vec one(1.0f);
     if constexpr (Square) {
-        const float size = x > 0 ? x : 0.0f;
-        const float lower = whole_part(root(root(size))), upper = lower + 1;
-        const float low = lower * lower * (lower * lower), high = upper * upper * (upper * upper);
-        const float code = lower + (size - low > chance * (high - low) ? 1.0f : 0.0f);
-        const float least = x > 0 ? 1.0f : 0.0f, most = code < 255.0f ? code : 255.0f;
-        return (int)(most > least ? most : least);
+        const auto power = [](Vec v) __attribute__((always_inline)) { return v * v * (v * v); };
+        const Vec size = at_least(Vec(0.0f), x), lower = whole_part(root(root(size))), upper = lower + one;
+        const Vec low = power(lower), high = power(upper);
+        const Vec code = chosen(larger(size - low, chance * (high - low)), upper, lower);
+        return at_most(Vec(255.0f), chosen(larger(x, Vec(0.0f)), at_least(one, code), code));
     }
-    const float size = __builtin_fabsf(x);
-    const float lower = whole_part(root(size));
-    const float code = lower + (size - lower * lower > chance * (2 * lower + 1) ? 1.0f : 0.0f);
-    return (int)__builtin_copysignf(code < 127.0f ? code : 127.0f, x);
+    const Vec size = magnitude(x), lower = whole_part(root(size)), gap = madd(lower, Vec(2.0f), one);
+    const Vec code = chosen(larger(size - lower * lower, chance * gap), lower + one, lower);
+    return with_sign_of(x, at_most(Vec(127.0f), code));
 }
 
-template <bool Square, Half H>
-__attribute__((noinline)) void encode_codes(
-    const float *__restrict values, const uint32_t *__restrict hashes, int count, float unit, int8_t *__restrict codes) {
-    for (int i = 0; i < count; ++i) {
-        const float chance = ((float)(int)noise_of<H>(hashes[i]) + 0.5f) * 0x1p-16f;
-        codes[i] = (int8_t)encoded<Square>(values[i] * unit, chance);
+// The codes of a block, which moves on and is encoded then. `copy` is for those of a block that ends within
+// a vector: nothing beyond it may be written.
+template <bool Square>
+class Codes {
+public:
+    PYLO_FN Codes() {}
+    PYLO_FN Codes(const Job &job, const Moving &by, const Run &run, int64_t block, uint8_t (&copy)[BLOCK])
+        : by(by), stored((uint8_t *)state_of(*job.tensor, by.state) + run.index), codes(stored),
+          stored_scale(job.stored->scale[by.state] + block), scale(*stored_scale), count(run.count), padded(run.padded) {
+        if (count == padded) return;
+        codes = (uint8_t *)memcpy(copy, stored, (size_t)count);
+        memset(copy + count, 0, (size_t)(padded - count));
     }
-}
 
-// A block of a state moves on by the gradient that the rule sees; `values` become what is stored of it if `Read`.
-template <bool Square, Half H, bool Read>
-PYLO_FN void move_block(
-    const Job &job, int which, const Run &run, int64_t block, const float *grad, const uint32_t *hashes, float keep,
-    float weight, float *values) {
-    void *state = state_of(*job.tensor, which);
-    if (job.tensor->state_dtype == PYLO_BFLOAT16)
-        return move_halves<Square, H>(grad, hashes, run.count, keep, weight, (uint16_t *)state + run.index, values);
-    float &scale = job.stored->scale[which][block];
-    move_codes<Square>(state, run.index, grad, run.count, scale, keep, weight, values);
-    scale = largest_magnitude(values, run.count);
-    // A little more than it should be, so that the largest number has the largest code whatever is rounded.
-    const float unit = scale > 0 ? (Square ? 65025.0f * 65025.0f : 16129.0f) / scale * (1 + 0x1p-22f) : 0.0f;
-    encode_codes<Square, H>(values, hashes, run.count, unit, (int8_t *)state + run.index);
-    if constexpr (Read) decode_codes<Square>(state, run.index, run.count, scale, values);
-}
+    PYLO_FN void move(const float *grad, float *values) {
+        scale = move_codes<Square>(codes, grad, padded, scale, by.keep, by.weight, values);
+        if (scale < 0x1p-90f) scale = 0;
+        // A little more than it should be, so that the largest number has the largest code whatever is rounded.
+        unit = scale > 0 ? (Square ? 65025.0f * 65025.0f : 16129.0f) / scale * (1 + 0x1p-22f) : 0.0f;
+    }
+
+    template <Half H>
+    __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes) const {
+        const Codes own = *this;  // which no store to bytes can change
+        for (int lane = 0; lane < own.padded; lane += Vec::lanes) {
+            const Vec chance = chance_of<H>(load_bits(hashes + lane));
+            store_bytes(to_wholes(encoded<Square>(Vec::load(values + lane) * Vec(own.unit), chance)), own.codes + lane);
+        }
+    }
+
+    PYLO_FN Vec decoded(int lane) const { return load_curve<Square>(codes, lane) * Vec(scale); }
+
+    PYLO_FN void store() const {
+        if (count < padded) memcpy(stored, codes, (size_t)count);
+        *stored_scale = scale;
+    }
+
+private:
+    Moving by;
+    uint8_t *stored, *codes;
+    float *stored_scale, scale, unit = 0;
+    int count, padded;
+};
 
 // Calls visit(run, number of the block, gradient that the rule sees) for the blocks that begin in a part, which is a run of
-// elements of the box.
+// elements of the box. `reads_param`: so does visit.
 template <class Visit>
-PYLO_FN void for_blocks(const Job &job, Visit &&visit) {
+PYLO_FN void for_blocks(const Job &job, bool reads_param, Visit &&visit) {
     const pylo_rule rule = *job.rule;  // copies, as in adam()
     const pylo_step step = *job.step;
     const pylo_tensor &t = *job.tensor;
@@ -267,8 +294,11 @@ PYLO_FN void for_blocks(const Job &job, Visit &&visit) {
         if (step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, buffer[1]);
         for (int lane = 0; lane < run.padded; lane += Vec::lanes)
             seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(buffer[2] + lane);
-        visit(run, place.block, (const float *)buffer[2]);
         first += place.left;
+        // The hardware foresees the streams but not how long the arithmetic of a block takes.
+        prefetch(step.grad, step.grad_dtype, first, BLOCK);
+        if (reads_param) prefetch(t.param, t.param_dtype, first, BLOCK);
+        visit(run, place.block, (const float *)buffer[2]);
     }
 }
 

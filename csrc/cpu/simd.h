@@ -67,6 +67,7 @@ PYLO_FN Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
 PYLO_FN Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
 PYLO_FN Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
 PYLO_FN Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+PYLO_FN Vec operator-(Vec a) { return -a.raw; }
 
 #if defined(__SSE2__)
 
@@ -79,6 +80,26 @@ PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return a * b + c; }
 // max and min return their second operand if either is NaN.
 PYLO_FN Vec at_least(Vec bound, Vec x) { return PYLO_MM(max_ps)(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return PYLO_MM(min_ps)(bound.raw, x.raw); }
+
+// Towards zero, of numbers below 2^31.
+PYLO_FN Vec whole_part(Vec x) {
+#if PYLO_LANES == 16
+    return _mm512_roundscale_ps(x.raw, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#elif PYLO_LANES == 8
+    return _mm256_round_ps(x.raw, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+    return _mm_cvtepi32_ps(_mm_cvttps_epi32(x.raw));
+#endif
+}
+
+// 1 / root(x) of normal numbers above zero, within 1 / 2000 of it: a root takes ten times as long.
+PYLO_FN Vec near_inverse_root(Vec x) {
+#if PYLO_LANES == 16
+    return _mm512_rsqrt14_ps(x.raw);
+#else
+    return PYLO_MM(rsqrt_ps)(x.raw);
+#endif
+}
 
 // x where |x| <= limit, else 0; also for NaN.
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) {
@@ -120,6 +141,11 @@ PYLO_FN Vec root(Vec x) { return vsqrtq_f32(x.raw); }
 PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return vfmaq_f32(c.raw, a.raw, b.raw); }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return vmaxq_f32(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return vminq_f32(bound.raw, x.raw); }
+PYLO_FN Vec whole_part(Vec x) { return vrndq_f32(x.raw); }
+PYLO_FN Vec near_inverse_root(Vec x) {
+    const float32x4_t rough = vrsqrteq_f32(x.raw);
+    return vmulq_f32(rough, vrsqrtsq_f32(vmulq_f32(x.raw, rough), rough));
+}
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) {
     const uint32x4_t keep = vcleq_f32(vabsq_f32(x.raw), limit.raw);
     return vreinterpretq_f32_u32(vandq_u32(keep, vreinterpretq_u32_f32(x.raw)));
@@ -139,53 +165,12 @@ PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return madd(a.raw, b.raw, c.raw); }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return at_least(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return at_most(bound.raw, x.raw); }
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) { return zero_beyond(x.raw, limit.raw); }
+PYLO_FN Vec whole_part(Vec x) { return (float)(int32_t)x.raw; }
+PYLO_FN Vec near_inverse_root(Vec x) { return 1 / root(x.raw); }
 PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
     return p * Vec(__builtin_ldexpf(1.0f, (int)(rounded.raw - 12582912.0f)));
 }
 
-#endif
-
-// Narrow numbers widened: the loops that a compiler makes of it take more of them at a time than short runs have.
-
-PYLO_FN Vec from_halves(const uint16_t *p) {  // bfloat16
-#if PYLO_LANES == 16
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-#elif PYLO_LANES == 8
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-#elif defined(__SSE2__)
-    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)));
-#elif PYLO_LANES == 4
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
-#else
-    const uint32_t bits = (uint32_t)*p << 16;
-    float x;
-    __builtin_memcpy(&x, &bits, sizeof x);
-    return x;
-#endif
-}
-
-#if PYLO_LANES == 16
-PYLO_FN Vec from_bytes(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-PYLO_FN Vec from_bytes(const uint8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-#elif PYLO_LANES == 8
-PYLO_FN Vec from_bytes(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-PYLO_FN Vec from_bytes(const uint8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-#else
-template <class Byte>
-PYLO_FN Vec from_bytes(const Byte *p) {
-    float wide[PYLO_LANES];
-    for (int i = 0; i < PYLO_LANES; ++i) wide[i] = (float)p[i];
-    return Vec::load(wide);
-}
 #endif
 
 // As many numbers in double precision as a vector has lanes.

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "../core/geometry.h"
-#include "simd.h"
+#include "bits.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -51,6 +51,16 @@ PYLO_FN uint16_t to_float16(float x) {  // to nearest, ties to even
         return (uint16_t)(sign | (to_bits(from_bits(size) + 0.5f) - 0x3F000000u));
     return (uint16_t)(sign | (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13);
 #endif
+}
+
+PYLO_FN int size_of(int dtype) { return dtype == PYLO_FLOAT32 ? 4 : dtype == PYLO_INT8 ? 1 : 2; }
+
+// Asks for `count` elements that will be read soon. Beyond the end of a buffer it does no harm: a fetch never faults.
+PYLO_FN void prefetch(const void *base, int dtype, int64_t index, int count) {
+    if (!base) return;
+    const char *first = (const char *)base + index * size_of(dtype), *last = first + count * size_of(dtype) - 1;
+    for (const char *line = first; line < last; line += 64) __builtin_prefetch(line);
+    __builtin_prefetch(last);  // which is in a line of its own where the first does not begin one
 }
 
 // A run of lanes in memory: `count` from `index` on, `step` apart. Kernels work on whole vectors, which take `padded` of

@@ -201,6 +201,7 @@ def _torch_functions() -> loader.TorchStruct | None:
     return loader.TorchStruct(member=member, **{k: ctypes.cast(v, ctypes.c_void_p).value for k, v in places.items()})
 
 
+@torch.inference_mode(False)  # tensors of inference have no versions, and the first step may be in it
 def _samples() -> list[Tensor]:
     """Tensors of which no two have the same format."""
     base = torch.zeros(4, 6, device="cpu")

@@ -98,6 +98,17 @@ def test_a_step_like_the_last_one_takes_its_plan():
     assert_alike(near, mine, far, other)
 
 
+def test_steps_may_be_inside_and_outside_of_inference_mode(cpu_is_away):
+    params = near_parameters()
+    optimizer = create(params, "celo2", offload_state=True)
+    for inside in (True, False, True, False):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with torch.inference_mode(inside):
+            optimizer.step()
+    assert optimizer.iteration == 4
+
+
 def test_groups_and_their_options_hold():
     near = near_parameters()
     far = far_parameters(near)
@@ -292,6 +303,14 @@ def test_parameters_that_cannot_be_copied_are_refused_before_anything_changes(cp
         optimizer.step()
     for p, old, own in zip(params, before, states, strict=True):
         assert torch.equal(p, old) and all(torch.equal(optimizer.state[p][name], own[name]) for name in own)
+
+
+def test_a_state_without_numbers_is_refused_as_any_other_that_does_not_fit():
+    run = pair("celo2")
+    step_both(*run, range(1))
+    run[3].state[run[2][0]]["rms"] = torch.zeros(96, 80, device="meta")
+    with pytest.raises(StateError, match="rms.*on meta"):
+        run[3].step()
 
 
 def test_parameters_that_share_memory_are_refused(cpu_is_away):

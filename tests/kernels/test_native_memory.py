@@ -28,6 +28,12 @@ def asked(request, monkeypatch):
     return request.param
 
 
+def test_the_library_may_be_asked_for_the_first_time_in_inference_mode():
+    memory._asked.cache_clear()
+    with torch.inference_mode():
+        assert memory._asked() is not None
+
+
 def test_memory_tells_addresses_and_formats_apart(asked):
     base = torch.zeros(4, 4)
     same = [base, base.detach(), nn.Parameter(base)]

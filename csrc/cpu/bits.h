@@ -1,0 +1,104 @@
+// A vector's bits, and narrow numbers: widened when they are read, their lower bits kept when they are written.
+#pragma once
+
+#include "simd.h"
+
+namespace pylo {
+inline namespace PYLO_ISA {
+
+#if PYLO_LANES > 1
+typedef uint32_t Bits __attribute__((vector_size(PYLO_LANES * 4)));
+typedef int32_t Wholes __attribute__((vector_size(PYLO_LANES * 4)));
+PYLO_FN Vec to_floats(Bits numbers) { return __builtin_convertvector((Wholes)numbers, RawVec); }  // below 2^31
+PYLO_FN Bits to_wholes(Vec x) { return (Bits)__builtin_convertvector(x.raw, Wholes); }
+#else
+typedef uint32_t Bits;
+PYLO_FN Vec to_floats(Bits number) { return (float)(int32_t)number; }
+PYLO_FN Bits to_wholes(Vec x) { return (Bits)(int32_t)x.raw; }
+#endif
+
+PYLO_FN Bits bits_of(Vec x) {
+    Bits bits;
+    __builtin_memcpy(&bits, &x.raw, sizeof bits);
+    return bits;
+}
+
+PYLO_FN Vec of_bits(Bits bits) {
+    Vec x;
+    __builtin_memcpy(&x.raw, &bits, sizeof bits);
+    return x;
+}
+
+PYLO_FN Bits load_bits(const uint32_t *p) {
+    Bits bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+
+PYLO_FN Bits larger_of(Bits a, Bits b) { return a > b ? a : b; }
+PYLO_FN float magnitude(float x) { return __builtin_fabsf(x); }
+PYLO_FN Vec magnitude(Vec x) { return of_bits(bits_of(x) & 0x7FFFFFFFu); }
+PYLO_FN Vec with_sign_of(Vec sign, Vec size) { return of_bits((bits_of(sign) & 0x80000000u) | bits_of(size)); }
+
+// Which lanes of a are larger, and one of two numbers in each.
+PYLO_FN auto larger(Vec a, Vec b) { return a.raw > b.raw; }
+template <class Lanes>
+PYLO_FN Vec chosen(Lanes which, Vec yes, Vec no) {
+    return which ? yes.raw : no.raw;
+}
+
+// Compilers that are left to it make a long way of widening and narrowing.
+
+PYLO_FN Vec from_halves(const uint16_t *p) {  // bfloat16
+#if PYLO_LANES == 16
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#elif PYLO_LANES == 8
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+#elif defined(__SSE2__)
+    return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)));
+#elif PYLO_LANES == 4
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+#else
+    return of_bits((uint32_t)*p << 16);
+#endif
+}
+
+#if PYLO_LANES == 16
+PYLO_FN Vec from_bytes(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+PYLO_FN Vec from_bytes(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+PYLO_FN void store_bytes(Bits numbers, uint8_t *p) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)numbers));
+}
+#elif PYLO_LANES == 8
+PYLO_FN Vec from_bytes(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+PYLO_FN Vec from_bytes(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+PYLO_FN void store_bytes(Bits numbers, uint8_t *p) {
+    const __m256i bytes = (__m256i)(numbers & 0xFFu);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(halves, halves));
+}
+#else
+template <class Byte>
+PYLO_FN Vec from_bytes(const Byte *p) {
+    float wide[PYLO_LANES];
+    for (int i = 0; i < PYLO_LANES; ++i) wide[i] = (float)p[i];
+    return Vec::load(wide);
+}
+PYLO_FN void store_bytes(Bits numbers, uint8_t *p) {
+    uint32_t wide[PYLO_LANES];
+    __builtin_memcpy(wide, &numbers, sizeof numbers);
+    for (int i = 0; i < PYLO_LANES; ++i) p[i] = (uint8_t)wide[i];
+}
+#endif
+
+}  // namespace PYLO_ISA
+}  // namespace pylo
