@@ -83,7 +83,11 @@ class FromGroups(Optimizer):
 
 
 def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's groups, divided by how weights are stored and what steps them in ``wanted``, with names."""
+    """The Trainer's groups, divided by how weights are stored and what steps them in ``wanted``, with names.
+
+    Raises:
+        ValueError: They hold parameters that are not among those of ``wanted``.
+    """
     kinds: list[dict[str, Any]] = []
     known: dict[nn.Parameter, tuple[str, int]] = {}
     for group in wanted:
@@ -91,6 +95,12 @@ def _split_as_wanted(groups: Iterable[dict[str, Any]], wanted: Iterable[dict[str
         if kind not in kinds:
             kinds.append(kind)
         known |= {param: (name, kinds.index(kind)) for name, param in group["params"]}
+    groups = list(groups)
+    if foreign := [tuple(param.shape) for group in groups for param in group["params"] if param not in known]:
+        raise ValueError(
+            f"the Trainer's groups hold parameters that the model has not, of shapes {foreign[:5]}: give the Trainer a "
+            "module that holds all that is trained"
+        )
     divided = []
     for group in groups:
         members: dict[int, list[tuple[str, nn.Parameter]]] = {}

@@ -536,6 +536,12 @@ def test_groups_decay_as_the_trainers_and_know_the_axes(make_args, installed, st
     }
 
 
+def test_parameters_that_the_model_has_not_are_refused():
+    foreign = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"parameters that the model has not, of shapes \[\(3,\)\]"):
+        FromGroups([{"params": [foreign]}], name="celo2", owner=gpt2(), lr=1.0, options={}, for_deepspeed=False)
+
+
 @both_paths
 def test_embeddings_go_to_adamw_where_the_optimizer_leaves_them_to_it(make_args, installed, small_thetas, stock):
     args = make_args(weight_decay=0.1, **({"optim": "celo2"} if stock else {}))
