@@ -71,9 +71,11 @@ def load_tokenizer() -> Any:
 
 
 def small_llama(recipe: Recipe, tokenizer: Any, prose: Dataset, args: trl.SFTConfig) -> Any:
-    """A Llama that was trained on prose, in `base` of the output folder; read from there by later runs."""
-    folder = Path(args.output_dir, "base")
+    """A Llama trained on prose, in a folder of the output folder named by its options; later runs read it."""
+    size = f"{recipe.hidden_size}x{recipe.num_hidden_layers}"
+    folder = Path(args.output_dir, f"base-{size}-{recipe.max_functions}-{recipe.base_steps}-{args.seed}")
     if (folder / "config.json").is_file():
+        print(f"base model: read from {folder}", flush=True)
         return transformers.AutoModelForCausalLM.from_pretrained(folder)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(

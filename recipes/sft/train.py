@@ -20,8 +20,9 @@ try:
     import trl
     from data import Recipe, held_out, load_data, load_model, load_tokenizer, small_llama, texts_of
     from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
 
-    from pylo_integrations import unwrap_optimizer
+    from pylo_integrations import get_optimizer_info, list_optimizers, unwrap_optimizer
     from pylo_integrations.hf import install
 except ModuleNotFoundError as error:
     sys.exit(
@@ -38,6 +39,13 @@ def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]
     parser = trl.TrlParser((Recipe, trl.SFTConfig, trl.ModelConfig), description=__doc__)
     preset = [] if "--config" in arguments else ["--config", str(HERE / "tiny.yaml")]
     recipe, args, model_args = parser.parse_args_and_config([*preset, *arguments])
+    optim, given = getattr(args.optim, "value", args.optim), {argument.partition("=")[0] for argument in arguments}
+    if preset and optim != "celo2" and optim in list_optimizers() and "--learning_rate" not in given:
+        args.learning_rate = get_optimizer_info(optim).lr  # that of the preset is celo2's
+    if args.resume_from_checkpoint == "last":
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if args.resume_from_checkpoint is None:
+            parser.error(f"there is no checkpoint in {args.output_dir}: leave --resume_from_checkpoint out")
     return recipe, args, model_args
 
 
@@ -62,8 +70,7 @@ def main() -> None:
         peft_config=trl.get_peft_config(model_args),
     )
     before = trainer.evaluate()["eval_loss"]
-    checkpoint = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     if not trainer.is_world_process_zero():

@@ -444,6 +444,11 @@ def test_sft_learns_and_resumes_exactly(tmp_path):
     run_here("sft/train.py", *options, "--output_dir", tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-4")
     whole, resumed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "adapter_model"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    # Another optimizer has its own rate, and another base model is another folder.
+    rest = [option for option in options if not option.startswith(("--learning_rate", "--base_steps"))]
+    run_here("sft/train.py", *rest, "--base_steps=3", "--optim=pace", "--output_dir", tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["learning rate"] == 1
+    assert len(list(tmp_path.glob("base-*"))) == 2
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=str)
