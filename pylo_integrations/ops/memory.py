@@ -50,8 +50,12 @@ def look_at(tensors: Sequence[Tensor]) -> bytes:
 
     Raises:
         RuntimeError: One has no memory.
+        TypeError: One is no tensor, as an entry of a state may have become.
     """
-    memory = read_memory(map(local_part, tensors), len(tensors))
+    local = list(map(local_part, tensors))
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, local))):  # the library takes them at their word
+        raise TypeError("there is something else than tensors")
+    memory = read_memory(local, len(local))
     memory[:, _IDENTITY] = list(map(id, tensors))
     return memory.tobytes()
 
@@ -116,7 +120,7 @@ class Written:
             )
         try:
             return look_at(self._now()) == self._memory
-        except (KeyError, ValueError, RuntimeError, AttributeError):  # one is gone, or no dense tensor
+        except (KeyError, ValueError, RuntimeError, AttributeError, TypeError):  # one is gone, or no dense tensor
             return False
 
     def raise_versions(self) -> None:

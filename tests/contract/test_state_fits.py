@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
+import numpy as np
 import pytest
 import torch
 from plans import last_buckets, native_parts
@@ -281,6 +284,23 @@ def test_the_rest_is_refused_before_anything_is_written(change, backend):
             with pytest.raises(StateError, match=f"(?s){REFUSED[change]}"):
                 run.step()
             assert run.bits() == before and run.optimizer.iteration == iteration, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [None, 0.5, np.zeros(3)], ids=["None", "float", "ndarray"])
+@pytest.mark.parametrize(("split", "kind"), [(1, dict), (1, OrderedDict), (3, dict), (3, OrderedDict)])
+def test_an_entry_that_is_no_tensor_any_more_is_refused_wherever_it_is_looked_for(split, kind, value, backend):
+    """The library, which reads where tensors are, takes whatever it is given for tensors."""
+    param = nn.Parameter(torch.ones(96, 32))
+    param.grad = torch.ones(96, 32)
+    optimizer = create([{"params": [param], "split": split}], "celo2", backend=backend)
+    optimizer.step()
+    optimizer.state[param] = kind(optimizer.state[param])
+    optimizer.step()
+    optimizer.state[param]["momentum_0"] = value
+    for _ in range(2):
+        with pytest.raises(StateError, match=f"the state 'momentum_0' .* is {type(value).__name__}"):
+            optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["celo2", "small_fc_lopt", "velo", "celo_adam"])
