@@ -31,7 +31,7 @@ WINDOW = 0.05
 """Part of a run over whose steps the losses of batches are averaged."""
 
 SPIKE_WINDOW = 100
-"""Batches whose mean loss is looked at for spikes: enough that what is left of their noise is none."""
+"""Batches whose mean loss is looked at for spikes. Some of their noise is left, how much depends on the task."""
 
 WARM_UP = 0.05
 """Part of a run in which no spikes are looked for."""

@@ -1,4 +1,4 @@
-"""The stages of a step on the native CPU kernels: one call per stage for all tensors.
+"""The stages of a step on the native kernels: one call per stage for all tensors of all rules.
 
 A table describes what is here of every tensor to the library: its buffers and the roles of its axes. It is built when
 tensors are replaced; a step only refreshes what changes (gradients, learning rates). Sums leave one stage and enter the

@@ -37,9 +37,10 @@ def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]
     """Read a command line: options of `Recipe`, `SFTConfig` and `ModelConfig`, over those of `--config FILE.yaml`."""
     install()  # makes --optim celo2 known, also to the parser
     parser = trl.TrlParser((Recipe, trl.SFTConfig, trl.ModelConfig), description=__doc__)
-    preset = [] if "--config" in arguments else ["--config", str(HERE / "tiny.yaml")]
+    given = {argument.partition("=")[0] for argument in arguments}
+    preset = [] if "--config" in given else ["--config", str(HERE / "tiny.yaml")]
     recipe, args, model_args = parser.parse_args_and_config([*preset, *arguments])
-    optim, given = getattr(args.optim, "value", args.optim), {argument.partition("=")[0] for argument in arguments}
+    optim = getattr(args.optim, "value", args.optim)
     if preset and optim != "celo2" and optim in list_optimizers() and "--learning_rate" not in given:
         args.learning_rate = get_optimizer_info(optim).lr  # that of the preset is celo2's
     if args.resume_from_checkpoint == "last":
