@@ -37,6 +37,10 @@ def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]
     """Read a command line: options of `Recipe`, `SFTConfig` and `ModelConfig`, over those of `--config FILE.yaml`."""
     install()  # makes --optim celo2 known, also to the parser
     parser = trl.TrlParser((Recipe, trl.SFTConfig, trl.ModelConfig), description=__doc__)
+    # TRL's parser knows no --config=FILE.
+    arguments = [
+        part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
+    ]
     given = {argument.partition("=")[0] for argument in arguments}
     preset = [] if "--config" in given else ["--config", str(HERE / "tiny.yaml")]
     recipe, args, model_args = parser.parse_args_and_config([*preset, *arguments])
