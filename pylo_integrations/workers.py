@@ -3,13 +3,15 @@
 Starting a process costs seconds, so whoever needs groups in turn shares the processes, and on Linux they are forked
 from one that has imported torch. Each size of group has processes of its own: torch keeps device meshes, and with them
 their process groups, in caches that outlive a group. Nothing waits longer than its timeout: whoever hangs or dies is
-reported, and the group is replaced.
+reported, with the place where it hung, and the group is replaced.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -25,7 +27,33 @@ _IMPORTED = ["torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynam
 """What ranks would import one by one, in seconds each. Nothing in it starts threads, so what has it may be forked."""
 
 
-def _serve(rank: int, world: int, rendezvous: str, connection: Any) -> None:
+_TELL = getattr(signal, "SIGUSR1", None)
+"""What asks a rank where it is; Windows has no such signal."""
+
+
+class _Rank(NamedTuple):
+    process: Any
+    connection: Any
+    told: Path  # where the process writes what its threads are doing, when asked
+
+    def why_silent(self, waited: float) -> str:
+        """How a process ended that will not answer, or where it is."""
+        self.process.join(1.0)
+        if not self.process.is_alive():
+            what = f"ended with exit code {self.process.exitcode}"
+        else:
+            what = f"no answer within {waited} s"
+            if _TELL is not None:
+                os.kill(self.process.pid, _TELL)
+                time.sleep(0.2)
+        return f"{what}\n{self.told.read_text() if self.told.exists() else ''}"
+
+
+def _serve(rank: int, world: int, rendezvous: str, told: Path, connection: Any) -> None:
+    account = told.open("w")
+    faulthandler.enable(account)
+    if _TELL is not None:
+        faulthandler.register(_TELL, account)
     os.environ["OMP_NUM_THREADS"] = "1"
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -57,9 +85,9 @@ class Workers:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="pylo-")
-        self._groups: dict[int, list[tuple[Any, Any]]] = {}  # by size: processes, and our ends of pipes to them
+        self._groups: dict[int, list[_Rank]] = {}  # by size
 
-    def _start(self, world: int) -> list[tuple[Any, Any]]:
+    def _start(self, world: int) -> list[_Rank]:
         context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
             context.set_forkserver_preload(_IMPORTED)
@@ -67,10 +95,11 @@ class Workers:
         group = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, rendezvous, theirs), daemon=True)
+            told = Path(f"{rendezvous}-rank{rank}")
+            process = context.Process(target=_serve, args=(rank, world, rendezvous, told, theirs), daemon=True)
             process.start()
             theirs.close()
-            group.append((process, ours))
+            group.append(_Rank(process, ours, told))
         return group
 
     def run(self, world: int, function: Callable[..., T], *, timeout: float = 120, **kwargs: Any) -> list[T]:
@@ -81,32 +110,32 @@ class Workers:
         """
         if world not in self._groups:
             self._groups[world] = self._start(world)
-        connections = [connection for _, connection in self._groups[world]]
+        ranks = self._groups[world]
         deadline = time.monotonic() + timeout
         results: list[T] = []
         trouble: list[str] = []
-        for connection in connections:
-            connection.send((function, kwargs, timeout))
-        for rank, connection in enumerate(connections):
+        for rank in ranks:
+            rank.connection.send((function, kwargs, timeout))
+        for number, rank in enumerate(ranks):
             try:
-                if not connection.poll(max(0.0, deadline - time.monotonic()) if not trouble else 5.0):
+                if not rank.connection.poll(max(0.0, deadline - time.monotonic()) if not trouble else 5.0):
                     raise EOFError
-                ok, value = connection.recv()
+                ok, value = rank.connection.recv()
             except (EOFError, ConnectionError):
-                ok, value = False, f"no answer within {timeout} s"
+                ok, value = False, rank.why_silent(timeout)
             if ok:
                 results.append(value)
             else:
-                trouble.append(f"rank {rank} of {world}: {value}")
+                trouble.append(f"rank {number} of {world}: {value}")
         if trouble:
             self._end(world)
             raise RuntimeError("\n".join(trouble))
         return results
 
     def _end(self, world: int) -> None:
-        for process, _ in self._groups.pop(world):
-            process.kill()
-            process.join()
+        for rank in self._groups.pop(world):
+            rank.process.kill()
+            rank.process.join()
 
     def close(self) -> None:
         """End the processes; the next :meth:`run` starts new ones."""
