@@ -113,6 +113,30 @@ class PackedNetwork:
         self._layers = layers
 
 
+class PackedNetworks:
+    """The networks of a step, each where the last step had its own.
+
+    A table that stays the same from step to step need not be copied to a device, and a graph can hold its address.
+    """
+
+    def __init__(self) -> None:
+        self._networks: list[PackedNetwork] = []
+
+    def place(self, number: int, layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
+        """The ``number``-th network of a step as the library reads it; see :func:`pack`."""
+        if number == len(self._networks):
+            self._networks.append(PackedNetwork(layers, pack(layers, slots)))
+        network = self._networks[number]
+        if network.has_weights_of(layers):
+            network.enter_biases(layers)
+        else:
+            packed = pack(layers, slots)
+            if network.packed.shape == packed.shape:
+                packed = network.packed.copy_(packed)
+            self._networks[number] = PackedNetwork(layers, packed)
+        return self._networks[number].packed
+
+
 def layers_of(constants: Mapping[str, Tensor], control: Control) -> list[tuple[Tensor, Tensor]]:
     """The network of a bucket's tensors; decisions of this step go before what theta fixes."""
     known = {**constants, **control}

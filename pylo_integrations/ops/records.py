@@ -228,6 +228,7 @@ class Table:
     ) -> None:
         self._library = library
         self.device = library.device
+        self.rules = rules  # which the call points to
         self.tensors = np.zeros(count, TENSOR)
         self.steps = np.zeros(count, STEP)
         self.stored = np.zeros(count, STORED)

@@ -18,7 +18,7 @@ def native_parts(optimizer: LearnedOptimizer) -> list[NativeStages]:
 
 def native_buckets(optimizer: LearnedOptimizer) -> list[Bucket]:
     """What they stepped."""
-    return [bucket for stages in native_parts(optimizer) for bucket in stages._buckets]
+    return [native.bucket for stages in native_parts(optimizer) for native in stages._natives]
 
 
 def is_native(optimizer: LearnedOptimizer) -> bool:

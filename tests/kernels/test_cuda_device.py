@@ -93,7 +93,7 @@ def stages_and_step(params, name="small_fc_lopt"):
     optimizer = create(params, name, weights=weights, backend="native")
     take_steps(optimizer, params, 2)
     (stages,) = native_parts(optimizer)
-    buckets = stages._buckets
+    buckets = [native.bucket for native in stages._natives]
     for bucket in buckets:
         bucket.grads = [p.grad for p in bucket.params]
     context = StepContext(2, None, None, constants=optimizer.rule.constants(params[0].device, torch.float32))

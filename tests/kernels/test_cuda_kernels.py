@@ -178,9 +178,10 @@ def test_the_sums_of_a_stage_are_those_of_the_reference(shim):
     params = parameters(shapes)
     stages, _ = stages_of(params, library=shim)
     give_gradients(params, 0)
-    for bucket in stages._buckets:
+    buckets = [native.bucket for native in stages._natives]
+    for bucket in buckets:
         bucket.grads = [p.grad for p in bucket.params]
-    for bucket, sums in zip(stages._buckets, stages.collect([StepContext(0, None, None)]), strict=True):
+    for bucket, sums in zip(buckets, stages.collect([StepContext(0, None, None)]), strict=True):
         d1, d0 = bucket.layout.factored
         squares = bucket.grads[0].double().square()
         for name, axis in (("row", d0), ("col", d1)):

@@ -24,7 +24,7 @@ from torch import nn
 
 from pylo_integrations import bench
 from pylo_integrations.formats import FLOAT32
-from pylo_integrations.ops import loader, native
+from pylo_integrations.ops import loader, whole
 from pylo_integrations.ops.driver import Driver
 from pylo_integrations.ops.loader import Library, NativeError
 from pylo_integrations.ops.native import NativeStages
@@ -178,7 +178,7 @@ def test_indices_of_64_bits_find_the_same_elements(tmp_path, compiled_kernels, s
 @pytest.mark.usefixtures("shim")
 def test_how_many_are_stepped_together_changes_nothing_that_counts(monkeypatch):
     together = test_whole_steps.trained("celo2_base", "native")
-    monkeypatch.setitem(native.TOGETHER, "cpu", 1)
+    monkeypatch.setitem(whole.TOGETHER, "cpu", 1)
     for one_by_one, got in zip(test_whole_steps.trained("celo2_base", "native"), together, strict=True):
         assert torch.allclose(one_by_one, got, rtol=0, atol=1e-6)
 
@@ -312,7 +312,7 @@ def test_a_step_of_a_vision_transformer_launches_six_kernels_and_four(name, kern
     shapes = [shape.shape for shape in bench.SHAPES["vit_b16"]()]
     params = parameters([tuple(n // 48 if n % 768 == 0 else n for n in shape) for shape in shapes])
     assert len(params) == 152
-    monkeypatch.setitem(native.TOGETHER, "cpu", native.TOGETHER["cuda"])
+    monkeypatch.setitem(whole.TOGETHER, "cpu", whole.TOGETHER["cuda"])
     launched = launches_of_steps(name, [{"params": params}], monkeypatch, steps=1)
     assert launched == kernels and launched.total() == most
 

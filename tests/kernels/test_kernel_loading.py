@@ -263,7 +263,7 @@ def test_what_is_missing_leaves_the_device_to_the_reference_with_one_log_line(
         pytest.skip("there is no NVRTC")
     cpu_library()
     prepare(monkeypatch, compiled_kernels, what)
-    device, (rule,) = torch.device("cuda", 0), stages_of(parameters([(3, 2)]))[0]._rules
+    device, rule = torch.device("cuda", 0), stages_of(parameters([(3, 2)]))[0]._natives[0].rule
     for _ in range(2):
         assert MISSING[what] in self_check.reluctance(rule, device, Ranks())
     (record,) = caplog.records
@@ -380,7 +380,7 @@ def test_launches_are_what_the_plan_says(compiled_kernels, monkeypatch):
         ("apply_tensor_cores_plain", 10, 128, 0),
     ]
     (nth,) = stages._tables
-    rule, nothing = bytes(stages._structs), bytes(ctypes.sizeof(stages._structs))
+    rule, nothing = bytes(nth.table.rules), bytes(ctypes.sizeof(nth.table.rules))
     squares = nth.table.grad_squares.data_ptr().to_bytes(8, "little")
     steps = nth.table.call.plan.call.device_steps.to_bytes(8, "little")
     for each, of_all in zip(arguments, [True, True, False, False, False], strict=True):

@@ -9,7 +9,7 @@ from plans import native_parts
 from thetas import create
 from torch import nn
 
-from pylo_integrations.ops import native
+from pylo_integrations.ops import whole
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -55,7 +55,7 @@ def test_parameters_are_those_of_torchs_functions(name, dtype):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_how_many_are_stepped_together_changes_nothing_that_counts(name, monkeypatch):
     together = trained(name, "native")
-    monkeypatch.setitem(native.TOGETHER, "cpu", 1)
+    monkeypatch.setitem(whole.TOGETHER, "cpu", 1)
     for one_by_one, got, start in zip(trained(name, "native"), together, tensors(), strict=True):
         rounding = start.abs().max() * torch.finfo(torch.float32).eps
         assert (one_by_one - got).abs().max() <= 2e-5 * (got - start).abs().max() + rounding
@@ -64,24 +64,24 @@ def test_how_many_are_stepped_together_changes_nothing_that_counts(name, monkeyp
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_number_of_threads_changes_no_bit_of_the_kernels_part(name, monkeypatch):
     """Torch's products may differ by threads; here each runs on one."""
-    original = native.NativeStages._step_whole_
+    original = whole.WholeSteps.apply
     runs = []
     for threads in (1, 3):
         before = torch.get_num_threads()
 
         def with_threads(self, *args, threads=threads):
-            for nth in self._tables:
-                run = nth.table.run_some
+            table = self._first.table
+            run = table.run_some
 
-                def some(stage, rows, run=run):
-                    torch.set_num_threads(threads)
-                    run(stage, rows)
-                    torch.set_num_threads(1)
+            def some(stage, rows):
+                torch.set_num_threads(threads)
+                run(stage, rows)
+                torch.set_num_threads(1)
 
-                monkeypatch.setattr(nth.table, "run_some", some)
+            monkeypatch.setattr(table, "run_some", some)
             original(self, *args)
 
-        monkeypatch.setattr(native.NativeStages, "_step_whole_", with_threads)
+        monkeypatch.setattr(whole.WholeSteps, "apply", with_threads)
         torch.set_num_threads(1)
         runs.append(trained(name, "native"))
         torch.set_num_threads(before)
@@ -108,7 +108,7 @@ def test_a_step_that_is_interrupted_between_its_halves_can_be_followed_by_anothe
         raise KeyboardInterrupt
 
     (stages,) = native_parts(optimizer)
-    specs = [spec for spec in stages._specs if spec.directions is not None]
+    specs = [native.spec for native in stages._natives if native.spec.directions is not None]
     for spec in specs:
         object.__setattr__(spec, "directions", interrupted)
     with pytest.raises(KeyboardInterrupt):
