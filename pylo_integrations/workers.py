@@ -17,7 +17,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,13 +33,17 @@ _TELL = getattr(signal, "SIGUSR1", None)
 """What asks a rank where it is; Windows has no such signal."""
 
 
+class RankDied(RuntimeError):
+    """A process has ended that should have answered."""
+
+
 class _Rank(NamedTuple):
     process: Any
     connection: Any
     told: Path  # where the process writes what its threads are doing, when asked
 
-    def why_silent(self, waited: float) -> str:
-        """How a process ended that will not answer, or where it is."""
+    def account(self, waited: float) -> str:
+        """Of one that does not answer: how it ended, or where it is."""
         self.process.join(1.0)
         if not self.process.is_alive():
             what = f"ended with exit code {self.process.exitcode}"
@@ -106,31 +112,36 @@ class Workers:
         """Call ``function(rank, world, **kwargs)`` on ``world`` processes at once; what each returned.
 
         Raises:
-            RuntimeError: One of them raised, died or took longer than ``timeout`` seconds.
+            RankDied: One of them was ended, by a signal or by itself.
+            RuntimeError: One of them raised or took longer than ``timeout`` seconds.
         """
         if world not in self._groups:
             self._groups[world] = self._start(world)
         ranks = self._groups[world]
-        deadline = time.monotonic() + timeout
-        results: list[T] = []
-        trouble: list[str] = []
         for rank in ranks:
-            rank.connection.send((function, kwargs, timeout))
-        for number, rank in enumerate(ranks):
-            try:
-                if not rank.connection.poll(max(0.0, deadline - time.monotonic()) if not trouble else 5.0):
-                    raise EOFError
-                ok, value = rank.connection.recv()
-            except (EOFError, ConnectionError):
-                ok, value = False, rank.why_silent(timeout)
-            if ok:
-                results.append(value)
-            else:
-                trouble.append(f"rank {number} of {world}: {value}")
-        if trouble:
+            with suppress(BrokenPipeError):  # it is told below
+                rank.connection.send((function, kwargs, timeout))
+        results: dict[int, Any] = {}
+        trouble: dict[int, Any] = {}
+        waiting: dict[Any, int] = {rank.connection: number for number, rank in enumerate(ranks)}
+        deadline = time.monotonic() + timeout
+        while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+            for connection in ready:
+                number = waiting.pop(connection)
+                try:
+                    ok, value = ranks[number].connection.recv()
+                except (EOFError, ConnectionError):
+                    ok, value = False, ranks[number].account(timeout)
+                (results if ok else trouble)[number] = value
+                if not ok:  # others may wait for this one
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        if waiting or trouble:
+            trouble |= {number: ranks[number].account(timeout) for number in waiting.values()}
+            died = any(not rank.process.is_alive() for rank in ranks)
             self._end(world)
-            raise RuntimeError("\n".join(trouble))
-        return results
+            lines = [f"rank {number} of {world}: {trouble[number]}" for number in sorted(trouble)]
+            raise (RankDied if died else RuntimeError)("\n".join(lines))
+        return [results[number] for number in range(world)]
 
     def _end(self, world: int) -> None:
         for rank in self._groups.pop(world):

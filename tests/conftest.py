@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and several processes of tests share the cores
 
@@ -12,7 +13,7 @@ from toy_loss_rule import toy_loss_optimizer
 
 from pylo_integrations import get_optimizer_info, list_optimizers
 from pylo_integrations.ops import loader
-from pylo_integrations.workers import Workers
+from pylo_integrations.workers import RankDied, Workers
 
 
 def pytest_collection_finish() -> None:
@@ -47,8 +48,23 @@ def small_thetas(monkeypatch):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
 
 
+class _Workers(Workers):
+    """Runs what a signal has ended once more, with a warning that says where it was.
+
+    CI once lost one rank of four in a case that passes thousands of times in a row, with no word of why. What always
+    ends ranks fails still.
+    """
+
+    def run(self, world, function, **kwargs):
+        try:
+            return super().run(world, function, **kwargs)
+        except RankDied as died:
+            warnings.warn(f"a rank of {function.__name__} has died, and it is run again:\n{died}", stacklevel=2)
+            return super().run(world, function, **kwargs)
+
+
 def _started():
-    workers = Workers()
+    workers = _Workers()
     yield workers
     workers.close()
 

@@ -7,11 +7,15 @@ import signal
 import time
 
 import pytest
+import torch.distributed as dist
+
+from pylo_integrations.workers import RankDied, Workers
 
 
 def killed_case(rank: int, world: int) -> int:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
     return rank
 
 
@@ -25,9 +29,16 @@ def answering_case(rank: int, world: int) -> int:
     return rank
 
 
+@pytest.fixture
+def ranks():
+    workers = Workers()
+    yield workers
+    workers.close()
+
+
 @pytest.mark.dist
 def test_a_dead_rank_is_told_by_its_exit_code_and_last_call(ranks):
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2: ended with exit code -11\n(?s:.*)in killed_case"):
+    with pytest.raises(RankDied, match=r"rank 1 of 2: ended with exit code -11\n(?s:.*)in killed_case"):
         ranks.run(2, killed_case)
 
 
