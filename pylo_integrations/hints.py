@@ -34,6 +34,9 @@ _LOWEST_DECAY, _HIGHEST_DECAY = ADAMW_DECAYS[0] / TOLERANCE, ADAMW_DECAYS[1] * T
 SWEEP = 1000.0
 """How many times its initial value a learning rate reaches only in a search for the right one."""
 
+UNTOLD = 200
+"""Steps after which an optimizer that anneals by itself says that it was not told how many there are."""
+
 DROP = 300.0
 """How many times smaller no schedule makes a setting at once and then leaves it; from 1 to AdamW's 1e-3 is more."""
 
@@ -136,14 +139,23 @@ class SettingsWatch:
         usual_lrs: Learning rates that can be meant, within :data:`TOLERANCE`.
         adamw_lr: AdamW's learning rate whose steps are as large as the optimizer's at ``lr``.
         wants_schedule: Whether it wants a learning rate that falls to zero.
+        anneals: Whether its steps fall by themselves if it knows the horizon.
     """
 
-    def __init__(self, name: str, lr: float, usual_lrs: Sequence[float], adamw_lr: float, wants_schedule: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        lr: float,
+        usual_lrs: Sequence[float],
+        adamw_lr: float,
+        wants_schedule: bool,
+        anneals: bool = False,
+    ) -> None:
         self._name = name
         self._lr = lr
         self._lowest, self._highest = min(usual_lrs) / TOLERANCE, max(usual_lrs) * TOLERANCE
         self._adamw_lr = adamw_lr
-        self._wants_schedule = wants_schedule
+        self._wants_schedule, self._anneals = wants_schedule, anneals
         self._begin(0)
 
     def _begin(self, iteration: int) -> None:
@@ -190,7 +202,22 @@ class SettingsWatch:
             for course, times in zip(self._courses, self._in_adamw(groups), strict=False):
                 course.see(times, iteration)
             hints |= self._decay(groups, lambda times: times >= _HIGHEST_DECAY)
-        return hints | ({} if num_steps is None or was_skipped else self._look_for_rest(groups, iteration, num_steps))
+        if was_skipped:
+            return hints
+        if num_steps is None:
+            return hints | self._look_for_end(groups, iteration)
+        return hints | self._look_for_rest(groups, iteration, num_steps)
+
+    def _look_for_end(self, groups: Sequence[Mapping[str, Any]], iteration: int) -> Hints:
+        """Of a run of unknown length, whether anything lets steps fall."""
+        waited = self._anneals and self._is_constant and iteration == UNTOLD and self._first < iteration
+        if not waited or _is_scheduled(groups):
+            return {}
+        return {
+            "schedule": f"{self._name} was not told how many steps the run takes, so its steps do not shrink, and the "
+            "loss ends far above its best: pass num_steps= when creating it, or call optimizer.set_num_steps(n); or "
+            "bring a schedule to zero. Nothing is wrong if yours begins later"
+        }
 
     def _look_for_rest(self, groups: Sequence[Mapping[str, Any]], iteration: int, num_steps: int) -> Hints:
         """What does not move though it should."""

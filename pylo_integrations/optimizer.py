@@ -78,6 +78,9 @@ class LearnedOptimizer(Informed):
     wants_schedule: ClassVar[bool] = False
     """Whether a run ends well only under a learning rate that falls to zero."""
 
+    anneals: ClassVar[bool] = False
+    """Whether steps fall by themselves over a horizon, if one is given; else they do as those that want a schedule."""
+
     default_weight_decay: ClassVar[float] = 0.0
     """Weight decay where none is given."""
 
@@ -117,7 +120,7 @@ class LearnedOptimizer(Informed):
         self._progress = Progress()
         wants_schedule = self.wants_schedule if wants_schedule is None else wants_schedule
         rates = self.default_lr, usual_lrs or [self.default_lr], self.adamw_lr
-        self._advice = Advice(SettingsWatch(type(self).__name__, *rates, wants_schedule))
+        self._advice = Advice(SettingsWatch(type(self).__name__, *rates, wants_schedule, self.anneals))
         offloads = keywords["offload_state"]
         if not isinstance(offloads, bool):
             raise TypeError(f"offload_state={offloads!r} must be True or False")

@@ -66,7 +66,7 @@ class ThetaOptimizer(LearnedOptimizer):
         cls.default_weights, cls.constants = profile.weights, profile.constants
         cls.default_lr, cls.adamw_lr, cls.wants_schedule = profile.lr, profile.adamw_lr, profile.wants_schedule
         cls.default_weight_decay, cls.default_max_grad_norm = profile.weight_decay, profile.max_grad_norm
-        cls.adamw_embeddings = profile.adamw_embeddings
+        cls.adamw_embeddings, cls.anneals = profile.adamw_embeddings, profile.anneals
 
     @spelled_out
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[NetworkKeywords]) -> None:

@@ -27,6 +27,7 @@ from pylo_integrations import (
     list_optimizers,
     mup_param_groups,
 )
+from pylo_integrations.hints import UNTOLD
 
 pytestmark = [pytest.mark.usefixtures("small_thetas"), pytest.mark.timeout(300)]
 
@@ -224,6 +225,17 @@ def test_a_group_that_joins_is_no_schedule(told):
     optimizer.add_param_group({"params": [parameter()], "lr": 1e-6})
     take_steps(optimizer, 20)
     assert "has not changed in 8 of 80 steps" in told()[0] and told() == []
+
+
+@pytest.mark.parametrize("knows", ["nothing", "num_steps", "a schedule"])
+def test_what_anneals_by_itself_says_when_it_was_not_told_the_horizon(told, knows):
+    optimizer = create([parameter()], "pace", num_steps=1000 if knows == "num_steps" else None)
+    scheduler = lr_scheduler.ConstantLR(optimizer, 1.0, 1000) if knows == "a schedule" else None
+    take_steps(optimizer, UNTOLD)
+    assert told() == []
+    take_steps(optimizer, 2)
+    assert [("pass num_steps=" in text) for text in told()] == ([True] if knows == "nothing" else [])
+    assert told() == [] and (scheduler is None) == (knows != "a schedule")
 
 
 def one_cycle(optimizer, natural, times):
