@@ -1,7 +1,7 @@
 """Do launchers train with a learned optimizer if one writes what docs/launchers.md tells to write?
 
-What is written is taken from the page, and the optimizer's class, steps, horizon and losses from the checkpoint that the
-launcher leaves. Each test needs its launcher, and is skipped where it is not installed.
+What is written is taken from the page; the optimizer's class, steps, horizon and losses are read in the checkpoint that
+the launcher leaves. Each test needs its launcher, and is skipped where it is not installed.
 """
 
 from __future__ import annotations
@@ -201,7 +201,12 @@ def test_ms_swift(folder, name, rule, rate):
 def test_verl(workers):
     """Its configuration, its maker of optimizers, and steps under FSDP2; its trainer needs GPUs."""
     for end in workers.run(2, verl_case, overrides=told("verl"), timeout=200):
-        assert end == {"class": "CELO2", "lr": 3e-4, "iteration": 3, "moved": ["0.bias", "0.weight", "2.bias", "2.weight"]}
+        assert end == {
+            "class": "CELO2",
+            "lr": 3e-4,
+            "iteration": 3,
+            "moved": ["0.bias", "0.weight", "2.bias", "2.weight"],
+        }
 
 
 SCRIPT = """
@@ -234,7 +239,8 @@ def test_a_script_of_ones_own(tmp_path, program, count):
     if "--optim" not in command:
         command += " --optim pace"
     (tmp_path / "train.py").write_text(SCRIPT)
-    run(f"{command} --use_cpu --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --report_to none --output_dir out", tmp_path)
+    rest = f"--use_cpu --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --report_to none --output_dir out"
+    run(f"{command} {rest}", tmp_path)
     check(tmp_path, "Pace")
 
 
