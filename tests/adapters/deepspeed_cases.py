@@ -209,6 +209,33 @@ def other_size_case(rank: int, world: int, name: str, stage: int, folder: str) -
     return ""
 
 
+def leave_case(rank: int, world: int, stage: int, folder: str, code: str, half: dict[str, Any]) -> dict[str, Any]:
+    """Four steps; after the second ``code`` of the page saves. All ranks see the whole batch, as in ``half_case``."""
+    engine, optimizer = start("pace", stage, options={"weight_decay": 0.01, "weights": "builtin:pace"}, **half)
+    take_steps(engine, range(2), (0, 1))
+    exec(code, {"engine": engine, "optimizer": optimizer})
+    told = ""
+    try:
+        from deepspeed.checkpoint import DeepSpeedCheckpoint
+        from deepspeed.checkpoint.ds_to_universal import extract_zero_shards
+
+        extract_zero_shards(f"{folder}/universal", DeepSpeedCheckpoint(f"{folder}/now"), (0, 0, rank))
+    except Exception as error:
+        told = repr(error)
+    take_steps(engine, range(2, 4), (0, 1))
+    return {**end_of(engine, optimizer), "told": told}
+
+
+def come_back_case(rank: int, world: int, stage: int, code: str, half: dict[str, Any]) -> dict[str, Any]:
+    """The last two steps, from where ``code`` of the page loads."""
+    names: dict[str, Any] = {"model": net(), "config": config_of(stage, **half), "deepspeed": deepspeed()}
+    torch.nn.init.zeros_(names["model"].first.weight)
+    exec(code, names)
+    assert names["optimizer"].iteration == 2
+    take_steps(names["engine"], range(2, 4), (0, 1))
+    return end_of(names["engine"], names["optimizer"])
+
+
 def arrive_case(
     rank: int, world: int, name: str, stage: int, steps: range, canonical: Any, params: Any
 ) -> dict[str, Any]:

@@ -399,6 +399,40 @@ def lightning_case(
     return {"runs": results}
 
 
+# -- verl --------------------------------------------------------------------------------------------------------------
+
+
+def verl_case(rank: int, world: int, overrides: list[str]) -> dict[str, Any]:
+    """Three steps of what verl makes of its own configuration with ``overrides``, under FSDP2."""
+    import verl.trainer
+    from hydra import compose, initialize_config_dir
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import build_optimizer
+
+    folder = os.path.join(os.path.dirname(verl.trainer.__file__), "config")
+    with initialize_config_dir(folder, version_base=None):
+        actor = compose("ppo_trainer", overrides).actor_rollout_ref.actor
+    assert actor.strategy == "fsdp2"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    before = full_tensors(net)
+    optimizer = build_optimizer(net.parameters(), omega_conf_to_dataclass(actor.optim))
+    for step in range(3):
+        net(torch.full((2, 6), 1.0 + step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = full_tensors(net)
+    return {
+        "class": type(optimizer).__name__,
+        "lr": optimizer.param_groups[0]["lr"],
+        "iteration": optimizer.iteration,
+        "moved": sorted(name for name in before if not torch.equal(before[name], after[name])),
+    }
+
+
 # -- learning rates ----------------------------------------------------------------------------------------------------
 
 

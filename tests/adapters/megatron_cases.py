@@ -252,6 +252,21 @@ def steps_case(rank: int, world: int, name: str, parts: int, micro_batches: int 
         return {**run.end(), "lrs": lrs, "fc1": shape, "kind": type(run.optimizer).__mro__[2].__name__}
 
 
+def overrides_case(rank: int, world: int, name: str, pattern: str, override: dict[str, float]) -> dict[str, Any]:
+    """Learning rate and weight decay of every parameter after three steps, with Megatron's overrides for some."""
+    from megatron.core.optimizer import ParamKey
+
+    with megatron(world):
+        run = Run(name, config_overrides={ParamKey(name=pattern): override})
+        for step in range(3):
+            assert run.step(step)
+        return {
+            name: (group["lr"], group["weight_decay"])
+            for group in run.optimizer.param_groups
+            for name in group["param_names"]
+        }
+
+
 def overflow_case(rank: int, world: int, name: str) -> dict[str, Any]:
     """Only the first rank overflows; its loss is forgotten on both."""
     with megatron(2):

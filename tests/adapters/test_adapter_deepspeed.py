@@ -7,15 +7,20 @@ added up: roundings of 6e-8, which normalising enlarges where gradients are smal
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from deepspeed_cases import (
+    HALF,
     accelerate_case,
     arrive_case,
+    come_back_case,
     half_case,
     hf_zero_case,
+    leave_case,
     other_size_case,
     overflow_case,
     plain_run,
@@ -115,6 +120,21 @@ def test_checkpoints_go_on(ranks, tmp_path, name, stage):
             arrived = ranks.run(world, arrive_case, **options)
             left = arrived[0]["left"]
         assert {end["iteration"] for end in arrived} == {4} and distance(arrived[0]["params"], want) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("stage", "half"), [(1, {}), (1, {"bf16": HALF["bf16"]}), (2, {"bf16": HALF["bf16"]})], ids=str
+)
+def test_the_pages_way_to_another_number_of_ranks(ranks, tmp_path, stage, half):
+    page = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text().replace("runs/zero", str(tmp_path))
+    section = page.split("## Another number of ranks")[1].split("\n## ")[0]
+    save, load = re.findall(r"```python no-run\n(.*?)```", section, re.DOTALL)
+    gone_on = ranks.run(2, leave_case, stage=stage, folder=str(tmp_path), code=save, half=half)
+    assert all(end["told"] for end in gone_on), "DeepSpeed converts these states now: tell so on the page"
+    close = 2 * torch.finfo(torch.bfloat16).eps if half else CLOSE
+    for world in (1, 2):
+        for end in ranks.run(world, come_back_case, stage=stage, code=load, half=half):
+            assert end["iteration"] == 4 and distance(end["params"], gone_on[0]["params"]) <= close
 
 
 @pytest.mark.parametrize(("name", "stage", "lr", "stock"), [("velo", 1, 0.7, True), ("celo2", 2, 3e-4, False)])

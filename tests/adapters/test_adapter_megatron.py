@@ -10,7 +10,16 @@ import importlib.util
 
 import pytest
 import torch
-from megatron_cases import arrive_case, leave_case, overflow_case, plain_case, refused_case, resume_case, steps_case
+from megatron_cases import (
+    arrive_case,
+    leave_case,
+    overflow_case,
+    overrides_case,
+    plain_case,
+    refused_case,
+    resume_case,
+    steps_case,
+)
 
 from pylo_integrations.catalog import get_optimizer_info
 
@@ -76,6 +85,15 @@ def test_data_parallel_ranks_share_steps(ranks, name):
         assert distance(end["params"], want) < CLOSE
 
 
+def test_overrides_of_megatron_set_rates_and_decay_of_some_parameters(ranks):
+    lr = get_optimizer_info("celo2").lr
+    override = {"max_lr": 2 * lr, "min_lr": 0.0, "wd_mult": 0.0}
+    for settings in ranks.run(2, overrides_case, name="celo2", pattern="*linear_fc1.weight", override=override):
+        # After three of ten steps: from the rate to a tenth of it, as the others; from twice the rate to zero.
+        assert settings.pop(FC1) == pytest.approx((2 * lr * 0.7, 0.0))
+        assert settings and all(others == pytest.approx((lr * 0.73, 0.1)) for others in settings.values())
+
+
 def test_clipping_is_that_of_whole_gradients(ranks):
     [want] = ranks.run(1, steps_case, name="celo2", parts=1, clip_grad=1e-3)
     for end in ranks.run(2, steps_case, name="celo2", parts=2, clip_grad=1e-3):
@@ -97,6 +115,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_both(ranks):
         assert end["reached"] == 1 and end["iteration"] == 2
 
 
+@pytest.mark.skipif(importlib.util.find_spec("psutil") is None, reason="needs psutil, as Megatron's checkpoints do")
 @pytest.mark.parametrize(("name", "half"), [("velo", False), ("celo2", True)])
 def test_checkpoints_of_megatron_go_on(ranks, tmp_path, name, half):
     for end in ranks.run(2, resume_case, name=name, parts=2, folder=str(tmp_path), half=half):

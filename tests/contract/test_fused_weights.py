@@ -12,7 +12,7 @@ from sharded_cases import make, random
 from thetas import distinct_rules
 from torch import nn
 
-from pylo_integrations import create_optimizer, param_groups
+from pylo_integrations import create_optimizer, get_optimizer_info, list_optimizers, param_groups
 from pylo_integrations.checkpoints import CheckpointError
 from pylo_integrations.ops import loader
 from pylo_integrations.state import from_canonical, to_canonical
@@ -291,6 +291,12 @@ def test_a_model_and_not_bare_parameters_can_be_divided_by_name():
     assert [group.get("split") for group in optimizer.param_groups].count(3) == 2
     with pytest.raises(TypeError, match="split"):
         create_optimizer(model.parameters(), "pace", split=True, num_steps=10)
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_by_default_only_pace_divides(name):
+    divided = [group for group in get_optimizer_info(name).param_groups(attention()) if group.get("split", 1) == 3]
+    assert bool(divided) == (name == "pace")
 
 
 @pytest.mark.parametrize(
