@@ -35,6 +35,15 @@ PYLO_FN Bits load_bits(const uint32_t *p) {
     return bits;
 }
 
+// All bits of the lanes where a < b, of numbers below 2^31.
+PYLO_FN Bits where_less(Bits a, uint32_t b) {
+#if PYLO_LANES > 1
+    return (Bits)((Wholes)a < (Wholes)(Bits{} + b));
+#else
+    return a < b ? ~0u : 0u;
+#endif
+}
+
 PYLO_FN Bits larger_of(Bits a, Bits b) { return a > b ? a : b; }
 PYLO_FN float magnitude(float x) { return __builtin_fabsf(x); }
 PYLO_FN Vec magnitude(Vec x) { return of_bits(bits_of(x) & 0x7FFFFFFFu); }
@@ -61,6 +70,24 @@ PYLO_FN Vec from_halves(const uint16_t *p) {  // bfloat16
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 #else
     return of_bits((uint32_t)*p << 16);
+#endif
+}
+
+// The upper halves of lanes.
+PYLO_FN void store_halves(Bits numbers, uint16_t *p) {
+#if PYLO_LANES == 16
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)numbers, 16)));
+#elif PYLO_LANES == 8
+    const __m256i halves = _mm256_srli_epi32((__m256i)numbers, 16);
+    const __m128i upper = _mm256_extracti128_si256(halves, 1);
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128(halves), upper));
+#elif defined(__SSE2__)
+    const __m128i halves = _mm_srai_epi32((__m128i)numbers, 16);  // signed, as packing takes them
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi32(halves, halves));
+#elif PYLO_LANES == 4
+    vst1_u16(p, vshrn_n_u32(numbers, 16));
+#else
+    *p = (uint16_t)(numbers >> 16);
 #endif
 }
 

@@ -152,11 +152,6 @@ PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, u
     }
 }
 
-template <Half H>
-PYLO_FN uint32_t noise_of(uint32_t hash) {
-    return hash >> H & 0xFFFFu;
-}
-
 // (noise + 0.5) / 2^16: the noise as digits of a number from 1 to 2, less 1.
 template <Half H>
 PYLO_FN Vec chance_of(Bits hash) {
@@ -177,19 +172,28 @@ struct Moving {
     float keep, weight;
 };
 
-// In bfloat16; `values` become what is stored.
+// In bfloat16; returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
+template <bool Square, Half H>
+PYLO_FN Vec move_halves(uint16_t *state, float keep, float weight, Vec grad, Bits hash) {
+    const Bits bits = bits_of(moved_on<Square>(keep, weight, from_halves(state), grad));
+    const Bits noise = (hash >> (int)H & 0xFFFFu) & where_less(bits & 0x7FFFFFFFu, 0x7F800000u);  // none for what is not finite
+    const Bits stored = (bits + noise) & 0xFFFF0000u;
+    store_halves(stored, state);
+    return of_bits(stored);
+}
+
 template <bool Square, Half H>
 __attribute__((noinline)) void move_halves(
     const float *__restrict grad, const uint32_t *__restrict hashes, int count, float keep, float weight,
     uint16_t *__restrict state, float *__restrict values) {
-    for (int i = 0; i < count; ++i) {
-        const uint32_t bits = to_bits(moved_on<Square>(keep, weight, from_bfloat16(state[i]), grad[i]));
-        const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-        const uint32_t kept = bits >> 16 | (bits & 0x7FFFFFu ? 0x40u : 0u);  // infinity, or a quiet NaN
-        const uint32_t half = finite ? (bits + noise_of<H>(hashes[i])) >> 16 : kept;
-        state[i] = (uint16_t)half;
-        values[i] = from_bits(half << 16);
-    }
+    int i = 0;
+    for (; i + Vec::lanes <= count; i += Vec::lanes)
+        move_halves<Square, H>(state + i, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
+    if (i == count) return;
+    uint16_t copy[Vec::lanes] = {};  // nothing beyond the end may be written
+    memcpy(copy, state + i, (size_t)(count - i) * sizeof *copy);
+    move_halves<Square, H>(copy, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
+    memcpy(state + i, copy, (size_t)(count - i) * sizeof *copy);
 }
 
 template <bool Square, Half H>
@@ -217,19 +221,18 @@ __attribute__((noinline)) float move_codes(
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-// The code of a number times Codes' unit.
+// The code of a number times Codes' unit. Roots are near ones, rounded to the nearest whole number: where its power is
+// larger than what it is the root of, it is one too many. So codes are those of exact roots, which take several times as long.
 template <bool Square>
 PYLO_FN Vec encoded(Vec x, Vec chance) {
-    const Vec one(1.0f);
-    if constexpr (Square) {
-        const auto power = [](Vec v) __attribute__((always_inline)) { return v * v * (v * v); };
-        const Vec size = at_least(Vec(0.0f), x), lower = whole_part(root(root(size))), upper = lower + one;
-        const Vec low = power(lower), high = power(upper);
-        const Vec code = chosen(larger(size - low, chance * (high - low)), upper, lower);
-        return at_most(Vec(255.0f), chosen(larger(x, Vec(0.0f)), at_least(one, code), code));
-    }
-    const Vec size = magnitude(x), lower = whole_part(root(size)), gap = madd(lower, Vec(2.0f), one);
-    const Vec code = chosen(larger(size - lower * lower, chance * gap), lower + one, lower);
+    const auto power = [](Vec v) __attribute__((always_inline)) { return Square ? v * v * (v * v) : v * v; };
+    const Vec one(1.0f), half(0.5f), size = Square ? at_least(Vec(0.0f), x) : magnitude(x);
+    const Vec inverse = near_inverse_root(at_least(Vec(0x1p-99f), size));
+    const Vec near = whole_part(Square ? near_inverse_root(inverse) + half : madd(size, inverse, half));
+    const Vec lower = chosen(larger(power(near), size), near - one, near), upper = lower + one;
+    const Vec low = power(lower), gap = Square ? power(upper) - low : lower + upper;
+    const Vec code = chosen(larger(size - low, chance * gap), upper, lower);
+    if constexpr (Square) return at_most(Vec(255.0f), chosen(larger(x, Vec(0.0f)), at_least(one, code), code));
     return with_sign_of(x, at_most(Vec(127.0f), code));
 }
 
