@@ -5,13 +5,16 @@ Rules see float32 whatever is stored; a format decodes what they load and encode
 * ``float32``: as it is.
 * ``bfloat16``: the upper half of every number, rounded stochastically, so that averages do not stand still where what a
   step adds is smaller than half the distance between neighbours.
-* ``int8``: a code of 8 bits for every number and a float32 scale for every block, the largest magnitude in it. A signed
-  state has codes from -127 to 127, an average of squares codes from 0 to 255:
+* ``int8``: a code of 8 bits for every number and a float32 scale for every block, the largest magnitude in it. Codes
+  are the upper bits of a float32, less those of 1:
 
-  .. math:: x = \operatorname{sign}(c) \, (c / 127)^2 \, s \qquad x = (c / 255)^4 \, s
+  .. math:: y = 1 + R \, |x| / s
 
-  so that distances are smallest at zero. Codes are rounded stochastically, too. An average of squares that is not zero
-  never becomes zero, as it divides. What is smaller than ``TINY`` everywhere in a block is zero.
+  with 5 bits of its mantissa for a signed state, whose codes are -127 to 127 (:math:`R = 14.75`), and 4 for an average
+  of squares, whose codes are 0 to 255 (:math:`R = 63487`). So distances are even near zero and double with every octave
+  of :math:`y`, like those of the mu-law of telephones (ITU-T G.711). They are rounded stochastically, too. An average
+  of squares that is not zero never becomes zero, as it divides. What is smaller than ``TINY`` everywhere in a block is
+  zero.
 
 A block is a run of :data:`BLOCK` elements of a *row*: all that has the same index along the first axis of the whole
 tensor, in row-major order; the last of a row may be shorter. So whoever holds whole rows, as FSDP2 and ``shard_step``
@@ -148,12 +151,11 @@ class Int8(Format):
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         """Codes on their curve, times scales; the largest code is exactly its scale."""
         codes, scales = parts
-        code = codes.float()
-        if codes.dtype == torch.uint8:
-            curve = code.square_().mul_(1 / _TOP**2).square_()
-        else:
-            curve = code.mul_(code.abs()).mul_(1 / _MOST**2)
-        return _unblocked(_blocked(curve).mul_(scales.unsqueeze(-1)), codes.shape)
+        curve = _SQUARE if codes.dtype == torch.uint8 else _SIGNED
+        y = (codes.to(torch.int32).abs_() << curve.shift).add_(_ONE).view(torch.float32)
+        numbers = y.sub_(1).mul_(1 / curve.reach)
+        blocks = _blocked(numbers if curve is _SQUARE else numbers.copysign_(codes)).mul_(scales.unsqueeze(-1))
+        return _unblocked(blocks, codes.shape)
 
     def encode(self, values: Tensor, is_square: bool, noise: Tensor | None) -> list[Tensor]:
         """Codes, of the two neighbours by chance, and the largest magnitude of every block."""
@@ -161,33 +163,40 @@ class Int8(Format):
         scales = blocks.abs().amax(-1)
         scales = scales.where(~(scales < TINY), 0)
         # A little more than it should be, so that the largest number has the largest code whatever is rounded.
-        unit = (_TOP**4 if is_square else _MOST**2) / scales.where(scales > 0, math.inf) * (1 + 2**-22)
+        curve = _SQUARE if is_square else _SIGNED
+        unit = curve.reach / scales.where(scales > 0, math.inf) * (1 + 2**-22)
         blocks = blocks * unit.unsqueeze(-1)
-        chance = 0.5 if noise is None else _blocked((noise.float() + 0.5) / 2**16)
-        codes = _square_codes(blocks, chance) if is_square else _signed_codes(blocks, chance)
-        return [_unblocked(codes, values.shape), scales]
+        codes = curve.codes(blocks, 1 << 15 if noise is None else _blocked(noise))
+        codes = codes.maximum((blocks > 0).to(codes)) if is_square else codes.where(blocks >= 0, -codes)
+        return [_unblocked(codes.to(curve.dtype), values.shape), scales]
 
 
-_MOST, _TOP = 127.0, 255.0
+_ONE = 0x3F800000
 
 
-def _signed_codes(values: Tensor, chance: Tensor | float) -> Tensor:
-    """Codes of numbers of magnitudes up to the largest code's; those that are not finite have any."""
-    size = values.abs()
-    lower = size.sqrt().floor()
-    upper = (size - lower * lower > chance * (2 * lower + 1)).to(lower)
-    code = (lower + upper).clamp_(max=_MOST)
-    return (code * values.sign()).nan_to_num_(0).to(torch.int8)
+class _Curve(NamedTuple):
+    """What codes stand for: see the head of this module.
+
+    Attributes:
+        dtype: Of codes.
+        top: The largest.
+        shift: Bits of float32 that are rounded off.
+        reach: ``y - 1`` of the largest code. Its product with its inverse is exactly 1.
+    """
+
+    dtype: torch.dtype
+    top: int
+    shift: int
+    reach: float
+
+    def codes(self, values: Tensor, noise: Tensor | int) -> Tensor:
+        """Of the magnitudes of ``values``, int32, which are at most ``reach``; those that are not finite have any."""
+        y = (values.abs() + 1).view(torch.int32)
+        bits = (noise << self.shift - 16) + (1 << self.shift - 17)
+        return ((y + bits - _ONE) >> self.shift).clamp_(max=self.top)
 
 
-def _square_codes(values: Tensor, chance: Tensor | float) -> Tensor:
-    """Likewise, of numbers that are not negative; what is above zero has at least 1."""
-    size = values.clamp(min=0)
-    lower = size.sqrt().sqrt().floor()
-    low, high = lower.square().square(), (lower + 1).square().square()
-    upper = (size - low > chance * (high - low)).to(lower)
-    code = torch.maximum((lower + upper).clamp_(max=_TOP), (values > 0).to(lower))
-    return code.nan_to_num_(0).to(torch.uint8)
+_SIGNED, _SQUARE = _Curve(torch.int8, 127, 18, 14.75), _Curve(torch.uint8, 255, 19, 63487.0)
 
 
 def _blocked(values: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ smaller than half the distance between them are not lost but taken now and then.
 The noise is a function of step, tensor, state and element and of nothing else, no seed either. So it does not depend on
 threads or kernels, nor on how a tensor is divided among ranks; ranks that all have a tensor round it alike; and a
 resumed run repeats the numbers of one that went on.
+
+From step to step, the noise of a state's element moves on by the golden ratio (a Kronecker sequence): what a step adds
+is rounded up about as often in any few steps as it should be in all, while independent noise lets a slow average take a
+random walk.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from torch import Tensor
 
 _LOW = 0xFFFF
 _WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E379E37
+"""The golden ratio's fraction in each half of a word."""
 
 
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def box_noise(
     """
     words = torch.tensor(keys, device=device).view(-1, 2, *(1,) * len(extent))
     index = _element_numbers(start, extent, shape, device)
-    noise = _hash((index & _WORD) ^ _hash(index >> 32) ^ words[:, 0]) ^ words[:, 1]
+    noise = _hash((index & _WORD) ^ _hash(index >> 32) ^ words[:, 0]) + words[:, 1] & _WORD
     return (noise >> bit & _LOW).to(torch.int32)
 
 
@@ -64,8 +70,10 @@ def noise_keys(iteration: int, number: int, state: str = "") -> tuple[int, int]:
         number: Of the tensor among all parameters of the optimizer.
         state: Name of a state; nothing for the parameter itself.
     """
-    digest = hashlib.blake2b(f"{iteration} {number} {state}".strip().encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    whose = f"{number} {state}" if state else f"{iteration} {number}"
+    digest = hashlib.blake2b(whose.encode(), digest_size=8).digest()
+    first, second = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    return first, second + iteration * _GOLDEN & _WORD if state else second
 
 
 def _element_numbers(start: Sequence[int], extent: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:

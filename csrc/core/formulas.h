@@ -178,8 +178,9 @@ PYLO_FN V adam_step(const pylo_rule &rule, const pylo_step &step, V grad, V &mom
         momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
         rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
     }
-    const V root_rms = root(rms / V(step.rms_correction) + V(rule.adam_eps_root));
-    return V(step.step_mult) * (momentum / V(step.momentum_correction) / (root_rms + V(rule.adam_eps)));
+    // Quotients of what all elements share; the last one takes a division for each.
+    const V root_rms = root(madd(rms, V(1.0f / step.rms_correction), V(rule.adam_eps_root)));
+    return V(step.step_mult / step.momentum_correction) * momentum / (root_rms + V(rule.adam_eps));
 }
 
 template <class V>

@@ -21,35 +21,28 @@ void adam_in_blocks(const Job &job) {
         make_hashes(job.stored->noise[0], (uint64_t)(job.stored->first + run.index), run.padded, hashes);
         float *param = nullptr, *direction = t.direction ? buffer[1] : nullptr;
         if (!direction) param = run.load(t.param, t.param_dtype, buffer[0]);
-        const auto step_by = [&](auto &&averages) __attribute__((always_inline)) {
-            for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
-                Vec m, r;
-                averages(lane, m, r);
-                const Vec proposed = adam_step(rule, step, m, m, r, true);
-                if (direction)
-                    proposed.store(direction + lane);
-                else
-                    updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
-            }
+        const auto step_by = [&](int lane, Vec m, Vec r) __attribute__((always_inline)) {
+            const Vec proposed = adam_step(rule, step, m, m, r, true);
+            if (direction)
+                proposed.store(direction + lane);
+            else
+                updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
         };
         if (t.state_dtype == PYLO_BFLOAT16) {
             move_halves<false, LOWER>(job, first, run, grad, hashes, momentum);
             move_halves<true, UPPER>(job, second, run, grad, hashes, rms);
-            step_by([&](int lane, Vec &m, Vec &r) __attribute__((always_inline)) {
-                m = Vec::load(momentum + lane);
-                r = Vec::load(rms + lane);
-            });
+            for (int lane = 0; lane < run.padded; lane += Vec::lanes)
+                step_by(lane, Vec::load(momentum + lane), Vec::load(rms + lane));
         } else {
             Codes<false> one(job, first, run, block, copies[0]);
             Codes<true> other(job, second, run, block, copies[1]);
             one.move(grad, momentum);
             other.move(grad, rms);
-            one.encode<LOWER>(momentum, hashes);
-            other.encode<UPPER>(rms, hashes);
-            step_by([&](int lane, Vec &m, Vec &r) __attribute__((always_inline)) {
-                m = one.decoded(lane);
-                r = other.decoded(lane);
-            });
+            for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
+                const Bits hash = load_bits(hashes + lane);
+                const Vec m = one.encode<LOWER>(lane, Vec::load(momentum + lane), hash);
+                step_by(lane, m, other.encode<UPPER>(lane, Vec::load(rms + lane), hash));
+            }
             one.store();
             other.store();
         }

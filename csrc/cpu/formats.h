@@ -45,35 +45,40 @@ struct Blocks {
 
 // -- codes -------------------------------------------------------------------------------------------------------------
 
-// Products of the largest codes and these are exactly 1.
-constexpr float SIGNED = 1.0f / 16129.0f, SQUARE = 1.0f / 65025.0f;
+// A code is what is left of the bits of a float y = 1 + |x| * REACH / scale when its lower ones, SHIFT many, are rounded off,
+// less what is left of 1.
+template <bool Square>
+struct Curve {
+    static constexpr int SHIFT = Square ? 19 : 18, TOP = Square ? 255 : 127;
+    static constexpr uint32_t ONE = 0x3F800000, LAST = ONE + ((uint32_t)TOP << SHIFT), KEPT = ~0u << SHIFT;
+    static constexpr float REACH = Square ? 63487.0f : 14.75f, INVERSE = 1 / REACH;  // whose product is 1
+};
 
-// What a code stands for, as a part of its block's scale.
+// What y stands for, as a part of its block's scale.
 template <bool Square, class V>
-PYLO_FN V curve(V code) {
-    if constexpr (Square) {
-        const V square = code * code * V(SQUARE);
-        return square * square;
-    }
-    return code * magnitude(code) * V(SIGNED);
+PYLO_FN V part_of(V y) {
+    return (y - V(1.0f)) * V(Curve<Square>::INVERSE);
 }
 
 template <bool Square>
-PYLO_FN Vec load_curve(const void *codes, int64_t i) {
-    if constexpr (Square) return curve<true>(from_bytes((const uint8_t *)codes + i));
-    return curve<false>(from_bytes((const int8_t *)codes + i));
+PYLO_FN Vec load_codes(const void *codes, int64_t i) {
+    const Bits code = Square ? from_bytes((const uint8_t *)codes + i) : from_bytes((const int8_t *)codes + i);
+    const Bits size = Square ? code : magnitude(code);
+    const Vec part = part_of<Square>(of_bits((size << Curve<Square>::SHIFT) + Curve<Square>::ONE));
+    return Square ? part : with_sign_of(of_bits(code), part);
 }
 
 template <bool Square>
 PYLO_FN float decoded(const void *codes, int64_t i, float scale) {
-    if constexpr (Square) return curve<true>((float)((const uint8_t *)codes)[i]) * scale;
-    return curve<false>((float)((const int8_t *)codes)[i]) * scale;
+    const int code = Square ? ((const uint8_t *)codes)[i] : ((const int8_t *)codes)[i], size = code < 0 ? -code : code;
+    const float part = part_of<Square>(from_bits(((uint32_t)size << Curve<Square>::SHIFT) + Curve<Square>::ONE)) * scale;
+    return code < 0 ? -part : part;
 }
 
 template <bool Square>
 PYLO_FN void decode_codes(const void *codes, int64_t first, int count, float scale, float *values) {
     int i = 0;
-    for (; i + Vec::lanes <= count; i += Vec::lanes) (load_curve<Square>(codes, first + i) * Vec(scale)).store(values + i);
+    for (; i + Vec::lanes <= count; i += Vec::lanes) (load_codes<Square>(codes, first + i) * Vec(scale)).store(values + i);
     for (; i < count; ++i) values[i] = decoded<Square>(codes, first + i, scale);
 }
 
@@ -139,7 +144,7 @@ PYLO_FN uint32_t mixed(uint32_t x) {
 }
 
 __attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict hashes) {
-    for (int i = 0; i < count; ++i) hashes[i] = mixed((first + (uint32_t)i) ^ key) ^ other;
+    for (int i = 0; i < count; ++i) hashes[i] = mixed((first + (uint32_t)i) ^ key) + other;
 }
 
 // Of `count` elements of the whole tensor from `first` on.
@@ -152,16 +157,12 @@ PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, u
     }
 }
 
-template <Half H>
-PYLO_FN uint32_t noise_of(uint32_t hash) {
-    return hash >> H & 0xFFFFu;
-}
-
-// (noise + 0.5) / 2^16: the noise as digits of a number from 1 to 2, less 1.
-template <Half H>
-PYLO_FN Vec chance_of(Bits hash) {
-    const Bits digits = H == UPPER ? hash >> 9 : hash << 7;
-    return of_bits((digits & 0x7FFF80u) | 0x3F800040u) - Vec(1.0f);
+// (noise + 0.5) / 2^16 of the lowest bit that is kept of a code's float.
+template <bool Square, Half H>
+PYLO_FN Bits code_noise(Bits hash) {
+    constexpr int up = Curve<Square>::SHIFT - 16;
+    const Bits noise = H == UPPER ? hash >> (16 - up) : hash << up;
+    return (noise & (0xFFFFu << up)) | (1u << (up - 1));
 }
 
 // -- averages that move on -----------------------------------------------------------------------------------------------
@@ -177,19 +178,28 @@ struct Moving {
     float keep, weight;
 };
 
-// In bfloat16; `values` become what is stored.
+// In bfloat16; returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
+template <bool Square, Half H>
+PYLO_FN Vec move_halves(uint16_t *state, float keep, float weight, Vec grad, Bits hash) {
+    const Bits bits = bits_of(moved_on<Square>(keep, weight, from_halves(state), grad));
+    const Bits noise = (hash >> (int)H & 0xFFFFu) & where_less(bits & 0x7FFFFFFFu, 0x7F800000u);  // none for what is not finite
+    const Bits stored = (bits + noise) & 0xFFFF0000u;
+    store_halves(stored, state);
+    return of_bits(stored);
+}
+
 template <bool Square, Half H>
 __attribute__((noinline)) void move_halves(
     const float *__restrict grad, const uint32_t *__restrict hashes, int count, float keep, float weight,
     uint16_t *__restrict state, float *__restrict values) {
-    for (int i = 0; i < count; ++i) {
-        const uint32_t bits = to_bits(moved_on<Square>(keep, weight, from_bfloat16(state[i]), grad[i]));
-        const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-        const uint32_t kept = bits >> 16 | (bits & 0x7FFFFFu ? 0x40u : 0u);  // infinity, or a quiet NaN
-        const uint32_t half = finite ? (bits + noise_of<H>(hashes[i])) >> 16 : kept;
-        state[i] = (uint16_t)half;
-        values[i] = from_bits(half << 16);
-    }
+    int i = 0;
+    for (; i + Vec::lanes <= count; i += Vec::lanes)
+        move_halves<Square, H>(state + i, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
+    if (i == count) return;
+    uint16_t copy[Vec::lanes] = {};  // nothing beyond the end may be written
+    memcpy(copy, state + i, (size_t)(count - i) * sizeof *copy);
+    move_halves<Square, H>(copy, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
+    memcpy(state + i, copy, (size_t)(count - i) * sizeof *copy);
 }
 
 template <bool Square, Half H>
@@ -205,7 +215,7 @@ __attribute__((noinline)) float move_codes(
     const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
     Bits most = {};
     for (int i = 0; i < padded; i += Vec::lanes) {
-        const Vec moved = moved_on<Square>(keep, weight, load_curve<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
+        const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
         moved.store(values + i);
         most = larger_of(most, bits_of(magnitude(moved)));
     }
@@ -217,20 +227,14 @@ __attribute__((noinline)) float move_codes(
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-// The code of a number times Codes' unit.
-template <bool Square>
-PYLO_FN Vec encoded(Vec x, Vec chance) {
-    const Vec one(1.0f);
-    if constexpr (Square) {
-        const auto power = [](Vec v) __attribute__((always_inline)) { return v * v * (v * v); };
-        const Vec size = at_least(Vec(0.0f), x), lower = whole_part(root(root(size))), upper = lower + one;
-        const Vec low = power(lower), high = power(upper);
-        const Vec code = chosen(larger(size - low, chance * (high - low)), upper, lower);
-        return at_most(Vec(255.0f), chosen(larger(x, Vec(0.0f)), at_least(one, code), code));
-    }
-    const Vec size = magnitude(x), lower = whole_part(root(size)), gap = madd(lower, Vec(2.0f), one);
-    const Vec code = chosen(larger(size - lower * lower, chance * gap), lower + one, lower);
-    return with_sign_of(x, at_most(Vec(127.0f), code));
+// The rounded y of a number times Codes' unit. An average of squares that is not zero does not become zero.
+template <bool Square, Half H>
+PYLO_FN Bits encoded(Vec x, Bits hash) {
+    typedef Curve<Square> C;
+    const Vec size = Square ? x : magnitude(x);
+    Bits y = smaller_of(bits_of(size + Vec(1.0f)) + code_noise<Square, H>(hash), C::LAST) & C::KEPT;
+    if constexpr (Square) y = larger_of(y, (smaller_of(bits_of(x), 1u) << C::SHIFT) + C::ONE);
+    return y;
 }
 
 // The codes of a block, which moves on and is encoded then. `copy` is for those of a block that ends within
@@ -251,19 +255,26 @@ public:
         scale = move_codes<Square>(codes, grad, padded, scale, by.keep, by.weight, values);
         if (scale < 0x1p-90f) scale = 0;
         // A little more than it should be, so that the largest number has the largest code whatever is rounded.
-        unit = scale > 0 ? (Square ? 65025.0f * 65025.0f : 16129.0f) / scale * (1 + 0x1p-22f) : 0.0f;
+        unit = scale > 0 ? Curve<Square>::REACH / scale * (1 + 0x1p-22f) : 0.0f;
+    }
+
+    // Returns what is stored.
+    template <Half H>
+    PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
+        typedef Curve<Square> C;
+        const Vec x = value * Vec(unit);
+        const Bits y = encoded<Square, H>(x, hash), code = (y - C::ONE) >> C::SHIFT;
+        store_bytes(Square ? code : with_sign_of(x, code), codes + lane);
+        const Vec size = part_of<Square>(of_bits(y)) * Vec(scale);
+        return Square ? size : with_sign_of(x, size);
     }
 
     template <Half H>
     __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes) const {
         const Codes own = *this;  // which no store to bytes can change
-        for (int lane = 0; lane < own.padded; lane += Vec::lanes) {
-            const Vec chance = chance_of<H>(load_bits(hashes + lane));
-            store_bytes(to_wholes(encoded<Square>(Vec::load(values + lane) * Vec(own.unit), chance)), own.codes + lane);
-        }
+        for (int lane = 0; lane < own.padded; lane += Vec::lanes)
+            own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
     }
-
-    PYLO_FN Vec decoded(int lane) const { return load_curve<Square>(codes, lane) * Vec(scale); }
 
     PYLO_FN void store() const {
         if (count < padded) memcpy(stored, codes, (size_t)count);
@@ -295,9 +306,11 @@ PYLO_FN void for_blocks(const Job &job, bool reads_param, Visit &&visit) {
         for (int lane = 0; lane < run.padded; lane += Vec::lanes)
             seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(buffer[2] + lane);
         first += place.left;
-        // The hardware foresees the streams but not how long the arithmetic of a block takes.
+        // The hardware foresees neither so many streams nor how long the arithmetic of a block takes: half of the time
+        // that codes took to move on was measured to be waiting for them.
         prefetch(step.grad, step.grad_dtype, first, BLOCK);
         if (reads_param) prefetch(t.param, t.param_dtype, first, BLOCK);
+        for (int which = 0; which <= RMS_STATE; ++which) prefetch(state_of(t, which), t.state_dtype, first, BLOCK);
         visit(run, place.block, (const float *)buffer[2]);
     }
 }

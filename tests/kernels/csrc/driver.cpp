@@ -54,7 +54,8 @@ struct Record {
     std::unique_ptr<float[]> state[8], row, col, row_scale, col_scale;
     std::unique_ptr<double[]> row_sums, col_sums, feature_sums, stat_squares, tensor_sums;
     std::unique_ptr<char[]> param, grad, direction;
-    std::unique_ptr<float[]> direction_scale;
+    std::unique_ptr<float[]> direction_scale, scale[4];
+    std::unique_ptr<char[]> stored[4];
     int64_t numel = 1, itemsize = 4, rows = 0, cols = 0, slices = 1;
 
     Record(const Shape &shape, int dtype, pylo_tensor &t, pylo_step &step) {
@@ -180,6 +181,7 @@ struct Table {
     pylo_rule rule;
     std::vector<pylo_tensor> tensors;
     std::vector<pylo_step> steps;
+    std::vector<pylo_stored> stored;
     std::vector<Record> records;
     std::vector<double> grad_squares;
     std::unique_ptr<float[]> network;
@@ -260,6 +262,31 @@ struct Table {
         }
     }
 
+    // Has momenta and second moments stored in few bits, but for those of vectors of a network.
+    void store_as(int dtype) {
+        stored.resize(records.size());
+        for (size_t i = 0; i < records.size(); ++i) {
+            pylo_tensor &t = tensors[i];
+            Record &r = records[i];
+            if (rule.layers > 0 && t.d0_axis < 0) continue;
+            t.state_dtype = dtype;
+            stored[i].row = r.numel / (t.rank > 1 ? t.extent[0] : 1);
+            const int64_t scales = r.numel / stored[i].row * ((stored[i].row + PYLO_BLOCK - 1) / PYLO_BLOCK);
+            for (int pair = 0; pair < 2; ++pair)
+                for (int word = 0; word < 2; ++word) stored[i].noise[pair][word] = 0x9E3779B9u * (uint32_t)(4 * i + 2 * pair + word);
+            for (int k = 0; k < 4; ++k) {
+                void *state = k < 3 ? t.momentum[k] : t.rms;
+                if (!state) continue;
+                int64_t &bytes = k < 3 ? t.momentum_bytes[k] : t.rms_bytes;
+                bytes = r.numel * (dtype == PYLO_INT8 ? 1 : 2);
+                r.stored[k] = block<char>(bytes);
+                (k < 3 ? t.momentum[k] : t.rms) = (float *)(void *)r.stored[k].get();
+                if (dtype == PYLO_INT8) r.scale[k] = block(scales, stored[i].scale[k], stored[i].scale_bytes[k]);
+            }
+        }
+        call.stored = stored.data();
+    }
+
     // Whether directions are complete: apply subtracts them.
     void complete_directions(bool complete) {
         for (size_t i = 0; i < records.size(); ++i)
@@ -281,7 +308,13 @@ struct Table {
 
     std::string bytes() const {
         std::string all;
-        for (const Record &r : records) {
+        for (size_t i = 0; i < records.size(); ++i) {
+            const Record &r = records[i];
+            for (int k = 0; k < 4; ++k) {
+                const int64_t stored_bytes = k < 3 ? tensors[i].momentum_bytes[k] : tensors[i].rms_bytes;
+                if (r.stored[k]) all.append(r.stored[k].get(), (size_t)stored_bytes);
+                if (r.scale[k]) all.append((const char *)r.scale[k].get(), (size_t)stored[i].scale_bytes[k]);
+            }
             all.append(r.param.get(), (size_t)(r.numel * r.itemsize));
             for (const auto &state : r.state)
                 if (state) all.append((const char *)state.get(), (size_t)r.numel * 4);
@@ -301,6 +334,7 @@ struct Table {
                 CHECK(pylo_cpu_prepare(&call) == PYLO_OK);
                 CHECK(pylo_cpu_describe(&call) == PYLO_OK);
             }
+            if (call.stored) CHECK(pylo_cpu_advance(&call) == PYLO_OK);
             CHECK(pylo_cpu_apply(&call) == PYLO_OK);
             if (!tensors[0].direction) continue;
             complete_directions(true);
@@ -319,7 +353,8 @@ void add_to_digest(const std::string &bytes) {
 }
 
 void results_do_not_depend_on_threads_or_vector_width(
-    int dtype, const pylo_rule &rule, const std::vector<Shape> &shapes = ::shapes, int direction = -1) {
+    int dtype, const pylo_rule &rule, const std::vector<Shape> &shapes = ::shapes, int direction = -1,
+    int state_dtype = PYLO_FLOAT32) {
     std::string with_fma;
     for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
         if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
@@ -327,6 +362,7 @@ void results_do_not_depend_on_threads_or_vector_width(
         for (int threads : {1, 3}) {
             Table table(rule, dtype, isa, threads, shapes);
             if (direction >= 0) table.leave_directions(direction);
+            if (state_dtype != PYLO_FLOAT32) table.store_as(state_dtype);
             CHECK(table.check() == PYLO_OK);
             table.run(2);
             const std::string now = table.bytes();
@@ -679,6 +715,10 @@ int main() {
         results_do_not_depend_on_threads_or_vector_width(dtype, adam_rule());
         results_do_not_depend_on_threads_or_vector_width(dtype, momentum_rule());
     }
+    for (int state_dtype : {PYLO_BFLOAT16, PYLO_INT8})
+        for (const auto *some : {&shapes, &large})
+            for (const pylo_rule &rule : {a_rule(1, 4, ALL), adam_rule(), momentum_rule()})
+                results_do_not_depend_on_threads_or_vector_width(PYLO_FLOAT32, rule, *some, -1, state_dtype);
     for (int isa = PYLO_BEST; isa <= PYLO_AVX512; ++isa) {
         if (isa != PYLO_BEST && !pylo_has_isa(isa)) continue;
         boxes_of_a_tensor_are_stepped(isa);
