@@ -81,26 +81,6 @@ PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return a * b + c; }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return PYLO_MM(max_ps)(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return PYLO_MM(min_ps)(bound.raw, x.raw); }
 
-// Towards zero, of numbers below 2^31.
-PYLO_FN Vec whole_part(Vec x) {
-#if PYLO_LANES == 16
-    return _mm512_roundscale_ps(x.raw, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-#elif PYLO_LANES == 8
-    return _mm256_round_ps(x.raw, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-#else
-    return _mm_cvtepi32_ps(_mm_cvttps_epi32(x.raw));
-#endif
-}
-
-// 1 / root(x) of normal numbers above zero, within 1 / 2000 of it: a root takes ten times as long.
-PYLO_FN Vec near_inverse_root(Vec x) {
-#if PYLO_LANES == 16
-    return _mm512_rsqrt14_ps(x.raw);
-#else
-    return PYLO_MM(rsqrt_ps)(x.raw);
-#endif
-}
-
 // x where |x| <= limit, else 0; also for NaN.
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) {
 #if PYLO_LANES == 16
@@ -141,11 +121,6 @@ PYLO_FN Vec root(Vec x) { return vsqrtq_f32(x.raw); }
 PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return vfmaq_f32(c.raw, a.raw, b.raw); }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return vmaxq_f32(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return vminq_f32(bound.raw, x.raw); }
-PYLO_FN Vec whole_part(Vec x) { return vrndq_f32(x.raw); }
-PYLO_FN Vec near_inverse_root(Vec x) {
-    const float32x4_t rough = vrsqrteq_f32(x.raw);
-    return vmulq_f32(rough, vrsqrtsq_f32(vmulq_f32(x.raw, rough), rough));
-}
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) {
     const uint32x4_t keep = vcleq_f32(vabsq_f32(x.raw), limit.raw);
     return vreinterpretq_f32_u32(vandq_u32(keep, vreinterpretq_u32_f32(x.raw)));
@@ -165,8 +140,6 @@ PYLO_FN Vec madd(Vec a, Vec b, Vec c) { return madd(a.raw, b.raw, c.raw); }
 PYLO_FN Vec at_least(Vec bound, Vec x) { return at_least(bound.raw, x.raw); }
 PYLO_FN Vec at_most(Vec bound, Vec x) { return at_most(bound.raw, x.raw); }
 PYLO_FN Vec zero_beyond(Vec x, Vec limit) { return zero_beyond(x.raw, limit.raw); }
-PYLO_FN Vec whole_part(Vec x) { return (float)(int32_t)x.raw; }
-PYLO_FN Vec near_inverse_root(Vec x) { return 1 / root(x.raw); }
 PYLO_FN Vec times_power_of_two(Vec p, Vec rounded) {
     return p * Vec(__builtin_ldexpf(1.0f, (int)(rounded.raw - 12582912.0f)));
 }
