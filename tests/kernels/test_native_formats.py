@@ -9,7 +9,7 @@ from plans import is_native, native_parts
 from thetas import create
 from torch import nn
 
-from pylo_integrations.ops import native as native_module
+from pylo_integrations.ops import tables
 from pylo_integrations.ops.loader import ISAS, NativeError
 from pylo_integrations.sharding.layout import Box, run_start
 
@@ -51,8 +51,8 @@ def isa(request, monkeypatch) -> str:
     """Every instruction set in the place of this machine's best one."""
     if request.param not in library_or_skip().isas():
         pytest.skip(f"this machine has no {request.param}")
-    table = native_module.Table
-    monkeypatch.setattr(native_module, "Table", lambda *args: table(*args[:-1], request.param))
+    table = tables.Table
+    monkeypatch.setattr(tables, "Table", lambda *args: table(*args[:-1], request.param))
     return request.param
 
 
