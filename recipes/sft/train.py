@@ -16,10 +16,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 try:
+    import datasets
     import trl
     import yaml
     from data import Recipe, held_out, load_data, load_model, load_tokenizer, small_llama, texts_of
@@ -69,7 +71,14 @@ def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]
     return recipe, args, model_args
 
 
+def be_quiet() -> None:
+    """Leave out what TRL and transformers deprecate of each other's, and bars for work of a second."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\.")
+    datasets.disable_progress_bars()
+
+
 def main() -> None:
+    be_quiet()
     recipe, args, model_args = parse(sys.argv[1:])
     functions, description = load_data(recipe)
     print(description, flush=True)
