@@ -5,7 +5,7 @@
 
 Makes build/versions/<set>, installs the wheel and the frameworks into it, runs .ci/check_wheel there, and prints a row
 of the table in docs/contributing.md. The oldest are those of each requirement by itself: `transformers>=5.0` is tested
-at 5.0. What another requirement forbids at its floor (HUB) is left to pip.
+at 5.0. What others forbid at its floor (LEFT) is left to pip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("torch", "transformers", "lightning", "accelerate", "numpy", "safetensors", "huggingface_hub")
-HUB = "huggingface_hub"  # transformers 5 asks for a newer one than we do
+# Frameworks and what they bring ask for newer ones than we do; pinned, pip tries every version of all that does.
+LEFT = {"huggingface_hub", "packaging", "typing_extensions"}
 TESTS = "tests/adapters tests/contract tests/weights tests/golden"
 
 
@@ -36,7 +37,7 @@ def check(name: str, wheel: Path, python: str) -> bool:
     if not (folder / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     constraints = folder / "constraints.txt"
-    pins = {key: value for key, value in floors().items() if key != HUB} if name == "oldest" else {}
+    pins = {key: value for key, value in floors().items() if key not in LEFT} if name == "oldest" else {}
     constraints.write_text("".join(f"{key}=={value}.*\n" for key, value in pins.items()))
     tools = ["pytest", "pytest-timeout", "expecttest", "jsonargparse[signatures]"]
     pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--upgrade", "-c", constraints]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -55,7 +55,7 @@ class Trial:
     Attributes:
         name: Of the optimizer, with its learning rate if it has one that was chosen.
         losses: One a step; shorter than was asked for if a loss was not finite.
-        seconds: Of a step, in the mean, the first left out; all of it, data and gradients too.
+        seconds: Of a step, in the median, so that what is done once does not count; all of it, data and gradients too.
         is_adamw: Whether it is one to compare with.
     """
 
@@ -201,13 +201,12 @@ def _run(
         return optimizer
 
     losses: list[float] = []
-    began = 0.0
+    times: list[float] = []
     for value in itertools.islice(_iterate(train, optimizer_of, name), steps):
         if not made:
             raise ValueError("the function yielded a loss before it called optimizer_of(model)")
         losses.append(_number(value))
-        if len(losses) == 1:
-            began = time.perf_counter()
+        times.append(time.perf_counter())
         if not math.isfinite(losses[-1]):
             break
         if made[0] is not None and stepped:
@@ -218,7 +217,7 @@ def _run(
         raise ValueError("the function never stepped the optimizer that optimizer_of(model) returned")
     if len(losses) < steps and math.isfinite(losses[-1]):
         raise ValueError(f"the function ended after {len(losses)} losses, and {steps} steps were asked for")
-    seconds = (time.perf_counter() - began) / max(1, len(losses) - 1)
+    seconds = median([after - before for before, after in itertools.pairwise(times)] or [0.0])
     return Trial(name, losses, seconds, is_adamw=name.startswith("adamw "))
 
 

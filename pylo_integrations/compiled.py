@@ -115,7 +115,7 @@ class CompiledSteps:
 
     def __init__(self, engine: Engine, state_names: Collection[str]) -> None:
         self._engine = engine
-        self._names = state_names
+        self._names = tuple(state_names)  # torch 2.6 has no guard for other collections
         self._twins: _Twins | None = None
 
     def allows(self, groups: Groups, state: States) -> bool:
@@ -124,7 +124,8 @@ class CompiledSteps:
             return False
         stepped = [param for group in groups for param in group["params"] if param.grad is not None]
         states = [(param, state.get(param, {})) for param in stepped]
-        if any(set(self._names).isdisjoint(own) for _, own in states):
+        # torch 2.6 traces no method of a set that it has not made.
+        if any(not any(name in own for name in self._names) for _, own in states):
             return False
         # A step casts other states, and what stands for them in a compiled function would not be what it cast.
         return all(

@@ -195,7 +195,8 @@ class Theta:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; give the path of a .safetensors file") from None
         try:
-            with safetensors.safe_open(str(path), "pt") as file:
+            # Whatever the default device is: safetensors 0.4 makes its tensors there.
+            with torch.device("cpu"), safetensors.safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 # Others' files may be a language model's.
                 names = file.keys() if metadata.get("format") == FORMAT else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,20 @@ import yaml
 from corpus import Blocks, find_text, load_tokenizer, tokenize
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, TrainingArguments
 
+from pylo_integrations.cli.brief_help import shorten_help
 from pylo_integrations.hf import install
 
 HERE = Path(__file__).parent
+SHOWN = {
+    "resume_from_checkpoint",
+    "optim_args",
+    "weight_decay",
+    "gradient_accumulation_steps",
+    "use_cpu",
+    "bf16",
+    "fsdp",
+}
+"""Options that `--help` tells of, beside those of `Recipe` and of the configuration file."""
 
 
 @dataclass
@@ -55,7 +66,10 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Recipe,
     """
     install()  # makes optim: celo2 known, also to the parser
     parser = HfArgumentParser(
-        (Recipe, TrainingArguments), description=description, formatter_class=RawDescriptionHelpFormatter
+        (Recipe, TrainingArguments),
+        usage="%(prog)s [PRESET or FILE.yaml] [options]",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     has_name = arguments and not arguments[0].startswith("-")
     name, options = (arguments[0], arguments[1:]) if has_name else ("tiny", arguments)
@@ -63,6 +77,7 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Recipe,
     if unknown := sorted(config.keys() - {action.dest for action in parser._actions}):
         raise ValueError(f"{name}: unknown options {unknown}")
     parser.set_defaults(**config)
+    shorten_help(parser, {*SHOWN, *config, *(each.name for each in fields(Recipe))})
     recipe, args = parser.parse_args_into_dataclasses(options)
     return recipe, args
 

@@ -77,6 +77,7 @@ def small_llama(recipe: Recipe, tokenizer: Any, prose: Dataset, args: trl.SFTCon
     if (folder / "config.json").is_file():
         print(f"base model: read from {folder}", flush=True)
         return transformers.AutoModelForCausalLM.from_pretrained(folder)
+    print(f"base model: a small Llama, trained on the docstrings for {recipe.base_steps} steps", flush=True)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=len(tokenizer),
@@ -101,6 +102,8 @@ def small_llama(recipe: Recipe, tokenizer: Any, prose: Dataset, args: trl.SFTCon
         report_to="none",
         bf16=args.bf16,
         use_cpu=args.use_cpu,
+        disable_tqdm=args.disable_tqdm,
+        dataloader_pin_memory=args.dataloader_pin_memory,
         seed=args.seed,
     )
     trainer = trl.SFTTrainer(model, args=settings, train_dataset=prose, processing_class=tokenizer)

@@ -3,26 +3,33 @@
 Without a model, a small Llama is trained first, on the docstrings of the same functions: prose, and no code.
 
 Examples:
-    python train.py                                       preset tiny: minutes on two CPU cores
+    python train.py                                         preset tiny: minutes on two CPU cores
     python train.py --use_peft false --learning_rate 3e-4   all parameters
     python train.py --optim adamw_torch --learning_rate 0.01
     python train.py --model_name_or_path my-model --output_dir runs/mine
-    python train.py --resume_from_checkpoint last         go on where it was interrupted
+    python train.py --config my.yaml --max_steps 50         your own file, and options that override it
+    python train.py --resume_from_checkpoint last           go on where it was interrupted
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+import warnings
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 try:
+    import datasets
     import trl
+    import yaml
     from data import Recipe, held_out, load_data, load_model, load_tokenizer, small_llama, texts_of
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
     from pylo_integrations import get_optimizer_info, list_optimizers, unwrap_optimizer
+    from pylo_integrations.cli.brief_help import shorten_help
     from pylo_integrations.hf import install
 except ModuleNotFoundError as error:
     sys.exit(
@@ -31,18 +38,28 @@ except ModuleNotFoundError as error:
     )
 
 HERE = Path(__file__).parent
+PRESET = HERE / "tiny.yaml"
+SHOWN = {"model_name_or_path", "dtype", "resume_from_checkpoint", "optim_args", "weight_decay", "use_cpu", "bf16"}
+"""Options that `--help` tells of, beside those of `Recipe` and of the preset."""
 
 
 def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]:
     """Read a command line: options of `Recipe`, `SFTConfig` and `ModelConfig`, over those of `--config FILE.yaml`."""
     install()  # makes --optim celo2 known, also to the parser
-    parser = trl.TrlParser((Recipe, trl.SFTConfig, trl.ModelConfig), description=__doc__)
+    parser = trl.TrlParser(
+        (Recipe, trl.SFTConfig, trl.ModelConfig),
+        usage="%(prog)s [--config FILE.yaml] [options]",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    preset_options = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
+    shorten_help(parser, {*SHOWN, *preset_options, *(field.name for field in dataclasses.fields(Recipe))})
     # TRL's parser knows no --config=FILE.
     arguments = [
         part for each in arguments for part in (each.split("=", 1) if each.startswith("--config=") else [each])
     ]
     given = {argument.partition("=")[0] for argument in arguments}
-    preset = [] if "--config" in given else ["--config", str(HERE / "tiny.yaml")]
+    preset = [] if "--config" in given else ["--config", str(PRESET)]
     recipe, args, model_args = parser.parse_args_and_config([*preset, *arguments])
     optim = getattr(args.optim, "value", args.optim)
     if preset and optim != "celo2" and optim in list_optimizers() and "--learning_rate" not in given:
@@ -54,7 +71,14 @@ def parse(arguments: list[str]) -> tuple[Recipe, trl.SFTConfig, trl.ModelConfig]
     return recipe, args, model_args
 
 
+def be_quiet() -> None:
+    """Leave out what TRL and transformers deprecate of each other's, and bars for work of a second."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\.")
+    datasets.disable_progress_bars()
+
+
 def main() -> None:
+    be_quiet()
     recipe, args, model_args = parse(sys.argv[1:])
     functions, description = load_data(recipe)
     print(description, flush=True)

@@ -38,6 +38,7 @@ try:
     from torchmetrics.classification import MulticlassAccuracy
 
     from pylo_integrations import get_optimizer_info, list_optimizers, param_groups, unwrap_optimizer
+    from pylo_integrations.cli.brief_help import shorten_help
     from pylo_integrations.lightning import LearnedOptimizerCallback, configure_optimizers
     from pylo_integrations.telemetry import TelemetryMode
 except ModuleNotFoundError as error:
@@ -45,6 +46,13 @@ except ModuleNotFoundError as error:
 
 HERE = Path(__file__).parent
 PRESETS = sorted(path.stem for path in HERE.glob("*.yaml"))
+SHOWN = {
+    *("config", "print_config", "preset", "optimizer", "baseline", "data_dir", "telemetry", "output", "ckpt_path"),
+    *("seed_everything", "model.settings", "model.warmup", "model.backbone", "model.options"),
+    *("data.batch_size", "data.image_size", "trainer.accelerator", "trainer.devices", "trainer.strategy"),
+    *("trainer.precision", "trainer.max_steps", "trainer.val_check_interval", "trainer.gradient_clip_val"),
+}
+"""Options that `--help` tells of."""
 
 
 @dataclass
@@ -168,6 +176,7 @@ class Recipe(LightningCLI):
             },
             save_config_kwargs={"config_filename": "config.yaml", "overwrite": True},
             parser_kwargs={
+                "usage": "%(prog)s [options]",
                 "description": __doc__,
                 "formatter_class": argparse.RawDescriptionHelpFormatter,
                 "default_config_files": [str(HERE / f"{preset}.yaml")],
@@ -179,9 +188,9 @@ class Recipe(LightningCLI):
         parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what to start from")
         parser.add_argument("--optimizer", default="pace", help=names)
         parser.add_argument("--baseline", type=str | None, default="adamw", help="optimizer to compare with, or null")
-        parser.add_argument("--data_dir", "--data-dir", type=str | None, help="see --data.help")
+        parser.add_argument("--data_dir", "--data-dir", type=str | None, help="images, see docs/recipes.md")
         parser.add_argument(
-            "--telemetry", type=TelemetryMode, default=False, help="see --model.help; pylo plot draws it"
+            "--telemetry", type=TelemetryMode, default=False, help="true, or per_parameter; pylo plot draws it"
         )
         parser.add_argument("--output", default="runs/vit", help="each optimizer gets a folder in it")
         parser.add_argument(
@@ -194,6 +203,7 @@ class Recipe(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         for name in ("image_size", "channels", "num_classes"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        shorten_help(parser, SHOWN)
 
     def before_instantiate_classes(self) -> None:
         for key in ("optimizer", "baseline"):

@@ -157,7 +157,7 @@ def everything_changed_by_install():
     }
 
 
-HAS_HANDLERS = Version(transformers.__version__).major >= 5
+HAS_HANDLERS = Version(transformers.__version__) >= Version("5.2")
 """Whether this transformers lists who makes an optimizer, by its name."""
 
 

@@ -129,13 +129,15 @@ def test_a_missing_entry_of_its_own_is_an_error(name):
     assert not other.state
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Muon], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Muon"])
 @pytest.mark.parametrize("name", distinct_rules())
 def test_another_optimizers_checkpoint_is_called_that(name, kind, small_thetas):
     """Whatever the groups are: to group the parameters otherwise would not help."""
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"torch {torch.__version__} has no {kind}")
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-    params = [p for p in model.parameters() if p.dim() == 2 or kind is not torch.optim.Muon]
-    theirs = kind(params, lr=0.1)
+    params = [p for p in model.parameters() if p.dim() == 2 or kind != "Muon"]
+    theirs = getattr(torch.optim, kind)(params, lr=0.1)
     for p in params:
         p.grad = torch.ones_like(p)
     theirs.step()
@@ -146,7 +148,7 @@ def test_another_optimizers_checkpoint_is_called_that(name, kind, small_thetas):
     ) as e:
         optimizer.load_state_dict(theirs.state_dict())
     assert "group the parameters" not in str(e.value)
-    if kind is torch.optim.AdamW:
+    if kind == "AdamW":
         assert "exp_avg_sq" in str(e.value)
     other = create(model, "small_fc_lopt" if name != "small_fc_lopt" else "velo")
     other.init_state()

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,36 @@ def test_snippets_run_in_order(page, interpreter, tmp_path):
         pytest.skip(f"{page.name} needs {', '.join(sorted(absent))}")
     run = interpreter.run(script, tmp_path)
     assert run.returncode == 0, f"{page.name} (line numbers are the page's)\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_script_for_two_processes_trains(tmp_path):
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    command, script = re.search(
+        r"`torchrun (--nproc-per-node=2 \S+)`.*?```python no-run\n(.*?)```", page, re.DOTALL
+    ).groups()
+    (tmp_path / command.split()[-1]).write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*launcher, *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", run.stdout, re.MULTILINE)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 3, run.stdout
+
+
+def test_code_fits_the_column_of_the_site():
+    wide = []
+    for page in PAGES[1:]:
+        inside = False
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if FENCE.match(line):
+                inside = not inside
+            elif inside and len(line) > 120:
+                wide.append(f"{page.name}:{number}")
+    assert not wide, "longer than docs/site.css has room for, 120 characters"
 
 
 def test_links_of_the_readme_lead_to_files():
