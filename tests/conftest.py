@@ -16,6 +16,12 @@ from pylo_integrations.ops import loader
 from pylo_integrations.workers import RankDied, Workers
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in their order: xdist would begin with those of many tests, and end with one that compiles for minutes."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: frameworks collect garbage after every run, and would look through all of it."""
     gc.collect()
@@ -79,3 +85,11 @@ def workers():
 def ranks():
     """Processes of one file's own, for tests that change the ones they run in."""
     yield from _started()
+
+
+@pytest.fixture
+def mortal():
+    """Processes for one test, in which ranks die on purpose."""
+    workers = Workers()
+    yield workers
+    workers.close()

@@ -14,8 +14,8 @@ from pylo_integrations.ops.loader import ISAS, NativeError, open_library
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_driver_runs_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    # -O1: the checks are compiled into every access, and at -O3 that takes minutes.
-    options = ("-DCMAKE_BUILD_TYPE=Sanitized", "-DCMAKE_CXX_FLAGS=-O1", "-DPYLO_SANITIZE=address,undefined")
+    # -Og: the checks are compiled into every access, and at -O3 that takes minutes.
+    options = ("-DCMAKE_BUILD_TYPE=Sanitized", "-DCMAKE_CXX_FLAGS=-Og", "-DPYLO_SANITIZE=address,undefined")
     driver = build(tmp_path, *options)
     # libgomp keeps the memory of its worker threads until the process ends.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}

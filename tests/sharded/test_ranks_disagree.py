@@ -20,6 +20,7 @@ from disagreement_cases import (
 )
 
 from pylo_integrations import get_optimizer_info
+from pylo_integrations.workers import RankDied
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -99,9 +100,9 @@ def test_gradients_of_replicas_that_share_their_steps_are_alike(workers):
 
 
 @pytest.mark.parametrize("how", ["killed", "exited"])
-def test_the_others_are_told_what_is_likely_behind_a_lost_connection(workers, how):
-    with pytest.raises(RuntimeError) as failed:
-        workers.run(2, lost_case, how=how, timeout=WAIT)
+def test_the_others_are_told_what_is_likely_behind_a_lost_connection(mortal, how):
+    with pytest.raises(RankDied) as failed:
+        mortal.run(2, lost_case, how=how, timeout=WAIT)
     told = str(failed.value)
     assert "RankError: rank 0 could not exchange anything with the other rank" in told
     for hint in ("another rank raised, was killed", "look for the first error in the logs", "last checkpoint"):

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from pylo_integrations.workers import RankDied, Workers
+from pylo_integrations.workers import RankDied
 
 
 def killed_case(rank: int, world: int) -> int:
@@ -29,21 +29,14 @@ def answering_case(rank: int, world: int) -> int:
     return rank
 
 
-@pytest.fixture
-def ranks():
-    workers = Workers()
-    yield workers
-    workers.close()
-
-
 @pytest.mark.dist
-def test_a_dead_rank_is_told_by_its_exit_code_and_last_call(ranks):
+def test_a_dead_rank_is_told_by_its_exit_code_and_last_call(mortal):
     with pytest.raises(RankDied, match=r"rank 1 of 2: ended with exit code -11\n(?s:.*)in killed_case"):
-        ranks.run(2, killed_case)
+        mortal.run(2, killed_case)
 
 
 @pytest.mark.dist
-def test_a_hanging_rank_is_told_by_where_it_is_and_others_go_on(ranks):
+def test_a_hanging_rank_is_told_by_where_it_is_and_others_go_on(mortal):
     with pytest.raises(RuntimeError, match=r"rank 1 of 2: no answer within 2 s\n(?s:.*)in sleeping_case"):
-        ranks.run(2, sleeping_case, timeout=2)
-    assert ranks.run(2, answering_case) == [0, 1]
+        mortal.run(2, sleeping_case, timeout=2)
+    assert mortal.run(2, answering_case) == [0, 1]
