@@ -126,7 +126,8 @@ class NativeStages:
         self._read_gradients()
         self._read_policy(ctx)
         self._run("collect")
-        if any(native.measured for native in self._natives):
+        measured = [native.measured for native in self._natives]
+        if any(measured):
             self._run("measure")
         first, *others = self._tables
         for nth in others:
@@ -135,8 +136,10 @@ class NativeStages:
                     first.collected[index][name][members] += share
                 first.measured[index][members] += nth.measured[index]
         return [
-            collected | native.sums_of(measured)
-            for native, collected, measured in zip(self._natives, first.collected, first.measured, strict=True)
+            collected | native.sums_of(sums, names) if names else collected
+            for native, collected, sums, names in zip(
+                self._natives, first.collected, first.measured, measured, strict=True
+            )
         ]
 
     def _read_gradients(self) -> None:

@@ -113,10 +113,10 @@ class NativeBucket:
         """Which of the sums that are measured the rule asks for, now."""
         return self.spec.sums_with_l2 if l2_penalty(self.bucket.group) else self.spec.sums
 
-    def sums_of(self, measured: Tensor) -> dict[str, Tensor]:
-        """These by name, over whole tensors, with an axis of extent 1 for each of theirs."""
+    def sums_of(self, measured: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of these by name, over whole tensors, with an axis of extent 1 for each of theirs."""
         axes = (1,) * len(self.bucket.layout.shape)
-        by_name = {name: measured[:, _MEASURED[name]] for name in self.measured}
+        by_name = {name: measured[:, _MEASURED[name]] for name in names}
         return {name: sums.view(*sums.shape, *axes) for name, sums in by_name.items()}
 
     def empty_sums(self, members: Sequence[int]) -> dict[str, Tensor]:
