@@ -149,7 +149,7 @@ class SettingsWatch:
         usual_lrs: Sequence[float],
         adamw_lr: float,
         wants_schedule: bool,
-        anneals: bool = False,
+        anneals: bool,
     ) -> None:
         self._name = name
         self._lr = lr

@@ -51,8 +51,15 @@ class _Rank(NamedTuple):
             what = f"no answer within {waited} s"
             if _TELL is not None:
                 os.kill(self.process.pid, _TELL)
-                time.sleep(0.2)
-        return f"{what}\n{self.told.read_text() if self.told.exists() else ''}"
+                # On a busy machine it writes for seconds: until what is there stays.
+                deadline, seen, now = time.monotonic() + 5.0, None, ""
+                while time.monotonic() < deadline and (seen != now or not now):
+                    time.sleep(0.2)
+                    seen, now = now, self._told()
+        return f"{what}\n{self._told()}"
+
+    def _told(self) -> str:
+        return self.told.read_text() if self.told.exists() else ""
 
 
 def _serve(rank: int, world: int, rendezvous: str, told: Path, connection: Any) -> None:

@@ -55,7 +55,7 @@ def small_thetas(monkeypatch):
 
 
 class _Workers(Workers):
-    """Runs what a signal has ended once more, with a warning that says where it was.
+    """Runs a case in which a rank has died once more, with a warning that says where it was.
 
     CI once lost one rank of four in a case that passes thousands of times in a row, with no word of why. What always
     ends ranks fails still.
