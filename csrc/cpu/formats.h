@@ -50,29 +50,37 @@ struct Blocks {
 template <bool Square>
 struct Curve {
     static constexpr int SHIFT = Square ? 19 : 18, TOP = Square ? 255 : 127;
-    static constexpr uint32_t ONE = 0x3F800000, LAST = ONE + ((uint32_t)TOP << SHIFT), KEPT = ~0u << SHIFT;
+    static constexpr uint32_t ONE = 0x3F800000;
     static constexpr float REACH = Square ? 63487.0f : 14.75f, INVERSE = 1 / REACH;  // whose product is 1
 };
 
-// What y stands for, as a part of its block's scale.
-template <bool Square, class V>
-PYLO_FN V part_of(V y) {
-    return (y - V(1.0f)) * V(Curve<Square>::INVERSE);
+// What a code's size stands for, as a part of its block's scale: (y - 1) / REACH. The difference is exact, so a multiply-add
+// that rounds once gives the same.
+template <bool Square>
+PYLO_FN Vec part_of(Bits size) {
+    constexpr float inverse = Curve<Square>::INVERSE;
+    const Vec y = of_bits((size << Curve<Square>::SHIFT) + Curve<Square>::ONE);
+#if defined(__FMA__) || defined(__aarch64__)
+    return madd(y, Vec(inverse), Vec(-inverse));
+#else
+    return (y - Vec(1.0f)) * Vec(inverse);
+#endif
 }
 
 template <bool Square>
 PYLO_FN Vec load_codes(const void *codes, int64_t i) {
     const Bits code = Square ? from_bytes((const uint8_t *)codes + i) : from_bytes((const int8_t *)codes + i);
     const Bits size = Square ? code : magnitude(code);
-    const Vec part = part_of<Square>(of_bits((size << Curve<Square>::SHIFT) + Curve<Square>::ONE));
+    const Vec part = part_of<Square>(size);
     return Square ? part : with_sign_of(of_bits(code), part);
 }
 
 template <bool Square>
 PYLO_FN float decoded(const void *codes, int64_t i, float scale) {
     const int code = Square ? ((const uint8_t *)codes)[i] : ((const int8_t *)codes)[i], size = code < 0 ? -code : code;
-    const float part = part_of<Square>(from_bits(((uint32_t)size << Curve<Square>::SHIFT) + Curve<Square>::ONE)) * scale;
-    return code < 0 ? -part : part;
+    const float y = from_bits(((uint32_t)size << Curve<Square>::SHIFT) + Curve<Square>::ONE);
+    const float number = (y - 1.0f) * Curve<Square>::INVERSE * scale;
+    return code < 0 ? -number : number;
 }
 
 template <bool Square>
@@ -157,12 +165,13 @@ PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, u
     }
 }
 
-// (noise + 0.5) / 2^16 of the lowest bit that is kept of a code's float.
+// (noise + 0.5) / 2^16 of the lowest bit that is kept of a code's float, less the bits of 1.
 template <bool Square, Half H>
 PYLO_FN Bits code_noise(Bits hash) {
     constexpr int up = Curve<Square>::SHIFT - 16;
-    const Bits noise = H == UPPER ? hash >> (16 - up) : hash << up;
-    return (noise & (0xFFFFu << up)) | (1u << (up - 1));
+    constexpr uint32_t others = (1u << (up - 1)) - Curve<Square>::ONE;  // no bit of which is one of the noise
+    static_assert((others & 0xFFFFu << up) == 0, "");
+    return kept_beside(H == UPPER ? hash >> (16 - up) : hash << up, 0xFFFFu << up, others);
 }
 
 // -- averages that move on -----------------------------------------------------------------------------------------------
@@ -181,9 +190,9 @@ struct Moving {
 // In bfloat16; returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
 template <bool Square, Half H>
 PYLO_FN Vec move_halves(uint16_t *state, float keep, float weight, Vec grad, Bits hash) {
-    const Bits bits = bits_of(moved_on<Square>(keep, weight, from_halves(state), grad));
-    const Bits noise = (hash >> (int)H & 0xFFFFu) & where_less(bits & 0x7FFFFFFFu, 0x7F800000u);  // none for what is not finite
-    const Bits stored = (bits + noise) & 0xFFFF0000u;
+    const Vec moved = moved_on<Square>(keep, weight, from_halves(state), grad);
+    const Bits noise = where_finite(moved, H == UPPER ? hash >> 16 : hash & 0xFFFFu);
+    const Bits stored = (bits_of(moved) + noise) & 0xFFFF0000u;
     store_halves(stored, state);
     return of_bits(stored);
 }
@@ -227,14 +236,12 @@ __attribute__((noinline)) float move_codes(
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-// The rounded y of a number times Codes' unit. An average of squares that is not zero does not become zero.
+// The size of the code of a number times Codes' unit. An average of squares that is not zero does not become zero.
 template <bool Square, Half H>
 PYLO_FN Bits encoded(Vec x, Bits hash) {
-    typedef Curve<Square> C;
-    const Vec size = Square ? x : magnitude(x);
-    Bits y = smaller_of(bits_of(size + Vec(1.0f)) + code_noise<Square, H>(hash), C::LAST) & C::KEPT;
-    if constexpr (Square) y = larger_of(y, (smaller_of(bits_of(x), 1u) << C::SHIFT) + C::ONE);
-    return y;
+    const Vec y = (Square ? x : magnitude(x)) + Vec(1.0f);
+    const Bits size = smaller_of((bits_of(y) + code_noise<Square, H>(hash)) >> Curve<Square>::SHIFT, Curve<Square>::TOP);
+    return Square ? at_least_one_where(x, size) : size;
 }
 
 // The codes of a block, which moves on and is encoded then. `copy` is for those of a block that ends within
@@ -261,12 +268,11 @@ public:
     // Returns what is stored.
     template <Half H>
     PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
-        typedef Curve<Square> C;
         const Vec x = value * Vec(unit);
-        const Bits y = encoded<Square, H>(x, hash), code = (y - C::ONE) >> C::SHIFT;
-        store_bytes(Square ? code : with_sign_of(x, code), codes + lane);
-        const Vec size = part_of<Square>(of_bits(y)) * Vec(scale);
-        return Square ? size : with_sign_of(x, size);
+        const Bits size = encoded<Square, H>(x, hash);
+        store_bytes(Square ? size : with_sign_of(x, size), codes + lane);
+        const Vec stored = part_of<Square>(size) * Vec(scale);
+        return Square ? stored : with_sign_of(x, stored);
     }
 
     template <Half H>
