@@ -109,29 +109,42 @@ PYLO_FN void decode(
     }
 }
 
-// Of the first element of a run, for load_state(): to find it takes a division.
-PYLO_FN Place place_of(const Job &job, const Run &run) {
-    return job.tensor->state_dtype == PYLO_INT8 ? Blocks(*job.stored).at(run.index) : Place{0, 0};
+PYLO_FN float *zeros(const Run &run, float *buffer) {  // of a state that is not kept
+    for (int i = 0; i < run.padded; ++i) buffer[i] = 0;
+    return buffer;
 }
 
-// A run of a state as floats, as Run::load() gives them; zeros of one that is not kept.
+// A run of a state as floats, as Run::load() gives them. `place` is that of its first element, to find which takes a division.
 PYLO_FN float *load_state(const Job &job, int which, const Run &run, const Place &place, float *buffer) {
     const pylo_tensor &t = *job.tensor;
-    if (!state_of(t, which)) {
-        for (int i = 0; i < run.padded; ++i) buffer[i] = 0;
-        return buffer;
-    }
-    if (t.state_dtype != PYLO_INT8) return run.load(state_of(t, which), t.state_dtype, buffer);
+    const void *state = state_of(t, which);
+    if (!state) return zeros(run, buffer);
+    if (t.state_dtype != PYLO_INT8) return run.load(state, t.state_dtype, buffer);
     if (which == RMS_STATE)
-        decode<true>(*job.stored, t.rms, job.stored->scale[which], run, place, buffer);
+        decode<true>(*job.stored, state, job.stored->scale[which], run, place, buffer);
     else
-        decode<false>(*job.stored, t.momentum[which], job.stored->scale[which], run, place, buffer);
+        decode<false>(*job.stored, state, job.stored->scale[which], run, place, buffer);
     for (int i = run.count; i < run.padded; ++i) buffer[i] = 0;
     return buffer;
 }
 
+PYLO_FN Place place_of(const Job &job, const Run &run) {
+    return job.tensor->state_dtype == PYLO_INT8 ? Blocks(*job.stored).at(run.index) : Place{0, 0};
+}
+
 PYLO_FN float *load_state(const Job &job, int which, const Run &run, float *buffer) {
     return load_state(job, which, run, place_of(job, run), buffer);
+}
+
+// All states of a run that are not stored as floats. A function of its own, once for a tile: within a larger one compilers run
+// out of registers, and out of those for floats too.
+__attribute__((noinline)) void load_states(const Job &job, const Run &lanes, float *const (&buffers)[4]) {
+    const Run run = lanes;
+    const Place place = place_of(job, run);
+    load_state(job, 0, run, place, buffers[0]);
+    load_state(job, 1, run, place, buffers[1]);
+    load_state(job, 2, run, place, buffers[2]);
+    load_state(job, RMS_STATE, run, place, buffers[RMS_STATE]);
 }
 
 // -- noise -------------------------------------------------------------------------------------------------------------
@@ -139,11 +152,6 @@ PYLO_FN float *load_state(const Job &job, int which, const Run &run, float *buff
 // A hash of an element has the noise of two states, one in each half.
 
 enum Half { LOWER = 0, UPPER = 16 };
-
-template <Half H>
-struct In {
-    static constexpr Half value = H;
-};
 
 PYLO_FN uint32_t mixed(uint32_t x) {
     x = ((x >> 16) ^ x) * 0x45D9F3Bu;
@@ -184,39 +192,41 @@ PYLO_FN V moved_on(float keep, float weight, V old, V grad) {
 // A state of a record, and how it moves on.
 struct Moving {
     int state;
-    float keep, weight;
+    bool is_kept = true;
+    float keep = 1, weight = 0;
 };
 
-// In bfloat16; returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
+// In bfloat16, of a block. `copy` is for those of a block that ends within a vector: nothing beyond it may be written.
 template <bool Square, Half H>
-PYLO_FN Vec move_halves(uint16_t *state, float keep, float weight, Vec grad, Bits hash) {
-    const Vec moved = moved_on<Square>(keep, weight, from_halves(state), grad);
-    const Bits noise = where_finite(moved, H == UPPER ? hash >> 16 : hash & 0xFFFFu);
-    const Bits stored = (bits_of(moved) + noise) & 0xFFFF0000u;
-    store_halves(stored, state);
-    return of_bits(stored);
-}
+class Halves {
+public:
+    PYLO_FN Halves(const Job &job, const Moving &by, const Run &run, uint16_t (&copy)[BLOCK])
+        : keep(by.keep), weight(by.weight), count(run.count), padded(by.is_kept ? run.padded : run.count) {
+        if (!by.is_kept) return;
+        stored = halves = (uint16_t *)state_of(*job.tensor, by.state) + run.index;
+        if (count == padded) return;
+        halves = (uint16_t *)memcpy(copy, stored, (size_t)count * sizeof *copy);
+        memset(copy + count, 0, (size_t)(padded - count) * sizeof *copy);
+    }
 
-template <bool Square, Half H>
-__attribute__((noinline)) void move_halves(
-    const float *__restrict grad, const uint32_t *__restrict hashes, int count, float keep, float weight,
-    uint16_t *__restrict state, float *__restrict values) {
-    int i = 0;
-    for (; i + Vec::lanes <= count; i += Vec::lanes)
-        move_halves<Square, H>(state + i, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
-    if (i == count) return;
-    uint16_t copy[Vec::lanes] = {};  // nothing beyond the end may be written
-    memcpy(copy, state + i, (size_t)(count - i) * sizeof *copy);
-    move_halves<Square, H>(copy, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
-    memcpy(state + i, copy, (size_t)(count - i) * sizeof *copy);
-}
+    // Returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
+    PYLO_FN Vec move(int lane, Vec grad, Bits hash) const {
+        const Vec moved = moved_on<Square>(keep, weight, from_halves(halves + lane), grad);
+        const Bits noise = where_finite(moved, H == UPPER ? hash >> 16 : hash & 0xFFFFu);
+        const Bits rounded = bits_of(moved) + noise;
+        store_halves(rounded, halves + lane);
+        return of_bits(rounded & 0xFFFF0000u);
+    }
 
-template <bool Square, Half H>
-PYLO_FN void move_halves(
-    const Job &job, const Moving &by, const Run &run, const float *grad, const uint32_t *hashes, float *values) {
-    uint16_t *state = (uint16_t *)state_of(*job.tensor, by.state) + run.index;
-    move_halves<Square, H>(grad, hashes, run.count, by.keep, by.weight, state, values);
-}
+    PYLO_FN void store() const {
+        if (count < padded) memcpy(stored, halves, (size_t)count * sizeof *halves);
+    }
+
+private:
+    uint16_t *stored = nullptr, *halves = nullptr;
+    float keep, weight;
+    int count, padded;
+};
 
 // Of codes, not encoded yet. Returns the largest magnitude, NaN if there is one: these are ordered as integers.
 template <bool Square>
@@ -249,10 +259,12 @@ PYLO_FN Bits encoded(Vec x, Bits hash) {
 template <bool Square>
 class Codes {
 public:
-    PYLO_FN Codes() {}
     PYLO_FN Codes(const Job &job, const Moving &by, const Run &run, int64_t block, uint8_t (&copy)[BLOCK])
-        : by(by), stored((uint8_t *)state_of(*job.tensor, by.state) + run.index), codes(stored),
-          stored_scale(job.stored->scale[by.state] + block), scale(*stored_scale), count(run.count), padded(run.padded) {
+        : by(by), count(run.count), padded(run.padded) {
+        if (!by.is_kept) return;
+        stored = codes = (uint8_t *)state_of(*job.tensor, by.state) + run.index;
+        stored_scale = job.stored->scale[by.state] + block;
+        scale = *stored_scale;
         if (count == padded) return;
         codes = (uint8_t *)memcpy(copy, stored, (size_t)count);
         memset(copy + count, 0, (size_t)(padded - count));
@@ -283,14 +295,15 @@ public:
     }
 
     PYLO_FN void store() const {
+        if (!by.is_kept) return;
         if (count < padded) memcpy(stored, codes, (size_t)count);
         *stored_scale = scale;
     }
 
 private:
     Moving by;
-    uint8_t *stored, *codes;
-    float *stored_scale, scale, unit = 0;
+    uint8_t *stored = nullptr, *codes = nullptr;
+    float *stored_scale = nullptr, scale = 0, unit = 0;
     int count, padded;
 };
 
