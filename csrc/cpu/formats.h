@@ -192,7 +192,7 @@ PYLO_FN V moved_on(float keep, float weight, V old, V grad) {
 // A state of a record, and how it moves on.
 struct Moving {
     int state;
-    bool is_kept = true;
+    bool is_kept = false;
     float keep = 1, weight = 0;
 };
 
