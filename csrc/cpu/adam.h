@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elements.h"
+#include "moving.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {

@@ -4,7 +4,7 @@
 // made of what is stored, as those of the reference are. Adam's, which takes them as they lie, has no need of it.
 #pragma once
 
-#include "formats.h"
+#include "moving.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
