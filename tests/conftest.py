@@ -5,6 +5,7 @@ import os
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and several processes of tests share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for others would spin on cores that these need
 
 import pytest
 from native_library import library_or_skip

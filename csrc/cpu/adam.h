@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elements.h"
+#include "moving.h"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -12,11 +13,12 @@ void adam_in_blocks(const Job &job) {
     const pylo_tensor &t = *job.tensor;
     const pylo_rule rule = *job.rule;  // copies, as below
     const pylo_step step = *job.step;
-    const Moving first = {0, rule.momentum_keep[0], rule.momentum_weight[0]};
-    const Moving second = {RMS_STATE, rule.rms_keep, rule.rms_weight};
-    alignas(64) float buffer[2][BLOCK], momentum[BLOCK] = {}, rms[BLOCK] = {};
+    const Moving first = {0, true, rule.momentum_keep[0], rule.momentum_weight[0]};
+    const Moving second = {RMS_STATE, true, rule.rms_keep, rule.rms_weight};
+    alignas(64) float buffer[2][BLOCK], momentum[BLOCK], rms[BLOCK];
     alignas(64) uint32_t hashes[BLOCK];
     uint8_t copies[2][BLOCK];
+    uint16_t halves[2][BLOCK];
     for_blocks(job, !t.direction, [&](const Run &run, int64_t block, const float *grad) __attribute__((always_inline)) {
         make_hashes(job.stored->noise[0], (uint64_t)(job.stored->first + run.index), run.padded, hashes);
         float *param = nullptr, *direction = t.direction ? buffer[1] : nullptr;
@@ -29,10 +31,16 @@ void adam_in_blocks(const Job &job) {
                 updated_param(step, Vec::load(param + lane), proposed).store(param + lane);
         };
         if (t.state_dtype == PYLO_BFLOAT16) {
-            move_halves<false, LOWER>(job, first, run, grad, hashes, momentum);
-            move_halves<true, UPPER>(job, second, run, grad, hashes, rms);
-            for (int lane = 0; lane < run.padded; lane += Vec::lanes)
-                step_by(lane, Vec::load(momentum + lane), Vec::load(rms + lane));
+            const Halves<false, LOWER> one(job, first, run, halves[0]);
+            const Halves<true, UPPER> other(job, second, run, halves[1]);
+            for (int lane = 0; lane < run.padded; lane += Vec::lanes) {
+                const Vec seen = Vec::load(grad + lane);
+                const Bits hash = load_bits(hashes + lane);
+                const Vec m = one.move(lane, seen, hash);
+                step_by(lane, m, other.move(lane, seen, hash));
+            }
+            one.store();
+            other.store();
         } else {
             Codes<false> one(job, first, run, block, copies[0]);
             Codes<true> other(job, second, run, block, copies[1]);

@@ -32,21 +32,49 @@ PYLO_FN Bits load_bits(const uint32_t *p) {
     return bits;
 }
 
-// All bits of the lanes where a < b, of numbers below 2^31.
-PYLO_FN Bits where_less(Bits a, uint32_t b) {
-#if PYLO_LANES > 1
-    return (Bits)((Whole)a < (Whole)(Bits{} + b));
+// Of the last two functions GCC makes compares and masked moves where vectors are wide, and constants anew for each of them.
+#if PYLO_LANES >= 8
+PYLO_FN Bits larger_of(Bits a, Bits b) { return (Bits)PYLO_MM(max_epu32)((RawInt)a, (RawInt)b); }
+PYLO_FN Bits smaller_of(Bits a, uint32_t b) { return (Bits)PYLO_MM(min_epu32)((RawInt)a, PYLO_MM(set1_epi32)((int)b)); }
 #else
-    return a < b ? ~0u : 0u;
+PYLO_FN Bits larger_of(Bits a, Bits b) { return a > b ? a : b; }
+PYLO_FN Bits smaller_of(Bits a, uint32_t b) {
+    const Bits bound = Bits{} + b;
+    return a < bound ? a : bound;
+}
+#endif
+
+// (bits & mask) | others
+PYLO_FN Bits kept_beside(Bits bits, uint32_t mask, uint32_t others) {
+#if PYLO_LANES == 16
+    return (Bits)_mm512_ternarylogic_epi32((__m512i)bits, _mm512_set1_epi32((int)mask), _mm512_set1_epi32((int)others), 0xEA);
+#else
+    return (bits & mask) | others;
 #endif
 }
 
-PYLO_FN Bits larger_of(Bits a, Bits b) { return a > b ? a : b; }
-#if PYLO_LANES > 1
-PYLO_FN Bits smaller_of(Bits a, uint32_t b) { return a < b ? a : Bits{} + b; }
+// Zero where x is not finite.
+PYLO_FN Bits where_finite(Vec x, Bits bits) {
+#if PYLO_LANES == 16
+    const __mmask16 not_finite = _mm512_fpclass_ps_mask(x.raw, 0x99);  // NaN, quiet or not, and infinity of either sign
+    return (Bits)_mm512_mask_mov_epi32((__m512i)bits, not_finite, _mm512_setzero_si512());
+#elif PYLO_LANES > 1
+    return bits & (Bits)((Whole)(bits_of(x) & 0x7FFFFFFFu) < (Whole)(Bits{} + 0x7F800000u));
 #else
-PYLO_FN Bits smaller_of(Bits a, uint32_t b) { return a < b ? a : b; }
+    return (bits_of(x) & 0x7FFFFFFFu) < 0x7F800000u ? bits : 0u;
 #endif
+}
+
+// At least 1 where x, which is not negative, is not zero.
+PYLO_FN Bits at_least_one_where(Vec x, Bits numbers) {
+#if PYLO_LANES == 16
+    const __mmask16 some = _mm512_test_epi32_mask(_mm512_castps_si512(x.raw), _mm512_castps_si512(x.raw));
+    return (Bits)_mm512_mask_max_epu32((__m512i)numbers, some, (__m512i)numbers, _mm512_set1_epi32(1));
+#else
+    return larger_of(numbers, smaller_of(bits_of(x), 1u));
+#endif
+}
+
 PYLO_FN float magnitude(float x) { return __builtin_fabsf(x); }
 PYLO_FN Vec magnitude(Vec x) { return of_bits(bits_of(x) & 0x7FFFFFFFu); }
 PYLO_FN Vec with_sign_of(Vec sign, Vec size) { return of_bits((bits_of(sign) & 0x80000000u) | bits_of(size)); }
@@ -63,8 +91,13 @@ PYLO_FN Bits magnitude(Bits number) {
 #endif
 }
 PYLO_FN Bits with_sign_of(Vec sign, Bits size) {
+#if PYLO_LANES == 16
+    const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(sign.raw));
+    return (Bits)_mm512_mask_sub_epi32((__m512i)size, negative, _mm512_setzero_si512(), (__m512i)size);
+#else
     const Bits negative = (Bits)((Whole)bits_of(sign) >> 31);
     return (size ^ negative) - negative;
+#endif
 }
 
 // Compilers that are left to it make a long way of widening and narrowing.

@@ -35,10 +35,16 @@ struct Window {
             }
             return;
         }
-        const Place place = place_of(job, run);
-        rms = load_state(job, RMS_STATE, run, place, buffer[2]);
+        rms = buffer[2];
+        for (int k = 0; k < 3; ++k) momentum[k] = buffer[3 + k];
+        if (t.state_dtype == PYLO_FLOAT32) {
+            rms = t.rms ? run.load(t.rms, PYLO_FLOAT32, rms) : zeros(run, rms);
+            for (int k = 0; k < 3; ++k)
+                momentum[k] = t.momentum[k] ? run.load(t.momentum[k], PYLO_FLOAT32, momentum[k]) : zeros(run, momentum[k]);
+        } else {
+            load_states(job, run, {momentum[0], momentum[1], momentum[2], rms});
+        }
         for (int k = 0; k < 3; ++k) {
-            momentum[k] = load_state(job, k, run, place, buffer[3 + k]);
             // 1 beyond the end: the inverse root of 0 may be infinite.
             if constexpr (!Factored) diagonal[k] = run.load(t.diagonal[k], PYLO_FLOAT32, buffer[6 + k], 1);
         }

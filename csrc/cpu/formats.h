@@ -1,8 +1,5 @@
 // Parameter-shaped state as it is stored: floats, their upper halves, or codes with a scale for every block. The formulas
 // are those of pylo_integrations/formats.py, operation by operation.
-//
-// Loops over a block are functions of their own: codes are bytes, which may be anything's, and in a larger function compilers
-// read all that is constant again after each store. A call costs nothing beside 256 elements.
 #pragma once
 
 #include "../core/formulas.h"
@@ -50,29 +47,37 @@ struct Blocks {
 template <bool Square>
 struct Curve {
     static constexpr int SHIFT = Square ? 19 : 18, TOP = Square ? 255 : 127;
-    static constexpr uint32_t ONE = 0x3F800000, LAST = ONE + ((uint32_t)TOP << SHIFT), KEPT = ~0u << SHIFT;
+    static constexpr uint32_t ONE = 0x3F800000;
     static constexpr float REACH = Square ? 63487.0f : 14.75f, INVERSE = 1 / REACH;  // whose product is 1
 };
 
-// What y stands for, as a part of its block's scale.
-template <bool Square, class V>
-PYLO_FN V part_of(V y) {
-    return (y - V(1.0f)) * V(Curve<Square>::INVERSE);
+// What a code's size stands for, as a part of its block's scale: (y - 1) / REACH. The difference is exact, so a multiply-add
+// that rounds once gives the same.
+template <bool Square>
+PYLO_FN Vec part_of(Bits size) {
+    constexpr float inverse = Curve<Square>::INVERSE;
+    const Vec y = of_bits((size << Curve<Square>::SHIFT) + Curve<Square>::ONE);
+#if defined(__FMA__) || defined(__aarch64__)
+    return madd(y, Vec(inverse), Vec(-inverse));
+#else
+    return (y - Vec(1.0f)) * Vec(inverse);
+#endif
 }
 
 template <bool Square>
 PYLO_FN Vec load_codes(const void *codes, int64_t i) {
     const Bits code = Square ? from_bytes((const uint8_t *)codes + i) : from_bytes((const int8_t *)codes + i);
     const Bits size = Square ? code : magnitude(code);
-    const Vec part = part_of<Square>(of_bits((size << Curve<Square>::SHIFT) + Curve<Square>::ONE));
+    const Vec part = part_of<Square>(size);
     return Square ? part : with_sign_of(of_bits(code), part);
 }
 
 template <bool Square>
 PYLO_FN float decoded(const void *codes, int64_t i, float scale) {
     const int code = Square ? ((const uint8_t *)codes)[i] : ((const int8_t *)codes)[i], size = code < 0 ? -code : code;
-    const float part = part_of<Square>(from_bits(((uint32_t)size << Curve<Square>::SHIFT) + Curve<Square>::ONE)) * scale;
-    return code < 0 ? -part : part;
+    const float y = from_bits(((uint32_t)size << Curve<Square>::SHIFT) + Curve<Square>::ONE);
+    const float number = (y - 1.0f) * Curve<Square>::INVERSE * scale;
+    return code < 0 ? -number : number;
 }
 
 template <bool Square>
@@ -101,218 +106,42 @@ PYLO_FN void decode(
     }
 }
 
-// Of the first element of a run, for load_state(): to find it takes a division.
-PYLO_FN Place place_of(const Job &job, const Run &run) {
-    return job.tensor->state_dtype == PYLO_INT8 ? Blocks(*job.stored).at(run.index) : Place{0, 0};
+PYLO_FN float *zeros(const Run &run, float *buffer) {  // of a state that is not kept
+    for (int i = 0; i < run.padded; ++i) buffer[i] = 0;
+    return buffer;
 }
 
-// A run of a state as floats, as Run::load() gives them; zeros of one that is not kept.
+// A run of a state as floats, as Run::load() gives them. `place` is that of its first element, to find which takes a division.
 PYLO_FN float *load_state(const Job &job, int which, const Run &run, const Place &place, float *buffer) {
     const pylo_tensor &t = *job.tensor;
-    if (!state_of(t, which)) {
-        for (int i = 0; i < run.padded; ++i) buffer[i] = 0;
-        return buffer;
-    }
-    if (t.state_dtype != PYLO_INT8) return run.load(state_of(t, which), t.state_dtype, buffer);
+    const void *state = state_of(t, which);
+    if (!state) return zeros(run, buffer);
+    if (t.state_dtype != PYLO_INT8) return run.load(state, t.state_dtype, buffer);
     if (which == RMS_STATE)
-        decode<true>(*job.stored, t.rms, job.stored->scale[which], run, place, buffer);
+        decode<true>(*job.stored, state, job.stored->scale[which], run, place, buffer);
     else
-        decode<false>(*job.stored, t.momentum[which], job.stored->scale[which], run, place, buffer);
+        decode<false>(*job.stored, state, job.stored->scale[which], run, place, buffer);
     for (int i = run.count; i < run.padded; ++i) buffer[i] = 0;
     return buffer;
+}
+
+PYLO_FN Place place_of(const Job &job, const Run &run) {
+    return job.tensor->state_dtype == PYLO_INT8 ? Blocks(*job.stored).at(run.index) : Place{0, 0};
 }
 
 PYLO_FN float *load_state(const Job &job, int which, const Run &run, float *buffer) {
     return load_state(job, which, run, place_of(job, run), buffer);
 }
 
-// -- noise -------------------------------------------------------------------------------------------------------------
-//
-// A hash of an element has the noise of two states, one in each half.
-
-enum Half { LOWER = 0, UPPER = 16 };
-
-template <Half H>
-struct In {
-    static constexpr Half value = H;
-};
-
-PYLO_FN uint32_t mixed(uint32_t x) {
-    x = ((x >> 16) ^ x) * 0x45D9F3Bu;
-    x = ((x >> 16) ^ x) * 0x45D9F3Bu;
-    return (x >> 16) ^ x;
-}
-
-__attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict hashes) {
-    for (int i = 0; i < count; ++i) hashes[i] = mixed((first + (uint32_t)i) ^ key) + other;
-}
-
-// Of `count` elements of the whole tensor from `first` on.
-PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, uint32_t *hashes) {
-    for (int done = 0; done < count;) {  // once, but where the upper word changes
-        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 32) - (at & 0xFFFFFFFFu);
-        const int here = left < (uint64_t)(count - done) ? (int)left : count - done;
-        mix(keys[0] ^ mixed((uint32_t)(at >> 32)), keys[1], (uint32_t)at, here, hashes + done);
-        done += here;
-    }
-}
-
-// (noise + 0.5) / 2^16 of the lowest bit that is kept of a code's float.
-template <bool Square, Half H>
-PYLO_FN Bits code_noise(Bits hash) {
-    constexpr int up = Curve<Square>::SHIFT - 16;
-    const Bits noise = H == UPPER ? hash >> (16 - up) : hash << up;
-    return (noise & (0xFFFFu << up)) | (1u << (up - 1));
-}
-
-// -- averages that move on -----------------------------------------------------------------------------------------------
-
-template <bool Square, class V>
-PYLO_FN V moved_on(float keep, float weight, V old, V grad) {
-    return ema(keep, weight, old, Square ? grad * grad : grad);
-}
-
-// A state of a record, and how it moves on.
-struct Moving {
-    int state;
-    float keep, weight;
-};
-
-// In bfloat16; returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
-template <bool Square, Half H>
-PYLO_FN Vec move_halves(uint16_t *state, float keep, float weight, Vec grad, Bits hash) {
-    const Bits bits = bits_of(moved_on<Square>(keep, weight, from_halves(state), grad));
-    const Bits noise = (hash >> (int)H & 0xFFFFu) & where_less(bits & 0x7FFFFFFFu, 0x7F800000u);  // none for what is not finite
-    const Bits stored = (bits + noise) & 0xFFFF0000u;
-    store_halves(stored, state);
-    return of_bits(stored);
-}
-
-template <bool Square, Half H>
-__attribute__((noinline)) void move_halves(
-    const float *__restrict grad, const uint32_t *__restrict hashes, int count, float keep, float weight,
-    uint16_t *__restrict state, float *__restrict values) {
-    int i = 0;
-    for (; i + Vec::lanes <= count; i += Vec::lanes)
-        move_halves<Square, H>(state + i, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
-    if (i == count) return;
-    uint16_t copy[Vec::lanes] = {};  // nothing beyond the end may be written
-    memcpy(copy, state + i, (size_t)(count - i) * sizeof *copy);
-    move_halves<Square, H>(copy, keep, weight, Vec::load(grad + i), load_bits(hashes + i)).store(values + i);
-    memcpy(state + i, copy, (size_t)(count - i) * sizeof *copy);
-}
-
-template <bool Square, Half H>
-PYLO_FN void move_halves(
-    const Job &job, const Moving &by, const Run &run, const float *grad, const uint32_t *hashes, float *values) {
-    uint16_t *state = (uint16_t *)state_of(*job.tensor, by.state) + run.index;
-    move_halves<Square, H>(grad, hashes, run.count, by.keep, by.weight, state, values);
-}
-
-// Of codes, not encoded yet. Returns the largest magnitude, NaN if there is one: these are ordered as integers.
-template <bool Square>
-__attribute__((noinline)) float move_codes(
-    const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
-    Bits most = {};
-    for (int i = 0; i < padded; i += Vec::lanes) {
-        const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
-        moved.store(values + i);
-        most = larger_of(most, bits_of(magnitude(moved)));
-    }
-    uint32_t sizes[Vec::lanes], largest = 0;
-    memcpy(sizes, &most, sizeof most);
-    for (uint32_t size : sizes) largest = size > largest ? size : largest;
-    return from_bits(largest);
-}
-
-// -- encoding ----------------------------------------------------------------------------------------------------------
-
-// The rounded y of a number times Codes' unit. An average of squares that is not zero does not become zero.
-template <bool Square, Half H>
-PYLO_FN Bits encoded(Vec x, Bits hash) {
-    typedef Curve<Square> C;
-    const Vec size = Square ? x : magnitude(x);
-    Bits y = smaller_of(bits_of(size + Vec(1.0f)) + code_noise<Square, H>(hash), C::LAST) & C::KEPT;
-    if constexpr (Square) y = larger_of(y, (smaller_of(bits_of(x), 1u) << C::SHIFT) + C::ONE);
-    return y;
-}
-
-// The codes of a block, which moves on and is encoded then. `copy` is for those of a block that ends within
-// a vector: nothing beyond it may be written.
-template <bool Square>
-class Codes {
-public:
-    PYLO_FN Codes() {}
-    PYLO_FN Codes(const Job &job, const Moving &by, const Run &run, int64_t block, uint8_t (&copy)[BLOCK])
-        : by(by), stored((uint8_t *)state_of(*job.tensor, by.state) + run.index), codes(stored),
-          stored_scale(job.stored->scale[by.state] + block), scale(*stored_scale), count(run.count), padded(run.padded) {
-        if (count == padded) return;
-        codes = (uint8_t *)memcpy(copy, stored, (size_t)count);
-        memset(copy + count, 0, (size_t)(padded - count));
-    }
-
-    PYLO_FN void move(const float *grad, float *values) {
-        scale = move_codes<Square>(codes, grad, padded, scale, by.keep, by.weight, values);
-        if (scale < 0x1p-90f) scale = 0;
-        // A little more than it should be, so that the largest number has the largest code whatever is rounded.
-        unit = scale > 0 ? Curve<Square>::REACH / scale * (1 + 0x1p-22f) : 0.0f;
-    }
-
-    // Returns what is stored.
-    template <Half H>
-    PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
-        typedef Curve<Square> C;
-        const Vec x = value * Vec(unit);
-        const Bits y = encoded<Square, H>(x, hash), code = (y - C::ONE) >> C::SHIFT;
-        store_bytes(Square ? code : with_sign_of(x, code), codes + lane);
-        const Vec size = part_of<Square>(of_bits(y)) * Vec(scale);
-        return Square ? size : with_sign_of(x, size);
-    }
-
-    template <Half H>
-    __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes) const {
-        const Codes own = *this;  // which no store to bytes can change
-        for (int lane = 0; lane < own.padded; lane += Vec::lanes)
-            own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
-    }
-
-    PYLO_FN void store() const {
-        if (count < padded) memcpy(stored, codes, (size_t)count);
-        *stored_scale = scale;
-    }
-
-private:
-    Moving by;
-    uint8_t *stored, *codes;
-    float *stored_scale, scale, unit = 0;
-    int count, padded;
-};
-
-// Calls visit(run, number of the block, gradient that the rule sees) for the blocks that begin in a part, which is a run of
-// elements of the box. `reads_param`: so does visit.
-template <class Visit>
-PYLO_FN void for_blocks(const Job &job, bool reads_param, Visit &&visit) {
-    const pylo_rule rule = *job.rule;  // copies, as in adam()
-    const pylo_step step = *job.step;
-    const pylo_tensor &t = *job.tensor;
-    const Blocks blocks(*job.stored);
-    alignas(64) float buffer[3][BLOCK];
-    for (int64_t first = blocks.begin(job.part.lane_begin); first < job.part.lane_end;) {
-        const Place place = blocks.at(first);
-        const Run run(first, 1, (int)place.left);
-        const float *stored = run.load(step.grad, step.grad_dtype, buffer[0]);
-        const float *param = stored;  // anything that can be read: without l2 it is not used
-        if (step.l2 != 0.0f) param = run.load(t.param, t.param_dtype, buffer[1]);
-        for (int lane = 0; lane < run.padded; lane += Vec::lanes)
-            seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(buffer[2] + lane);
-        first += place.left;
-        // The hardware foresees neither so many streams nor how long the arithmetic of a block takes: half of the time
-        // that codes took to move on was measured to be waiting for them.
-        prefetch(step.grad, step.grad_dtype, first, BLOCK);
-        if (reads_param) prefetch(t.param, t.param_dtype, first, BLOCK);
-        for (int which = 0; which <= RMS_STATE; ++which) prefetch(state_of(t, which), t.state_dtype, first, BLOCK);
-        visit(run, place.block, (const float *)buffer[2]);
-    }
+// All states of a run that are not stored as floats. A function of its own, once for a tile: within a larger one compilers run
+// out of registers, and out of those for floats too.
+__attribute__((noinline)) void load_states(const Job &job, const Run &lanes, float *const (&buffers)[4]) {
+    const Run run = lanes;
+    const Place place = place_of(job, run);
+    load_state(job, 0, run, place, buffers[0]);
+    load_state(job, 1, run, place, buffers[1]);
+    load_state(job, 2, run, place, buffers[2]);
+    load_state(job, RMS_STATE, run, place, buffers[RMS_STATE]);
 }
 
 // Whether a record's state has moved on before apply, which only reads it then.

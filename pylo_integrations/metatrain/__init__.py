@@ -2,8 +2,9 @@
 
 from pylo_integrations.metatrain.config import Config, ConfigError, load_config, read_config
 from pylo_integrations.metatrain.data import DataError
+from pylo_integrations.metatrain.resuming import ResumeError
 from pylo_integrations.metatrain.tasks import FAMILIES, Family, Task
-from pylo_integrations.metatrain.trainer import MetaTrainer, ResumeError
+from pylo_integrations.metatrain.trainer import MetaTrainer
 
 __all__ = [
     "FAMILIES",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from types import NoneType
 from typing import Any
 
 import torch
@@ -22,20 +18,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pylo_integrations
-from pylo_integrations import plot, sealed
-from pylo_integrations.checkpoints import CheckpointError
+from pylo_integrations import plot
 from pylo_integrations.files import write_whole
-from pylo_integrations.metatrain.config import Config, Stage
-from pylo_integrations.metatrain.episodes import Episode
-from pylo_integrations.metatrain.estimators import PES, Estimate, Estimator, Group, TruncatedBackprop, mean_gradient
-from pylo_integrations.metatrain.evaluation import Score, best_adamw, evaluate
+from pylo_integrations.metatrain import resuming
+from pylo_integrations.metatrain.config import Config
+from pylo_integrations.metatrain.estimators import Estimate, mean_gradient
+from pylo_integrations.metatrain.evaluation import Score, evaluate
 from pylo_integrations.metatrain.learners import Learner
 from pylo_integrations.metatrain.logs import RunLog
 from pylo_integrations.metatrain.outer import Outer
 from pylo_integrations.metatrain.processes import Processes, device_of_rank
-from pylo_integrations.metatrain.seeds import generator_of, seed_of
-from pylo_integrations.metatrain.spaces import LINEAR_SPACES, FullSpace, LinearSpace, Space
-from pylo_integrations.metatrain.tasks import Family
+from pylo_integrations.metatrain.progress import Progress
+from pylo_integrations.metatrain.provenance import commit
+from pylo_integrations.metatrain.report import compare, describe_report
+from pylo_integrations.metatrain.resuming import ResumeError, below, count, like, prefix
+from pylo_integrations.metatrain.running import RunningStage, linear_space
+from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.ops.compiled import CompiledLocal
 from pylo_integrations.profiles import architecture_of
 from pylo_integrations.rules.base import as_written
@@ -53,79 +51,6 @@ CHECKPOINT, METRICS, THETA, LAST, REPORT, PLOT = (
 )
 LOG_EVERY = 10
 """Iterations in a row of the log, which holds their means."""
-
-_RECORD = "metatrain"  # key of what a checkpoint says besides tensors
-_RECORD_KEYS = {"config", "progress", "taken", "groups"}
-
-
-class ResumeError(CheckpointError):
-    """A folder cannot be resumed, or would be overwritten; the message says what to do."""
-
-
-class _VectorEpisode:
-    """An episode whose members' theta are vectors of a space."""
-
-    def __init__(self, episode: Episode, space: Space) -> None:
-        self.inner, self._space, self.horizon = episode, space, episode.horizon
-
-    @property
-    def iteration(self) -> int:
-        return self.inner.iteration
-
-    def unroll(self, vectors: Tensor, steps: int) -> Tensor:
-        return self.inner.unroll(self._space.arrays(vectors), steps)
-
-    def detach_(self) -> None:
-        self.inner.detach_()
-
-
-@dataclass
-class _Progress:
-    """What a run has come to, besides tensors; JSON-serialisable.
-
-    Attributes:
-        stage: Index of the stage.
-        done: Iterations done in the stage.
-        iteration: Iterations done in all.
-        cpu_seconds: Spent by all ranks, and those of the runs that this one resumed.
-        training_seconds: The part of them that unrolled training episodes.
-        inner_steps: Optimizer steps in training episodes, over all members.
-        window: Objectives by family since the last row of the log.
-        curve: Evaluations: iteration, score, and the objective of every family.
-        best_score: Of the best theta.
-        best_iteration: When it was.
-    """
-
-    stage: int = 0
-    done: int = 0
-    iteration: int = 0
-    cpu_seconds: float = 0.0
-    training_seconds: float = 0.0
-    inner_steps: int = 0
-    window: dict[str, list[float]] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    best_score: float = math.inf
-    best_iteration: int = 0
-
-    @classmethod
-    def restored(cls, record: Mapping[str, Any], stages: Sequence[Stage]) -> _Progress:
-        """From the values of another; ValueError or TypeError if they are not those of a run of these stages."""
-        progress = cls(**record)
-        for name, value in vars(progress).items():
-            kind = type(getattr(cls(), name))
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{name} is {type(value).__name__}")
-            if kind in (int, float) and not (value >= 0 or name == "best_score"):
-                raise ValueError(f"{name} is {value}")
-        if progress.stage >= len(stages) or progress.done > stages[progress.stage].iterations:
-            raise ValueError(f"it is at iteration {progress.done} of stage {progress.stage}")
-        if progress.iteration != progress.done + sum(stage.iterations for stage in stages[: progress.stage]):
-            raise ValueError(f"it is at iteration {progress.iteration}")
-        for values in progress.window.values():
-            fmean(values)
-        if any(type(value) not in (int, float, NoneType) for point in progress.curve for value in point.values()):
-            raise ValueError("its curve has what are not numbers")
-        return progress
 
 
 class MetaTrainer:
@@ -160,7 +85,7 @@ class MetaTrainer:
         self.config, self.output, self._processes = config, Path(output), Processes.current()
         self._quiet = quiet or not self._processes.leads
         self._device = device_of_rank(config.device)
-        self._progress = _Progress()
+        self._progress = Progress()
         self._began = time.process_time()
         checkpoint = self.output / CHECKPOINT
         if checkpoint.exists() and not resume:
@@ -224,17 +149,17 @@ class MetaTrainer:
             self._report()
 
     def _iterate(self, bar: Any) -> None:
-        progress, stage = self._progress, self._stage
+        progress, running, stage = self._progress, self._running, self._running.stage
         began, estimates = time.process_time(), dict[str, list[Estimate]]()
-        drawn = self._drawn()
+        drawn = running.drawn(progress.iteration)
 
         def estimate(key: tuple[str, int]) -> Estimate | None:
             if key[0] not in drawn:
                 return None
-            return self._estimator.estimate(self._outer.vector, self._groups[key])
+            return running.estimator.estimate(self._outer.vector, running.groups[key])
 
         # Of all groups, so that each stays on its rank.
-        for (name, _), found in self._processes.all_of(list(self._groups), estimate).items():
+        for (name, _), found in self._processes.all_of(list(running.groups), estimate).items():
             if found is not None:
                 estimates.setdefault(name, []).append(found)
         gradient = mean_gradient(estimates, {family.name: family.weight for family in self.config.train})
@@ -248,14 +173,6 @@ class MetaTrainer:
         for name, mine in estimates.items():
             progress.window.setdefault(name, []).append(fmean(each.objective for each in mine))
         bar.set_postfix({name: f"{fmean(values):.3f}" for name, values in progress.window.items()}, refresh=False)
-
-    def _drawn(self) -> set[str]:
-        """Names of the families of this iteration."""
-        names, count = [family.name for family in self.config.train], self._stage.families
-        if count is None:
-            return set(names)
-        generator = generator_of("families", self.config.seed, self._progress.iteration)
-        return {names[int(index)] for index in torch.randperm(len(names), generator=generator)[:count]}
 
     def steps_per_cpu_second(self) -> float:
         """Throughput: optimizer steps of single networks in training episodes, per second of CPU time."""
@@ -277,7 +194,7 @@ class MetaTrainer:
             training={
                 "config": config.record(),
                 "package": pylo_integrations.__version__,
-                "commit": _commit(),
+                "commit": commit(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "machine": platform.machine(),
@@ -294,13 +211,13 @@ class MetaTrainer:
         )
 
     def _current(self) -> dict[str, Tensor]:
-        return {name: array.detach() for name, array in self._space.theta(self._outer.average).items()}
+        return {name: array.detach() for name, array in self._running.space.theta(self._outer.average).items()}
 
     def _start(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Constants and arrays to start from."""
         start = self.config.start
         if not start.weights:
-            space = self._linear_space()
+            space = linear_space(self.config)
             return space.hyper, space.theta(space.start)
         theta = load_theta(start.weights, self.config.optimizer)
         if theta.architecture != architecture_of(self.config.optimizer):
@@ -309,61 +226,17 @@ class MetaTrainer:
             )
         return dict(theta.hyper), dict(theta.arrays)
 
-    def _linear_space(self) -> LinearSpace:
-        space = LINEAR_SPACES[architecture_of(self.config.optimizer)]
-        return space(**self.config.start.construction(), seed=self.config.seed)
-
     # -- stages ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _stage(self) -> Stage:
-        return self.config.stages[self._progress.stage]
 
     def _enter_stage(self) -> None:
         """Begin the current stage at the best theta so far; where none is chosen, where the stage before ended."""
         if self._progress.iteration:
             self._template = dict(self._best) if self.config.selection else self._current()
-        self._make_stage()
-        self._outer = Outer.at(self._space.start)
+        self._running = self._stage()
+        self._outer = Outer.at(self._running.space.start)
 
-    def _make_stage(self) -> None:
-        stage = self._stage
-        self._space: Space = (
-            self._linear_space() if stage.space == "linear" else FullSpace(self._template, stage.scales)
-        )
-        self._estimator = _make_estimator(stage)
-        self._groups = {
-            (family.name, index): self._make_group(family, index)
-            for family in self.config.train
-            for index in range(stage.groups)
-        }
-
-    def _make_group(self, family: Family, index: int) -> Group:
-        key = (self.config.seed, self._progress.stage, family.name, index)
-        return Group(functools.partial(self._begin, family, key), lambda count: generator_of("noise", *key, count))
-
-    def _begin(self, family: Family, key: tuple[object, ...], number: int) -> _VectorEpisode:
-        """Episode ``number`` of a group."""
-        config, stage = self.config, self._stage
-        generator = generator_of("episode", *key, number)
-        low, high = map(math.log, stage.horizon)
-        draw = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-        horizon = round(math.exp(low + (high - low) * draw[0]))
-        if number == 0 and stage.estimator != "es":
-            # Episodes of different groups must not begin together for ever: the first ends early.
-            horizon = max(1, round(horizon * draw[1]))
-        episode = Episode(
-            self._learner,
-            family.sample(generator, config.base_width),
-            config.objective,
-            horizon,
-            [seed_of("member", *key, number, pair) for pair in range(stage.pairs)],
-            self._estimator.copies,
-            config.reparametrisation,
-            config.schedules[int(torch.randint(len(config.schedules), (), generator=generator))],
-            self._device,
-        )
-        return _VectorEpisode(episode, self._space)
+    def _stage(self) -> RunningStage:
+        return RunningStage(self.config, self._progress.stage, self._learner, self._template, self._device)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -414,7 +287,10 @@ class MetaTrainer:
         if self._processes.leaders((self.output / REPORT).exists()):
             return
         families = {family.name: (part, family) for part, family in self.config.families()}
-        rows = self._processes.all_of(list(families), lambda name: self._compare(*families[name]))
+        _, start = self._start()
+        rows = self._processes.all_of(
+            list(families), lambda name: compare(self._learner, start, self._best, *families[name], self.config)
+        )
         self._account()
         if not self._processes.leads:
             return
@@ -433,16 +309,6 @@ class MetaTrainer:
                 print(f"no {PLOT}: {error}")
         if not self._quiet:
             print(describe_report(report))
-
-    def _compare(self, part: str, family: Family) -> dict[str, Any]:
-        """One family's row of the report."""
-        _, start = self._start()
-        first, best = (evaluate(self._learner, arrays, family, self.config) for arrays in (start, self._best))
-        row: dict[str, Any] = {"set": part, "family": family.name, "start": vars(first), "theta": vars(best)}
-        if self.config.evaluation.adamw:
-            lr, score = best_adamw(family, self.config, self.config.evaluation.adamw)
-            row["adamw"] = {**vars(score), "lr": lr}
-        return row
 
     # -- logs ------------------------------------------------------------------------------------------------------
 
@@ -474,7 +340,9 @@ class MetaTrainer:
     def _save(self) -> None:
         """Write everything that the rest of the run depends on."""
         self._account()
-        groups, states = self._group_states()
+        groups = {key: self._running.groups[key] for key in self._processes.mine(list(self._running.groups))}
+        counters, states = resuming.group_states(groups)
+        counters, states = self._processes.everyones(counters), self._processes.everyones(states)
         if not self._processes.leads:
             return
         tensors = {f"outer/{name}": value for name, value in self._outer.tensors().items()}
@@ -484,142 +352,26 @@ class MetaTrainer:
             "config": self.config.record(),
             "progress": vars(self._progress),
             "taken": self._outer.taken,
-            "groups": groups,
+            "groups": counters,
         }
-        sealed.save(self.output / CHECKPOINT, _RECORD, record, tensors)
-
-    def _group_states(self) -> tuple[dict[str, dict[str, int]], dict[str, Tensor]]:
-        """Counters by group and tensors by name, of the groups of all ranks."""
-        counters: dict[str, dict[str, int]] = {}
-        tensors: dict[str, Tensor] = {}
-        for key in self._processes.mine(list(self._groups)):
-            group, prefix = self._groups[key], _prefix(key)
-            counters[prefix] = {"begun": group.begun, "perturbed": group.perturbed}
-            if isinstance(group.episode, _VectorEpisode):
-                counters[prefix]["iteration"] = group.episode.iteration
-                inner = group.episode.inner.tensors()
-                tensors |= {f"{prefix}episode/{name}": value for name, value in inner.items()}
-            if group.drift is not None:
-                tensors[f"{prefix}drift"] = group.drift
-        return self._processes.everyones(counters), self._processes.everyones(_on_cpu(tensors))
+        resuming.write(self.output / CHECKPOINT, record, tensors)
 
     def _restore(self, checkpoint: Path) -> None:
-        try:
-            record, tensors = sealed.load(checkpoint, _RECORD)
-            if record.keys() != _RECORD_KEYS:
-                raise ValueError(f"its entries are {sorted(record)}")
-            self._check_config(record["config"])
-            self._continue(record, tensors)
-        except ResumeError:
-            raise
-        # What is not of the form that `_save` gives it can fail anywhere.
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ResumeError(
-                f"{checkpoint} is damaged, or no checkpoint of a meta-training ({reason:.300}): put a copy of it "
-                "there, or begin again in another folder"
-            ) from error
-
-    def _check_config(self, saved: Mapping[str, Any]) -> None:
-        config = json.loads(json.dumps(self.config.record()))
-        if differing := [key for key in {**config, **saved} if config.get(key) != saved.get(key)]:
-            raise ResumeError(
-                f"{self.output} holds a run of another config: {', '.join(differing)} differ. Choose another folder, "
-                "or undo the changes"
-            )
+        with resuming.errors_told(checkpoint):
+            self._continue(*resuming.read(checkpoint, self.config))
 
     def _continue(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self._progress = _Progress.restored(record["progress"], self.config.stages)
-        self._template = _like(self._template, _below(tensors, "template/"))
-        self._best = _like(self._template, _below(tensors, "best/"))
-        self._make_stage()
-        outer = _like(Outer.at(self._space.start).tensors(), _below(tensors, "outer/"))
-        if (outer["second"] < 0).any() or _count(record["taken"]) != self._progress.done:
+        self._progress = Progress.restored(record["progress"], self.config.stages)
+        self._template = like(self._template, below(tensors, "template/"))
+        self._best = like(self._template, below(tensors, "best/"))
+        self._running = self._stage()
+        outer = like(Outer.at(self._running.space.start).tensors(), below(tensors, "outer/"))
+        if (outer["second"] < 0).any() or count(record["taken"]) != self._progress.done:
             raise ValueError("the averages of its gradients are not those of the run")
         self._outer = Outer.restored(outer, record["taken"])
-        if record["groups"].keys() != {_prefix(key) for key in self._groups}:
+        groups = self._running.groups
+        if record["groups"].keys() != {prefix(key) for key in groups}:
             raise ValueError(f"its groups are {sorted(record['groups'])}")
-        for key in self._processes.mine(list(self._groups)):
-            group, entry = self._groups[key], record["groups"][_prefix(key)]
-            state = _below(tensors, _prefix(key))
-            group.begun, group.perturbed = _count(entry["begun"]), _count(entry["perturbed"])
-            group.drift = state.get("drift")
-            if "iteration" in entry:
-                episode = group.begin(group.begun - 1)
-                assert isinstance(episode, _VectorEpisode)
-                episode.inner.restore(_below(state, "episode/"), _count(entry["iteration"]))
-                group.episode = episode
-
-
-def describe_report(report: Mapping[str, Any]) -> str:
-    """A report as a table of the objective and, in brackets, of the validation loss; lower is better."""
-    columns = [key for key in ("start", "theta", "adamw") if key in report["families"][0]]
-    width = max(len(row["family"]) for row in report["families"])
-    titles = {"start": "start", "theta": "meta-trained", "adamw": "AdamW, best lr"}
-    lines = [f"{'set':10} {'family':{width}} " + " ".join(f"{titles[key]:>24}" for key in columns)]
-    for row in report["families"]:
-        cells = [
-            f"{row[key]['objective']:.3f} ({row[key]['validation']:.3f})"
-            + (f" {row[key]['lr']:g}" if "lr" in row[key] else "")
-            for key in columns
-        ]
-        lines.append(f"{row['set']:10} {row['family']:{width}} " + " ".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(
-        [
-            f"mean objective over {report['horizon']} steps (validation loss after them), lower is better:",
-            *lines,
-            f"{report['steps_per_cpu_second']} inner steps per CPU-second, {report['cpu_seconds']:.0f} CPU-seconds",
-        ]
-    )
-
-
-def _make_estimator(stage: Stage) -> Estimator:
-    if stage.estimator == "backprop":
-        return TruncatedBackprop(stage.pairs, stage.truncation, stage.clip)
-    return PES(stage.pairs, stage.sigma, None if stage.estimator == "es" else stage.truncation, stage.clip)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _like(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``found``, in the order of ``expected``; ValueError if names, shapes or types differ or values are not finite."""
-    for name in expected.keys() | found.keys():
-        ours, theirs = expected.get(name), found.get(name)
-        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            raise ValueError(f"its tensor {name!r:.100} is {None if theirs is None else tuple(theirs.shape)}")
-        if not theirs.isfinite().all():
-            raise ValueError(f"its tensor {name!r:.100} has values that are not finite")
-    return {name: found[name] for name in expected}
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r:.50} is no count")
-    return value
-
-
-def _prefix(key: tuple[str, int]) -> str:
-    """Of the names of a group's tensors."""
-    return f"group/{key[0]}/{key[1]}/"
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-
-
-@functools.cache
-def _commit() -> str | None:
-    """The commit of this package's sources, marked if they were changed; None if they are not a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-        return run.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it may be the checkout of something else
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+        for key in self._processes.mine(list(groups)):
+            mine = prefix(key)
+            resuming.restore_group_(groups[key], record["groups"][mine], below(tensors, mine))

@@ -179,6 +179,7 @@ def test_state_of_a_matrix_takes_as_many_bytes_as_the_page_on_memory_says(kind, 
         assert sum(value.nbytes for value in optimizer.state[param].values()) / param.numel() <= share * most
 
 
+@pytest.mark.slow
 def test_training_ends_as_it_does_in_float32_within_the_spread_of_seeds():
     for name in ("pace", "celo2"):
         ends = {}

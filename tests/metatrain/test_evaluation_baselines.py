@@ -64,7 +64,7 @@ def test_a_baseline_without_its_package_is_left_out_with_a_line(monkeypatch, tmp
         "--optimizers",
         "mulo*2",
     ]
-    assert cli.main([*argv, "--steps", "2", "--output", str(tmp_path)]) == 0
+    assert cli.main([*argv, "--steps", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert "soap is left out: it needs pytorch_optimizer (pip install 'pylo-integrations[evaluation]')" in err
     text = (tmp_path / "runs.jsonl").read_text()
