@@ -68,8 +68,7 @@ void apply_strip(const Job &job, Workplace &work, int64_t first, int count) {
     const Geometry &g = job.geometry;
     const int64_t tables = g.slices < TABLES ? g.slices : 1;
     for (int64_t i = 0; i < tables; ++i) work.tables[i].slice = -1;  // not filled
-    Window<Factored, TILE> window;
-    window.moved = is_moved(job);
+    Window<Factored, TILE> window(job, is_moved(job));
     Position at(job, job.part.outer_begin), ahead = at;
     for (int i = 0; i < TILES_AHEAD; ++i) ahead.advance();
     for (int64_t outer = job.part.outer_begin; outer < job.part.outer_end; ++outer, at.advance(), ahead.advance()) {

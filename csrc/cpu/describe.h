@@ -19,7 +19,7 @@ void describe_part(const Job &job) {
     constexpr int channels = Extra ? Channels<Factored>::all : Channels<Factored>::common;
     const bool sliced = t.norm_slices > 1;
     Sums<channels> sums;
-    Window<Factored, WIDE> window;
+    Window<Factored, WIDE> window(job);
     alignas(64) float gathered[3][WIDE];
     const auto add_to_slice = [&](int64_t norm) {
         sums.flush();

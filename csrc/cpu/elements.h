@@ -14,13 +14,27 @@ struct Window {
     const float *grad;
     float *param, *momentum[3], *rms, *diagonal[3];
     Run run;
-    bool moved = false;  // accumulators are those after the step
+    const bool moved;   // accumulators are those after the step
+    const bool direct;  // all states are floats without gaps
+    bool in_place;      // so are those of this run, which end with a vector: no copies
+
+    PYLO_FN explicit Window(const Job &job, bool moved = false) : moved(moved), direct(has_direct_state(job)) {}
 
     PYLO_FN void load(const Job &job, const Run &lanes) {
         const pylo_tensor &t = *job.tensor;
         run = lanes;
         grad = run.load(job.step->grad, job.step->grad_dtype, buffer[0]);
         param = run.load(t.param, t.param_dtype, buffer[1]);
+        // One question, where each state would ask several: those of a tile were 5 % of the time of a small network.
+        in_place = direct && run.count == run.padded;
+        if (in_place) {
+            rms = (float *)t.rms + run.index;
+            for (int k = 0; k < 3; ++k) {
+                momentum[k] = (float *)t.momentum[k] + run.index;
+                if constexpr (!Factored) diagonal[k] = t.diagonal[k] + run.index;
+            }
+            return;
+        }
         rms = buffer[2];
         for (int k = 0; k < 3; ++k) momentum[k] = buffer[3 + k];
         if (t.state_dtype == PYLO_FLOAT32) {
@@ -82,7 +96,7 @@ struct Window {
     }
 
     PYLO_FN void store_state(const Job &job) const {
-        if (moved) return;
+        if (moved || in_place) return;
         const pylo_tensor &t = *job.tensor;
         if (t.rms) run.store(t.rms, PYLO_FLOAT32, rms);
         for (int k = 0; k < 3; ++k) {
@@ -96,6 +110,12 @@ struct Window {
     }
 
 private:
+    static bool has_direct_state(const Job &job) {
+        const pylo_tensor &t = *job.tensor;
+        const bool all_kept = t.rms && t.momentum[0] && t.momentum[1] && t.momentum[2];
+        return all_kept && t.state_dtype == PYLO_FLOAT32 && job.geometry.lane_step == 1;
+    }
+
     alignas(64) float buffer[Factored ? 6 : 9][Capacity];
 };
 
