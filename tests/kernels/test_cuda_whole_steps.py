@@ -156,6 +156,7 @@ def bits_after_two_steps(library, shapes, monkeypatch, order: int = 0, **options
     return snapshot(optimizer, params)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(shim, monkeypatch):
     first = bits_after_two_steps(shim, SHAPES, monkeypatch)
     for order in (1, 12345):

@@ -124,6 +124,7 @@ def test_without_a_place_to_write_every_process_asks(tmp_path, monkeypatch):
     assert times_asked() == 2
 
 
+@pytest.mark.slow
 def test_processes_at_once_ask_once():
     slow = child(f"import time; time.sleep(1); print({self_check.spoken(RIGHT)!r})")
     program = f"from pylo_integrations.ops.self_check import judge; print(judge({FACTS!r}, {slow!r}))"
@@ -265,7 +266,7 @@ CPU = torch.device("cpu")
         pytest.param(Subject("SmallFC", (16, 2)), marks=pytest.mark.slow),
         pytest.param(Subject("CeloRule", (8, 8, 2)), marks=pytest.mark.slow),
         pytest.param(Subject("VeLORule", (4, 4, 2)), marks=pytest.mark.slow),
-        Subject("CeloRule", (4, 4, 2)),
+        pytest.param(Subject("CeloRule", (4, 4, 2)), marks=pytest.mark.slow),
         Subject("CeloAdamRule", ()),
         Subject("AdamW", ()),
         pytest.param(Subject("Celo2", (8, 8, 3)), marks=pytest.mark.slow),

@@ -39,6 +39,7 @@ def test_the_model_has_one_to_three_million_parameters_and_looks_back_only(nano)
     torch.testing.assert_close(model(before)[:, :-1], model(after)[:, :-1])
 
 
+@pytest.mark.slow
 def test_every_file_of_an_optimizer_trains_from_the_same_start(nano, tmp_path, capsys):
     files = sorted(path for path in (RECIPES / "nano").glob("*.py") if path.name != "train.py")
     assert {"adamw", "muon", "pace"} <= {path.stem for path in files}

@@ -106,6 +106,7 @@ def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(tmp_path)
     assert hidden(tmp_path) == [neighbour] and path.read_text() == "next"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_writers_do_not_disturb_each_other(tmp_path):
     path, errors = tmp_path / "file", []
