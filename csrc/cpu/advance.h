@@ -33,7 +33,8 @@ __attribute__((noinline)) void advance_halves(
 
 // All move on before any is encoded: until a scale is known, another state can move.
 PYLO_FN void advance_codes(
-    const Job &job, const Moving (&by)[4], const Run &run, int64_t block, const float *grad, const uint32_t (&hashes)[2][BLOCK]) {
+    const Job &job, const Moving (&by)[4], const Run &run, int64_t block, const float *grad,
+    const uint32_t (&hashes)[2][BLOCK]) {
     alignas(64) float values[4][BLOCK];
     uint8_t copies[4][BLOCK];
     Codes<false> first(job, by[0], run, block, copies[0]), second(job, by[1], run, block, copies[1]);

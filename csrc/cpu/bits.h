@@ -32,7 +32,7 @@ PYLO_FN Bits load_bits(const uint32_t *p) {
     return bits;
 }
 
-// Of the last two functions GCC makes compares and masked moves where vectors are wide, and constants anew for each of them.
+// In intrinsics, as of the conditions below GCC makes compares and masked moves where vectors are wide, and each constant anew.
 #if PYLO_LANES >= 8
 PYLO_FN Bits larger_of(Bits a, Bits b) { return (Bits)PYLO_MM(max_epu32)((RawInt)a, (RawInt)b); }
 PYLO_FN Bits smaller_of(Bits a, uint32_t b) { return (Bits)PYLO_MM(min_epu32)((RawInt)a, PYLO_MM(set1_epi32)((int)b)); }

@@ -11,8 +11,8 @@ namespace {
 // Sums over the state before the step: p^2, m (3), r, m^2 (3), r^2. In double precision throughout: a variance is the
 // difference of two of them, which must vanish where all elements are equal.
 //
-// Value i of a run goes to element i % 16 of sums, and its square to that of squares. A whole run ahead is asked for: whether
-// the hardware foresees these reads depends on where the linker puts the loop. With AHEAD the stage took 1.2 to 2.1 ms of a step.
+// Value i of a run goes to element i % 16 of sums, and its square to that of squares. A whole run ahead is asked for: whether the
+// hardware foresees these reads depends on where the linker puts the loop. With AHEAD the stage took 1.2 to 2.1 ms of a step of velo.
 template <bool Plain>
 PYLO_FN void add_to_sums(const float *values, int padded, double *sums, double *squares) {
 #pragma GCC unroll 4

@@ -31,7 +31,7 @@ from pylo_integrations.metatrain.processes import Processes, device_of_rank
 from pylo_integrations.metatrain.progress import Progress
 from pylo_integrations.metatrain.provenance import commit
 from pylo_integrations.metatrain.report import compare, describe_report
-from pylo_integrations.metatrain.resuming import ResumeError, below, count, like, prefix
+from pylo_integrations.metatrain.resuming import ResumeError
 from pylo_integrations.metatrain.running import RunningStage, linear_space
 from pylo_integrations.metatrain.seeds import generator_of
 from pylo_integrations.ops.compiled import CompiledLocal
@@ -362,16 +362,16 @@ class MetaTrainer:
 
     def _continue(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._progress = Progress.restored(record["progress"], self.config.stages)
-        self._template = like(self._template, below(tensors, "template/"))
-        self._best = like(self._template, below(tensors, "best/"))
+        self._template = resuming.like(self._template, resuming.below(tensors, "template/"))
+        self._best = resuming.like(self._template, resuming.below(tensors, "best/"))
         self._running = self._stage()
-        outer = like(Outer.at(self._running.space.start).tensors(), below(tensors, "outer/"))
-        if (outer["second"] < 0).any() or count(record["taken"]) != self._progress.done:
+        outer = resuming.like(Outer.at(self._running.space.start).tensors(), resuming.below(tensors, "outer/"))
+        if (outer["second"] < 0).any() or resuming.count(record["taken"]) != self._progress.done:
             raise ValueError("the averages of its gradients are not those of the run")
         self._outer = Outer.restored(outer, record["taken"])
         groups = self._running.groups
-        if record["groups"].keys() != {prefix(key) for key in groups}:
+        if record["groups"].keys() != {resuming.prefix(key) for key in groups}:
             raise ValueError(f"its groups are {sorted(record['groups'])}")
         for key in self._processes.mine(list(groups)):
-            mine = prefix(key)
-            resuming.restore_group_(groups[key], record["groups"][mine], below(tensors, mine))
+            mine = resuming.prefix(key)
+            resuming.restore_group_(groups[key], record["groups"][mine], resuming.below(tensors, mine))
