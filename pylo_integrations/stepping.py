@@ -61,7 +61,7 @@ class Stepping:
         """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
         observed = self.progress.window.take()
         known = given if given is not None else observed
-        if known is None and self.ledger.rule.needs_loss:
+        if known is None and self.ledger.rule.reads_loss(self.progress.iteration):
             known = result
         return None if known is None else as_scalar_loss(known)
 
@@ -103,7 +103,7 @@ class Stepping:
             self.whole.clear()
             own = self.compiled.progress_of(tensors, progress)
             self._look(groups, own)
-            used = loss if self.ledger.rule.needs_loss else None
+            used = loss if self.ledger.rule.reads_loss(own.iteration) else None
             try:
                 taken = self.compiled.step(tensors, groups, state, own, used, now)
             finally:
@@ -151,7 +151,7 @@ class Stepping:
             raise
         self.whole.clear()
         self._look(groups, progress)
-        used = offload.loss(observed) if rule.needs_loss else None
+        used = offload.loss(observed) if rule.reads_loss(progress.iteration) else None
         try:
             taken = engine.step(stepped, offload.states(state), progress, used, now, recalled=recalled)
         except (DisagreementError, RankError):
