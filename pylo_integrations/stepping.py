@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,9 +60,11 @@ class Stepping:
 
     def take_loss(self, given: Tensor | float | None, result: Any) -> Tensor | None:
         """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
-        observed = self.progress.window.take()
+        observed, rule = self.progress.window.take(), self.ledger.rule
         known = given if given is not None else observed
-        if known is None and self.ledger.rule.reads_loss(self.progress.iteration):
+        # A closure may return anything, and who asks for no loss takes no offence.
+        is_number = isinstance(result, Real) or (isinstance(result, Tensor) and result.numel() == 1)
+        if known is None and (rule.needs_loss or (is_number and rule.reads_loss(self.progress.iteration))):
             known = result
         return None if known is None else as_scalar_loss(known)
 

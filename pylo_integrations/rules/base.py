@@ -85,7 +85,7 @@ class Rule(ABC):
     Attributes:
         kind: What checkpoints call the rule; the name of the class, unless it says otherwise.
         needs_loss: Whether every step needs the loss.
-        reads_first_loss: Whether the first step uses the loss, if it is given; a rule that needs every one need not say.
+        reads_first_loss: Whether the first step uses the loss, if it is given.
         needs_horizon: Whether every step needs to know how many steps the run takes.
         features: Names of the per-parameter inputs of the network, in order; empty if there is none.
         finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.

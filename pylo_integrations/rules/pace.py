@@ -6,9 +6,10 @@ learned is how far to go, by role (matrix, table of embeddings, vector), shape, 
 .. math:: \nu = \langle u, d \rangle / (|u|\,|d|),
 
 the *flatness* of the momentum's spectrum: 1 if all singular values are equal, and the less the fewer of them matter.
-Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And it
-goes by the *promise* of a step, how much of the run's first loss it would take away if the loss were linear: some
-hundredths in networks that train well, up to fifty times all of it where the same step wrecks them. Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
+Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. Where
+the first loss is known, they also go by their *promise*: the part of it that a step would take away if the loss were
+linear. That is some hundredths in networks that train well, and many times all of it where such a step wrecks them.
+Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ LONGER, SHORTER = 2.0, 1 / 32
 """Bounds of the factor by which steps go with their promise."""
 
 LEAST_LOSS = 1e-3
-"""First losses below this tell nothing of promises: those of reinforcement learning begin near zero, whatever is ahead."""
+"""First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
 
 LARGEST_LOGIT = 10.0
 """Of a gradient's weight in the momentum, either way."""
@@ -168,7 +169,7 @@ class PaceRule(Rule):
 
     def initial_memory(self) -> dict[str, Tensor]:
         """The first loss; 0 while it is not known."""
-        return {_FIRST_LOSS: torch.zeros(())}
+        return {_FIRST_LOSS: torch.zeros((), device="cpu")}
 
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Remember the first loss."""

@@ -50,7 +50,7 @@ class Amplified(nn.Linear):
         self.gain = gain
         with torch.no_grad():
             for param in self.parameters():
-                param /= gain
+                param.div_(gain)
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., inputs)`` to ``(..., outputs)``."""
