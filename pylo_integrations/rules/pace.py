@@ -181,6 +181,10 @@ class PaceRule(Rule):
         """The numbers, each 0-d by its name."""
         return by_name(self.numbers.to(device, dtype))
 
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The first loss; 0 if it is not known."""
+        return dict(memory)
+
     @property
     def kernel_spec(self) -> KernelSpec:
         """Momentum, which :meth:`directions` finishes."""
