@@ -150,11 +150,13 @@ public:
         return Square ? stored : with_sign_of(x, stored);
     }
 
-    template <Half H>
-    __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes) const {
+    template <Half H, bool Returns>
+    __attribute__((noinline)) void encode(float *values, const uint32_t *hashes) const {
         const Codes own = *this;  // which no store to bytes can change
-        for (int lane = 0; lane < own.padded; lane += Vec::lanes)
-            own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
+        for (int lane = 0; lane < own.padded; lane += Vec::lanes) {
+            const Vec kept = own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
+            if constexpr (Returns) kept.store(values + lane);
+        }
     }
 
     PYLO_FN void store() const {
