@@ -96,6 +96,7 @@ template <bool Square>
 __attribute__((noinline)) float move_codes(
     const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
     Bits most = {};
+#pragma GCC unroll 4
     for (int i = 0; i < padded; i += Vec::lanes) {
         const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
         moved.store(values + i);
@@ -143,17 +144,28 @@ public:
     // Returns what is stored.
     template <Half H>
     PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
-        const Vec x = value * Vec(unit);
-        const Bits size = encoded<Square, H>(x, hash);
-        store_bytes(Square ? size : with_sign_of(x, size), codes + lane);
-        const Vec stored = part_of<Square>(size) * Vec(scale);
-        return Square ? stored : with_sign_of(x, stored);
+        Bits code;
+        const Vec stored = encode<H>(value, hash, code);
+        store_bytes(code, codes + lane);
+        return stored;
     }
 
     template <Half H, bool Returns>
     __attribute__((noinline)) void encode(float *values, const uint32_t *hashes) const {
         const Codes own = *this;  // which no store to bytes can change
-        for (int lane = 0; lane < own.padded; lane += Vec::lanes) {
+        int lane = 0;
+        for (; lane + 4 * Vec::lanes <= own.padded; lane += 4 * Vec::lanes) {
+            Bits numbers[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                float *const value = values + lane + i * Vec::lanes;
+                const Bits hash = load_bits(hashes + lane + i * Vec::lanes);
+                const Vec kept = own.template encode<H>(Vec::load(value), hash, numbers[i]);
+                if constexpr (Returns) kept.store(value);
+            }
+            store_bytes<!Square>(numbers, own.codes + lane);
+        }
+        for (; lane < own.padded; lane += Vec::lanes) {
             const Vec kept = own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
             if constexpr (Returns) kept.store(values + lane);
         }
@@ -166,6 +178,15 @@ public:
     }
 
 private:
+    template <Half H>
+    PYLO_FN Vec encode(Vec value, Bits hash, Bits &code) const {
+        const Vec x = value * Vec(unit);
+        const Bits size = encoded<Square, H>(x, hash);
+        code = Square ? size : with_sign_of(x, size);
+        const Vec stored = part_of<Square>(size) * Vec(scale);
+        return Square ? stored : with_sign_of(x, stored);
+    }
+
     Moving by;
     uint8_t *stored = nullptr, *codes = nullptr;
     float *stored_scale = nullptr, scale = 0, unit = 0;
