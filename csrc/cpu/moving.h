@@ -16,20 +16,23 @@ namespace {
 
 enum Half { LOWER = 0, UPPER = 16 };
 
-PYLO_FN uint32_t mixed(uint32_t x) {
-    x = ((x >> 16) ^ x) * 0x45D9F3Bu;
+PYLO_FN uint32_t half_mixed(uint32_t x) {
+    x *= 0x45D9F3Bu;
     x = ((x >> 16) ^ x) * 0x45D9F3Bu;
     return (x >> 16) ^ x;
 }
+PYLO_FN uint32_t mixed(uint32_t x) { return half_mixed((x >> 16) ^ x); }
 
+// Of elements that share all but the lowest 16 bits of their numbers, so what these are mixed with is the same for all.
 __attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict hashes) {
-    for (int i = 0; i < count; ++i) hashes[i] = mixed((first + (uint32_t)i) ^ key) + other;
+    key ^= (first ^ key) >> 16;
+    for (int i = 0; i < count; ++i) hashes[i] = half_mixed((first + (uint32_t)i) ^ key) + other;
 }
 
 // Of `count` elements of the whole tensor from `first` on.
 PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, uint32_t *hashes) {
-    for (int done = 0; done < count;) {  // once, but where the upper word changes
-        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 32) - (at & 0xFFFFFFFFu);
+    for (int done = 0; done < count;) {  // once, but where the upper bits change
+        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 16) - (at & 0xFFFFu);
         const int here = left < (uint64_t)(count - done) ? (int)left : count - done;
         mix(keys[0] ^ mixed((uint32_t)(at >> 32)), keys[1], (uint32_t)at, here, hashes + done);
         done += here;
@@ -96,7 +99,6 @@ template <bool Square>
 __attribute__((noinline)) float move_codes(
     const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
     Bits most = {};
-#pragma GCC unroll 4
     for (int i = 0; i < padded; i += Vec::lanes) {
         const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
         moved.store(values + i);
