@@ -1,7 +1,8 @@
-// apply for small networks: a part's rows, as many lanes of each at a time as a block of codes has.
+// apply for small networks: rows one after the other, as many lanes of each at a time as a block of codes has.
 //
-// A network that takes little time leaves what a tile of a strip asks for as a large share of the whole: a fixed statistic's
-// contribution, which is that of a row, and states in a format, of which a block moves on at once here and is not decoded again.
+// What is done once for each tile of a strip is a large share of the whole where a network takes little time: the fixed
+// statistic's contribution and the decoding of states. Here the first is made once for a row's lanes, and states move on a
+// block at a time and are not decoded again.
 #pragma once
 
 #include "advance.h"
@@ -63,7 +64,8 @@ void apply_panel(const Job &job, Workplace &work, int64_t first, int count) {
         for (int k = 0; k < 3; ++k) fixed_scale[k] = Vec(fixed_statistic(job, t.row_scale, t.col_scale, k, at.fixed()));
         const Run run(at.memory + first * g.lane_step, g.lane_step, count);
         if (moves)
-            window.load_moving(job, rule, step, run, [&](const float *grad, float *const (&values)[4]) __attribute__((always_inline)) {
+            window.load_moving(job, rule, step, run, [&](const float *grad, float *const (&values)[4])
+                                                         __attribute__((always_inline)) {
                 averages.move<true>(run, place_of(job, run).block, grad, values);
             });
         else
