@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -94,16 +94,22 @@ def _serve(rank: int, world: int, rendezvous: str, told: Path, connection: Any) 
 
 
 class Workers:
-    """Processes of one thread each to run functions on, started when first needed."""
+    """Processes of one thread each to run functions on, started when first needed.
 
-    def __init__(self) -> None:
+    Args:
+        imports: Modules beside torch's that processes begin with on Linux, where they are installed, instead of each
+            importing them by itself. Those of whoever starts processes first count, and none may start threads.
+    """
+
+    def __init__(self, imports: Sequence[str] = ()) -> None:
+        self._imports = [*_IMPORTED, *imports]
         self._folder = tempfile.TemporaryDirectory(prefix="pylo-")
         self._groups: dict[int, list[_Rank]] = {}  # by size
 
     def _start(self, world: int) -> list[_Rank]:
         context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            context.set_forkserver_preload(_IMPORTED)
+            context.set_forkserver_preload(self._imports)
         rendezvous = str(Path(self._folder.name) / f"rendezvous{time.monotonic_ns()}")
         group = []
         for rank in range(world):

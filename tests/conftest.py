@@ -55,6 +55,10 @@ def small_thetas(monkeypatch):
             monkeypatch.setattr(cls, "default_weights", theta_for(name))
 
 
+FRAMEWORKS = ["transformers.trainer", "accelerate", "lightning.pytorch", "lightning.fabric"]
+"""What ranks of a dozen files import, in seconds each."""
+
+
 class _Workers(Workers):
     """Runs a case in which a rank has died once more, with a warning that says where it was.
 
@@ -71,7 +75,7 @@ class _Workers(Workers):
 
 
 def _started():
-    workers = _Workers()
+    workers = _Workers(FRAMEWORKS)
     yield workers
     workers.close()
 
@@ -91,6 +95,6 @@ def ranks():
 @pytest.fixture
 def mortal():
     """Processes for one test, in which ranks die on purpose."""
-    workers = Workers()
+    workers = Workers(FRAMEWORKS)
     yield workers
     workers.close()

@@ -7,7 +7,7 @@
  *   measure   sums over parameter and state as they are before the step, for rules that ask for them
  *   prepare   factored state and its inverse roots, from complete sums
  *   describe  sums of squared features; nothing is written but the sums
- *   advance   accumulators, of tensors whose state is not stored in float32
+ *   advance   accumulators, of tensors whose state is not stored in float32; apply may do it instead
  *   apply     accumulators, but for those, and parameters, from complete sums; or the step, as a direction; or, of a
  *             direction that the caller has finished and scaled, parameters
  *

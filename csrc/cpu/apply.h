@@ -7,6 +7,7 @@
 #include "adam.h"
 #include "evaluate.h"
 #include "nesterov.h"
+#include "panels.h"
 #include "write.h"
 
 namespace pylo {
@@ -108,7 +109,7 @@ void apply_strips(const Job &job, Workplace &work) {
 template <bool Factored, bool Sliced>
 void apply_part(const Job &job, Workplace &work) {
     work.network.fold<Factored>(job);
-    switch (work.network.narrow()) {
+    switch (narrow_units(*job.rule)) {
         case LINEAR:
             return apply_strips<Factored, Sliced, LINEAR>(job, work);
         case 4:
@@ -125,7 +126,9 @@ void apply(const Job &job) {
     if (job.rule->layers == 0) return adam(job);
     if (job.rule->layers == PYLO_NESTEROV) return nesterov(job);
     Workplace work;
-    if (job.tensor->d0_axis < 0)
+    if (has_panels(*job.rule, *job.tensor, job.geometry))
+        apply_panels(job, work);
+    else if (job.tensor->d0_axis < 0)
         apply_part<false, false>(job, work);
     else if (job.tensor->norm_slices > 1)
         apply_part<true, true>(job, work);

@@ -90,8 +90,11 @@ PYLO_FN Bits magnitude(Bits number) {
     return (number ^ negative) - negative;
 #endif
 }
+// Where the float is zero, so is the number.
 PYLO_FN Bits with_sign_of(Vec sign, Bits size) {
-#if PYLO_LANES == 16
+#if PYLO_LANES == 8
+    return (Bits)_mm256_sign_epi32((__m256i)size, _mm256_castps_si256(sign.raw));  // one instruction, and 0 where its sign is
+#elif PYLO_LANES == 16
     const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(sign.raw));
     return (Bits)_mm512_mask_sub_epi32((__m512i)size, negative, _mm512_setzero_si512(), (__m512i)size);
 #else
@@ -149,6 +152,18 @@ PYLO_FN void store_bytes(Bits numbers, uint8_t *p) {
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(halves, halves));
 }
+// The lower bytes of four vectors, of numbers that a byte holds, with their signs if `Signed`.
+template <bool Signed>
+PYLO_FN void store_bytes(const Bits (&numbers)[4], uint8_t *p) {
+    const auto halves = [&](int i) __attribute__((always_inline)) {
+        const __m256i a = (__m256i)numbers[i], b = (__m256i)numbers[i + 1];
+        return Signed ? _mm256_packs_epi32(a, b) : _mm256_packus_epi32(a, b);
+    };
+    const __m256i first = halves(0), second = halves(2);
+    const __m256i bytes = Signed ? _mm256_packs_epi16(first, second) : _mm256_packus_epi16(first, second);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing keeps to halves of a register
+    _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(bytes, order));
+}
 #else
 template <class Byte>
 PYLO_FN Bits from_bytes(const Byte *p) {
@@ -160,6 +175,14 @@ PYLO_FN void store_bytes(Bits numbers, uint8_t *p) {
     uint32_t wide[PYLO_LANES];
     __builtin_memcpy(wide, &numbers, sizeof numbers);
     for (int i = 0; i < PYLO_LANES; ++i) p[i] = (uint8_t)wide[i];
+}
+#endif
+
+#if PYLO_LANES != 8
+template <bool Signed>
+PYLO_FN void store_bytes(const Bits (&numbers)[4], uint8_t *p) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store_bytes(numbers[i], p + i * PYLO_LANES);
 }
 #endif
 

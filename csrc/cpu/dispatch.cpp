@@ -11,8 +11,10 @@ const Kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
         case PYLO_AVX2:
             return __builtin_cpu_supports("x86-64-v3") ? &kernels_avx2 : nullptr;
+#if !PYLO_WITHOUT_AVX512
         case PYLO_AVX512:
             return __builtin_cpu_supports("x86-64-v4") ? &kernels_avx512 : nullptr;
+#endif
 #endif
         default:
             return nullptr;

@@ -50,6 +50,22 @@ struct Window {
         }
     }
 
+    // The same, of states that `move(gradients that the rule sees, memory for states)` moves on and leaves in this memory.
+    template <class Move>
+    PYLO_FN void load_moving(const Job &job, const pylo_rule &rule, const pylo_step &step, const Run &lanes, Move &&move) {
+        const pylo_tensor &t = *job.tensor;
+        run = lanes;
+        in_place = false;
+        const float *stored = run.load(step.grad, step.grad_dtype, buffer[0]);
+        param = run.load(t.param, t.param_dtype, buffer[1]);
+        grad = buffer[0];
+        for (int lane = 0; lane < run.padded; lane += Vec::lanes)
+            seen_gradient(rule, step, Vec::load(stored + lane), Vec::load(param + lane)).store(buffer[0] + lane);
+        rms = t.rms ? buffer[2] : zeros(run, buffer[2]);
+        for (int k = 0; k < 3; ++k) momentum[k] = t.momentum[k] ? buffer[3 + k] : zeros(run, buffer[3 + k]);
+        move(grad, {momentum[0], momentum[1], momentum[2], rms});
+    }
+
     PYLO_FN void prefetch(int lane) const {
         fetch(grad + lane);
         fetch(param + lane);
@@ -70,11 +86,13 @@ struct Window {
         for (int k = 0; k < 3; ++k) pylo::prefetch(t.momentum[k], t.state_dtype, next, run.count);
     }
 
-    // The element at a lane, accumulators updated if they are not yet.
+    // The element at a lane, accumulators updated if they are not yet. `Seen`: gradients are as the rule sees them.
+    template <bool Seen = false>
     PYLO_FN Element<Vec> element(const pylo_rule &rule, const pylo_step &step, int lane) const {
         Element<Vec> x;
         x.param = Vec::load(param + lane);
-        x.grad = seen_gradient(rule, step, Vec::load(grad + lane), x.param);
+        x.grad = Vec::load(grad + lane);
+        if constexpr (!Seen) x.grad = seen_gradient(rule, step, x.grad, x.param);
         x.rms = Vec::load(rms + lane);
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {

@@ -109,10 +109,12 @@ PYLO_FN void evaluate(
 }
 
 // The same for a network whose hidden layers all have as many units as registers hold: nothing goes through memory. Its
-// first sums are in the order in which features are made, so only the rule may decide which of the two is taken.
+// first sums are in the order in which features are made, so only the rule may decide which of the two is taken. `begin`: the
+// first of the table's vectors.
 template <bool Factored, int V, int Units, class Visit>
 PYLO_FN void evaluate_narrow(
-    const Job &job, Workplace &work, const LaneTable *table, int64_t next, Visit &&visit, Vec (&outputs)[2][V]) {
+    const Job &job, Workplace &work, const LaneTable *table, int64_t next, Visit &&visit, Vec (&outputs)[2][V],
+    int begin = 0) {
     const Network &network = work.network;
     const int last = network.layers - 1;
 #pragma GCC unroll 4
@@ -121,7 +123,7 @@ PYLO_FN void evaluate_narrow(
 #pragma GCC unroll 8
         for (int j = 0; j < Units; ++j) {
             units[j] = Vec(Factored ? work.fixed_preactivation[j] : network.bias[j]);
-            if constexpr (Factored) units[j] = units[j] + Vec::load(table->preactivation[j] + i * Vec::lanes);
+            if constexpr (Factored) units[j] = units[j] + Vec::load(table->preactivation[j] + (begin + i) * Vec::lanes);
         }
         visit(i, [&](int channel, Vec f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -156,14 +158,15 @@ PYLO_FN void evaluate_narrow(
 
 // The same without hidden layers: both outputs are sums of features. Nothing but memory takes time.
 template <bool Factored, int V, class Visit>
-PYLO_FN void evaluate_linear(Workplace &work, const LaneTable *table, Visit &&visit, Vec (&outputs)[2][V]) {
+PYLO_FN void evaluate_linear(
+    Workplace &work, const LaneTable *table, Visit &&visit, Vec (&outputs)[2][V], int begin = 0) {
     const Network &network = work.network;
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
             outputs[j][i] = Vec(Factored ? work.fixed_preactivation[j] : network.bias[j]);
-            if constexpr (Factored) outputs[j][i] = outputs[j][i] + Vec::load(table->preactivation[j] + i * Vec::lanes);
+            if constexpr (Factored) outputs[j][i] = outputs[j][i] + Vec::load(table->preactivation[j] + (begin + i) * Vec::lanes);
         }
         visit(i, [&](int channel, Vec f) __attribute__((always_inline)) {
 #pragma GCC unroll 2

@@ -16,20 +16,23 @@ namespace {
 
 enum Half { LOWER = 0, UPPER = 16 };
 
-PYLO_FN uint32_t mixed(uint32_t x) {
-    x = ((x >> 16) ^ x) * 0x45D9F3Bu;
+PYLO_FN uint32_t half_mixed(uint32_t x) {
+    x *= 0x45D9F3Bu;
     x = ((x >> 16) ^ x) * 0x45D9F3Bu;
     return (x >> 16) ^ x;
 }
+PYLO_FN uint32_t mixed(uint32_t x) { return half_mixed((x >> 16) ^ x); }
 
+// Of elements that share all but the lowest 16 bits of their numbers, so what these are mixed with is the same for all.
 __attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict hashes) {
-    for (int i = 0; i < count; ++i) hashes[i] = mixed((first + (uint32_t)i) ^ key) + other;
+    key ^= (first ^ key) >> 16;
+    for (int i = 0; i < count; ++i) hashes[i] = half_mixed((first + (uint32_t)i) ^ key) + other;
 }
 
 // Of `count` elements of the whole tensor from `first` on.
 PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, uint32_t *hashes) {
-    for (int done = 0; done < count;) {  // once, but where the upper word changes
-        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 32) - (at & 0xFFFFFFFFu);
+    for (int done = 0; done < count;) {  // once, but where the upper bits change
+        const uint64_t at = first + (uint64_t)done, left = ((uint64_t)1 << 16) - (at & 0xFFFFu);
         const int here = left < (uint64_t)(count - done) ? (int)left : count - done;
         mix(keys[0] ^ mixed((uint32_t)(at >> 32)), keys[1], (uint32_t)at, here, hashes + done);
         done += here;
@@ -143,18 +146,31 @@ public:
     // Returns what is stored.
     template <Half H>
     PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
-        const Vec x = value * Vec(unit);
-        const Bits size = encoded<Square, H>(x, hash);
-        store_bytes(Square ? size : with_sign_of(x, size), codes + lane);
-        const Vec stored = part_of<Square>(size) * Vec(scale);
-        return Square ? stored : with_sign_of(x, stored);
+        Bits code;
+        const Vec stored = encode<H>(value, hash, code);
+        store_bytes(code, codes + lane);
+        return stored;
     }
 
-    template <Half H>
-    __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes) const {
+    template <Half H, bool Returns>
+    __attribute__((noinline)) void encode(float *values, const uint32_t *hashes) const {
         const Codes own = *this;  // which no store to bytes can change
-        for (int lane = 0; lane < own.padded; lane += Vec::lanes)
-            own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
+        int lane = 0;
+        for (; lane + 4 * Vec::lanes <= own.padded; lane += 4 * Vec::lanes) {
+            Bits numbers[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                float *const value = values + lane + i * Vec::lanes;
+                const Bits hash = load_bits(hashes + lane + i * Vec::lanes);
+                const Vec kept = own.template encode<H>(Vec::load(value), hash, numbers[i]);
+                if constexpr (Returns) kept.store(value);
+            }
+            store_bytes<!Square>(numbers, own.codes + lane);
+        }
+        for (; lane < own.padded; lane += Vec::lanes) {
+            const Vec kept = own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
+            if constexpr (Returns) kept.store(values + lane);
+        }
     }
 
     PYLO_FN void store() const {
@@ -164,6 +180,15 @@ public:
     }
 
 private:
+    template <Half H>
+    PYLO_FN Vec encode(Vec value, Bits hash, Bits &code) const {
+        const Vec x = value * Vec(unit);
+        const Bits size = encoded<Square, H>(x, hash);
+        code = Square ? size : with_sign_of(x, size);
+        const Vec stored = part_of<Square>(size) * Vec(scale);
+        return Square ? stored : with_sign_of(x, stored);
+    }
+
     Moving by;
     uint8_t *stored = nullptr, *codes = nullptr;
     float *stored_scale = nullptr, scale = 0, unit = 0;

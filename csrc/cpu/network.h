@@ -10,8 +10,6 @@ namespace {
 
 constexpr int MAX_CHANNELS = Channels<false>::all;
 
-constexpr int LINEAR = -1;
-
 // Slot of one of the six channels of row or col: three of the statistic, three of its inverse root.
 PYLO_FN int statistic_slot(bool of_row, int k) { return (k < 3 ? ROW : INVERSE_ROW - 3) + k + (of_row ? 0 : 3); }
 
@@ -68,14 +66,6 @@ struct Network {
                 fold_slot(rule, row, row_scale, job.geometry.row_varies ? lane[k] : fixed[k]);
                 fold_slot(rule, col, col_scale, job.geometry.row_varies ? fixed[k] : lane[k]);
             }
-    }
-
-    // Units of every hidden layer if they are so few that registers hold them, else 0; LINEAR if there is no such layer.
-    int narrow() const {
-        if (layers == 1) return LINEAR;
-        for (int layer = 1; layer < layers - 1; ++layer)
-            if (width[layer] != width[0]) return 0;
-        return width[0] == 4 || width[0] == 8 ? width[0] : 0;
     }
 
 private:

@@ -14,6 +14,8 @@ constexpr int TILE = TILE_VECTORS * Vec::lanes;
 // again; 16 tables are enough for kernels of 3 x 3 and fit into a second-level cache.
 constexpr int TABLES = 16;
 
+constexpr int PANEL = BLOCK, PANEL_TILES = (PANEL + TILE - 1) / TILE;  // lanes of a panel (panels.h)
+
 // What the statistic that varies along lanes contributes to a tile, for one slice.
 struct LaneTable {
     int64_t slice, norm;
@@ -25,7 +27,7 @@ struct LaneTable {
 // A quarter of a megabyte with the widest vectors, on the stack of each thread: a stage allocates nothing.
 struct Workplace {
     Network network;
-    LaneTable tables[TABLES];
+    LaneTable tables[PANEL_TILES > TABLES ? PANEL_TILES : TABLES];  // of slices, or of a panel's tiles
     alignas(64) float fixed_preactivation[PYLO_MAX_WIDTH];
     alignas(64) float a[PYLO_MAX_WIDTH][TILE], b[PYLO_MAX_WIDTH][TILE];
 };

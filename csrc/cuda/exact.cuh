@@ -20,6 +20,13 @@ struct ExactShared {
     pylo_step step;
 };
 
+// Between loads of unrolled loops: a compiler that may move all of them compares each with every other one, and of a width
+// of 64 there are so many that it takes three quarters of a minute. For sm_80 and sm_90 the machine code is the same.
+template <int Width>
+__device__ __forceinline__ void spare_compiler() {
+    if constexpr (Width >= 64) forget_memory();
+}
+
 template <int Width>
 __device__ __forceinline__ void add_product(float x, const float *weights, float (&sums)[Width]) {
 #pragma unroll
@@ -70,9 +77,11 @@ __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const 
             for (int unit = 0; unit < Width; ++unit) a[e][unit] = shared.first_bias[unit];
         }
 #pragma unroll
-        for (int input = 0; input < inputs; ++input)
+        for (int input = 0; input < inputs; ++input) {
+            spare_compiler<Width>();
 #pragma unroll
             for (int e = 0; e < Elements; ++e) add_product(x[e][input], shared.first[input], a[e]);
+        }
         for (int n = 1; n < hidden; ++n) {
             float b[Elements][Width];
 #pragma unroll
@@ -80,10 +89,12 @@ __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const 
 #pragma unroll
                 for (int unit = 0; unit < Width; ++unit) b[e][unit] = shared.middle[n - 1][Width][unit];
 #pragma unroll
-            for (int input = 0; input < Width; ++input)
+            for (int input = 0; input < Width; ++input) {
+                spare_compiler<Width>();
 #pragma unroll
                 for (int e = 0; e < Elements; ++e)
                     add_product(at_least(0.0f, a[e][input]), shared.middle[n - 1][input], b[e]);
+            }
 #pragma unroll
             for (int e = 0; e < Elements; ++e)
 #pragma unroll

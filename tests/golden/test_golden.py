@@ -34,7 +34,7 @@ SMALL_FC = ("small_fc_h4_default", "small_fc_h32_pylo", "small_fc_h32_outofrange
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC)
-@in_chunks(4000)
+@in_chunks(8000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float32)
