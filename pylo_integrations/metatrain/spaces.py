@@ -351,7 +351,7 @@ class Celo2Linear(LinearSpace):
 
 
 class PaceNumbers(LinearSpace):
-    """For Pace: all of its numbers, from where meta-training without promises had come to.
+    """For Pace: all of its numbers, from about where meta-training of shorter runs had come to.
 
     Args:
         step: Root mean square of a step of a matrix.
@@ -359,21 +359,19 @@ class PaceNumbers(LinearSpace):
     """
 
     _START: Mapping[str, float] = {
-        "log_table_step": -3.22,
-        "log_vector_step": -4.21,
-        "width_exponent": -0.45,
-        "aspect_exponent": 0.08,
-        "horizon_exponent": -0.21,
-        "vector_horizon_exponent": -0.38,
-        "momentum": 1.51,
-        "momentum_horizon": 0.36,
-        "momentum_exponent": 0.79,
-        "log_warmup": -4.59,
-        "log_power": 0.51,
-        "power_horizon": -0.03,
-        "flatness": 0.55,
-        "log_promise": -4.0,
-        "promise": 0.35,
+        "log_table_step": math.log(4e-2),
+        "log_vector_step": math.log(2e-2),
+        "width_exponent": -0.4,
+        "horizon_exponent": -0.3,
+        "vector_horizon_exponent": -0.6,
+        "momentum": math.log(0.9 / 0.1),
+        "momentum_horizon": 0.3,
+        "momentum_exponent": 0.75,
+        "log_warmup": math.log(0.02),
+        "log_power": math.log(1.4),
+        "power_horizon": -0.1,
+        "flatness": 0.8,
+        "log_promise": math.log(0.1),
     }
     _UNITS: Mapping[str, float] = {
         "log_step": 0.3,
@@ -391,10 +389,9 @@ class PaceNumbers(LinearSpace):
         "power_horizon": 0.2,
         "flatness": 0.4,
         "log_promise": 0.5,
-        "promise": 0.1,
     }
 
-    def __init__(self, *, step: float = 2.8e-3, seed: int = 0) -> None:
+    def __init__(self, *, step: float = 3.5e-3, seed: int = 0) -> None:
         super().__init__(step)
         start = {**self._START, "log_step": math.log(step)}
         self._template = torch.tensor([start.get(name, 0.0) for name in NUMBERS])

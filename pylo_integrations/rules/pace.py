@@ -6,10 +6,11 @@ learned is how far to go, by role (matrix, table of embeddings, vector), shape, 
 .. math:: \nu = \langle u, d \rangle / (|u|\,|d|),
 
 the *flatness* of the momentum's spectrum: 1 if all singular values are equal, and the less the fewer of them matter.
-Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. Where
-the first loss is known, they also go by their *promise*: the part of it that a step would take away if the loss were
-linear. That is some hundredths in networks that train well, and many times all of it where such a step wrecks them.
-Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
+Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
+where the first loss is known, no step of a tensor *promises* more than a learned part of it, which is what the step
+would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
+size would wreck a network, it promises many times the whole loss. Vectors, scalars and the tensors of groups marked
+``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ NUMBERS = (
     "power_horizon",
     "flatness",
     "log_promise",
-    "promise",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
@@ -66,9 +66,6 @@ SHORTEST, LONGEST = 100, 100_000
 
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
-
-LONGER, SHORTER = 2.0, 1 / 32
-"""Bounds of the factor by which steps go with their promise."""
 
 LEAST_LOSS = 1e-3
 """First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
@@ -88,7 +85,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(16,)``, those of :data:`NUMBERS`.
+        numbers: ``(15,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
     """
 
@@ -105,12 +102,12 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(16,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(15,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
                 the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
-                logarithm of the promise at which its law is 1, and its exponent.
+                logarithm of the largest promise.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -229,24 +226,11 @@ class PaceRule(Rule):
 
         size = by_tensor(law) * flatness.to(scale) ** by_tensor(c["flatness"])
         if (first_loss := ctx.memory.get(_FIRST_LOSS)) is not None:
-            decrease = (products * size).flatten(2).sum(-1) * (inputs * outputs)
-            size = size * by_tensor(self._longer(decrease, first_loss, c))
+            decrease = (products * size).flatten(2).sum(-1).reshape(-1) * (inputs * outputs)
+            first_loss = first_loss.to(decrease)
+            most = torch.where(first_loss >= LEAST_LOSS, c["log_promise"].exp().to(decrease) * first_loss, math.inf)
+            size = size * by_tensor((most / decrease.clamp_min(1e-30)).clamp_max(1))
         return directions, scale * size
-
-    @staticmethod
-    def _longer(decrease: Tensor, first_loss: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Factor on steps by their promise.
-
-        Args:
-            decrease: Of the loss by each step to first order, ``(tensors, 1)``.
-            first_loss: 0-d, or ``(tensors,)``.
-            numbers: By name, alike.
-        """
-        first_loss = first_loss.to(decrease).reshape(-1)
-        promise = decrease.reshape(-1) / first_loss.clamp_min(LEAST_LOSS)
-        excess = promise.clamp_min(1e-30).log() - numbers["log_promise"].to(decrease)
-        factor = torch.exp(-numbers["promise"].to(decrease) * excess).clamp(SHORTER, LONGER)
-        return factor.where(first_loss >= LEAST_LOSS, 1)
 
 
 @dataclass(frozen=True, eq=False)

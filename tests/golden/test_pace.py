@@ -40,10 +40,6 @@ def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return cosine.clamp(0.05, 1)[..., None, None]
 
 
-def longer(promise: torch.Tensor, c: dict[str, float]) -> float:
-    return min(max((float(promise) / math.exp(c["log_promise"])) ** -c["promise"], 1 / 32), 2)
-
-
 def expected(starts, grads, horizon, first_loss):
     """Parameters after every step."""
     c = numbers()
@@ -74,7 +70,8 @@ def expected(starts, grads, horizon, first_loss):
                 length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
                 if first_loss is not None and abs(first_loss) >= 1e-3:
-                    length *= longer((d * u).sum() * length * pace / abs(first_loss), c)
+                    promise = (d * u).sum() * length * pace / abs(first_loss)
+                    length *= min(1, math.exp(c["log_promise"]) / float(promise))
                 params[i] = params[i] - length * pace * u
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2

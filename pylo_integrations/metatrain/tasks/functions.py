@@ -22,7 +22,6 @@ class Teacher(Family):
         "width": (24,),
         "depth": (2,),
         "activation": ("relu", "tanh"),
-        "gain": (1.0,),
         "batch": (32,),
     }
     classes = 5
@@ -39,7 +38,7 @@ class Teacher(Family):
 
         hidden = (options["width"], options["depth"])
         return Task(
-            lambda: mlp(inputs, *hidden, self.classes, options["activation"], width_mult, options["gain"]),
+            lambda: mlp(inputs, *hidden, self.classes, options["activation"], width_mult),
             classify,
             draw,
         )
@@ -54,7 +53,6 @@ class Regression(Family):
         "width": (32,),
         "depth": (2,),
         "activation": ("relu", "tanh"),
-        "gain": (1.0,),
         "batch": (32,),
     }
     waves = 16
@@ -71,9 +69,7 @@ class Regression(Family):
             return points, torch.sin(points @ frequency + phase) @ mix
 
         hidden = (options["width"], options["depth"])
-        return Task(
-            lambda: mlp(inputs, *hidden, 2, options["activation"], width_mult, options["gain"]), square_error, draw
-        )
+        return Task(lambda: mlp(inputs, *hidden, 2, options["activation"], width_mult), square_error, draw)
 
 
 class Curve(Family):

@@ -42,28 +42,11 @@ class Pointwise(nn.Module):
         return self.function(input)
 
 
-class Amplified(nn.Linear):
-    """A layer whose output is multiplied by a gain, and whose weights begin the smaller: steps count for more."""
-
-    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
-        super().__init__(inputs, outputs)
-        self.gain = gain
-        with torch.no_grad():
-            for param in self.parameters():
-                param.div_(gain)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(..., inputs)`` to ``(..., outputs)``."""
-        return super().forward(input) * self.gain
-
-
-def mlp(
-    inputs: int, width: int, depth: int, outputs: int, activation: str, width_mult: float, gain: float = 1.0
-) -> nn.Sequential:
-    """``depth`` hidden layers of equal width and gain, and a readout."""
+def mlp(inputs: int, width: int, depth: int, outputs: int, activation: str, width_mult: float) -> nn.Sequential:
+    """``depth`` hidden layers of equal width, and a readout."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [Amplified(inputs, width, gain), Pointwise(activation)]
+        layers += [nn.Linear(inputs, width), Pointwise(activation)]
         inputs = width
     return nn.Sequential(*layers, Readout(inputs, outputs, width_mult))
 
