@@ -30,7 +30,7 @@ class Attachment:
 
     def __call__(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Report the loss, then do what ``backward`` does."""
-        hears = self._attached and self.optimizer.needs_loss
+        hears = self._attached and self.optimizer.reads_loss
         if hears:
             self._observe(loss, *args, **kwargs)
         result = self._backward(loss, *args, **kwargs)

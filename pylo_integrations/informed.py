@@ -37,6 +37,11 @@ class Informed(Optimizer):
         return self.rule.needs_loss
 
     @property
+    def reads_loss(self) -> bool:
+        """Whether the next step uses the loss, if it is told."""
+        return self.rule.reads_loss(self._progress.iteration)
+
+    @property
     def needs_horizon(self) -> bool:
         """Whether a step needs ``num_steps``."""
         return self.rule.needs_horizon

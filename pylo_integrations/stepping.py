@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,9 +60,11 @@ class Stepping:
 
     def take_loss(self, given: Tensor | float | None, result: Any) -> Tensor | None:
         """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
-        observed = self.progress.window.take()
+        observed, rule = self.progress.window.take(), self.ledger.rule
         known = given if given is not None else observed
-        if known is None and self.ledger.rule.needs_loss:
+        # A closure may return anything, and who asks for no loss takes no offence.
+        is_number = isinstance(result, Real) or (isinstance(result, Tensor) and result.numel() == 1)
+        if known is None and (rule.needs_loss or (is_number and rule.reads_loss(self.progress.iteration))):
             known = result
         return None if known is None else as_scalar_loss(known)
 
@@ -103,7 +106,7 @@ class Stepping:
             self.whole.clear()
             own = self.compiled.progress_of(tensors, progress)
             self._look(groups, own)
-            used = loss if self.ledger.rule.needs_loss else None
+            used = loss if self.ledger.rule.reads_loss(own.iteration) else None
             try:
                 taken = self.compiled.step(tensors, groups, state, own, used, now)
             finally:
@@ -151,7 +154,7 @@ class Stepping:
             raise
         self.whole.clear()
         self._look(groups, progress)
-        used = offload.loss(observed) if rule.needs_loss else None
+        used = offload.loss(observed) if rule.reads_loss(progress.iteration) else None
         try:
             taken = engine.step(stepped, offload.states(state), progress, used, now, recalled=recalled)
         except (DisagreementError, RankError):

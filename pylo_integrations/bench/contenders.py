@@ -157,5 +157,5 @@ def make_contender(name: str, parameters: Parameters, **options: Any) -> tuple[O
     if form != "float32":
         common["state_dtype"] = form
     optimizer = create_optimizer(groups, name, small, **common, **options)
-    loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
+    loss = torch.ones((), device=parameters[0][0].device) if optimizer.reads_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)

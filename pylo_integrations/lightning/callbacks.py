@@ -130,13 +130,13 @@ class LearnedOptimizerCallback(HorizonKeeper):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Report the loss of one micro-batch."""
         optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.needs_loss:
+        if optimizer is not None and optimizer.reads_loss:
             observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See where the gradients went."""
         optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.needs_loss:
+        if optimizer is not None and optimizer.reads_loss:
             look_after_backward(optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

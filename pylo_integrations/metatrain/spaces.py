@@ -371,6 +371,7 @@ class PaceNumbers(LinearSpace):
         "log_power": math.log(1.4),
         "power_horizon": -0.1,
         "flatness": 0.8,
+        "log_promise": math.log(0.1),
     }
     _UNITS: Mapping[str, float] = {
         "log_step": 0.3,
@@ -387,6 +388,7 @@ class PaceNumbers(LinearSpace):
         "log_power": 0.3,
         "power_horizon": 0.2,
         "flatness": 0.4,
+        "log_promise": 0.5,
     }
 
     def __init__(self, *, step: float = 3.5e-3, seed: int = 0) -> None:

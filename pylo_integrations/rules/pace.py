@@ -6,14 +6,17 @@ learned is how far to go, by role (matrix, table of embeddings, vector), shape, 
 .. math:: \nu = \langle u, d \rangle / (|u|\,|d|),
 
 the *flatness* of the momentum's spectrum: 1 if all singular values are equal, and the less the fewer of them matter.
-Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there.
-Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at the same pace.
+Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
+where the first loss is known, no step of a tensor *promises* more than a learned part of it, which is what the step
+would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
+size would wreck a network, it promises many times the whole loss. Vectors, scalars and the tensors of groups marked
+``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -27,7 +30,7 @@ from pylo_integrations.rules.arrays import check_arrays
 from pylo_integrations.rules.base import CLIP, Control, Rule, RuleChoice, StepContext, read_clipped_gradient
 from pylo_integrations.rules.kernel_spec import KernelSpec, NesterovSpec
 from pylo_integrations.rules.newton_schulz import Precision, check_precision, inverse_rms, orthogonalise
-from pylo_integrations.sharding.blocks import Block, PartialSum, Sums
+from pylo_integrations.sharding.blocks import Block, Bucket, PartialSum, Sums
 from pylo_integrations.sharding.layout import TensorLayout
 
 NUMBERS = (
@@ -45,6 +48,7 @@ NUMBERS = (
     "log_power",
     "power_horizon",
     "flatness",
+    "log_promise",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
@@ -63,6 +67,9 @@ SHORTEST, LONGEST = 100, 100_000
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
+LEAST_LOSS = 1e-3
+"""First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
+
 LARGEST_LOGIT = 10.0
 """Of a gradient's weight in the momentum, either way."""
 
@@ -70,6 +77,7 @@ LARGEST_NUMBER = 20
 """Of theta: most are logarithms."""
 
 _MOMENTUM = ("momentum_0",)
+_FIRST_LOSS = "first_loss"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +85,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(14,)``, those of :data:`NUMBERS`.
+        numbers: ``(15,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
     """
 
@@ -85,6 +93,7 @@ class PaceRule(Rule):
     orthogonalise: Precision = "float32"
 
     kind: ClassVar[str] = "Pace"
+    reads_first_loss: ClassVar[bool] = True
     finishes: ClassVar[bool] = True
     norm_eps: ClassVar[float] = 1e-9
 
@@ -93,11 +102,12 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(14,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(15,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
-                the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness.
+                the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
+                logarithm of the largest promise.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -154,9 +164,23 @@ class PaceRule(Rule):
         """One momentum."""
         return dict.fromkeys(_MOMENTUM)
 
+    def initial_memory(self) -> dict[str, Tensor]:
+        """The first loss; 0 while it is not known."""
+        return {_FIRST_LOSS: torch.zeros((), device="cpu")}
+
+    def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
+        """Remember the first loss."""
+        if ctx.iteration == 0 and ctx.loss is not None:
+            ctx.memory[_FIRST_LOSS] = ctx.loss.abs()
+        return super().control(buckets, sums, ctx)
+
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """The numbers, each 0-d by its name."""
         return by_name(self.numbers.to(device, dtype))
+
+    def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The first loss; 0 if it is not known."""
+        return dict(memory)
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -193,11 +217,20 @@ class PaceRule(Rule):
         directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
         scale = inverse_rms(directions, axes, self.norm_eps)
         wide = torch.promote_types(steps.dtype, torch.float32)
-        products = (steps * directions).mean(axes, keepdim=True, dtype=wide)
+        products = (steps * directions).mean(axes, keepdim=True, dtype=wide) * scale
         squares = steps.square().mean(axes, keepdim=True, dtype=wide)
-        flatness = (products * scale * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
-        law, exponent = (x.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale) for x in (law, c["flatness"]))
-        return directions, scale * law * flatness.to(scale) ** exponent
+        flatness = (products * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
+
+        def by_tensor(numbers: Tensor) -> Tensor:
+            return numbers.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
+
+        size = by_tensor(law) * flatness.to(scale) ** by_tensor(c["flatness"])
+        if (first_loss := ctx.memory.get(_FIRST_LOSS)) is not None:
+            decrease = (products * size).flatten(2).sum(-1).reshape(-1) * (inputs * outputs)
+            first_loss = first_loss.to(decrease)
+            most = torch.where(first_loss >= LEAST_LOSS, c["log_promise"].exp().to(decrease) * first_loss, math.inf)
+            size = size * by_tensor((most / decrease.clamp_min(1e-30)).clamp_max(1))
+        return directions, scale * size
 
 
 @dataclass(frozen=True, eq=False)

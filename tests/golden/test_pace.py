@@ -40,7 +40,7 @@ def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return cosine.clamp(0.05, 1)[..., None, None]
 
 
-def expected(starts, grads, horizon):
+def expected(starts, grads, horizon, first_loss):
     """Parameters after every step."""
     c = numbers()
     known = max(horizon or 1000, 100)
@@ -64,10 +64,14 @@ def expected(starts, grads, horizon):
                 d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
                 u = orthogonal(d)
                 u = (u * flatness(d, u) ** c["flatness"]).movedim((-1, -2), (0, 1))
+                d = d.movedim((-1, -2), (0, 1))
                 outputs, inputs = params[i].shape[:2]
                 length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
                 length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
+                if first_loss is not None and abs(first_loss) >= 1e-3:
+                    promise = (d * u).sum() * length * pace / abs(first_loss)
+                    length *= min(1, math.exp(c["log_promise"]) / float(promise))
                 params[i] = params[i] - length * pace * u
             else:
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
@@ -80,11 +84,14 @@ def expected(starts, grads, horizon):
         yield [p.clone() for p in params]
 
 
-@pytest.mark.parametrize("horizon", [10, 500, None])
+@pytest.mark.parametrize(
+    ("horizon", "first_loss"),
+    [(10, None), (500, None), (None, None), (500, 3.0), (500, 1e4), (500, 1e-2), (None, -2.0)],
+)
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("reference", torch.float64), ("reference", torch.float32), ("native", torch.float32)]
 )
-def test_steps_are_the_formulas(backend, dtype, horizon):
+def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
     """In float32 the iteration multiplies what is rounded off."""
     if backend == "native":
         library_or_skip()
@@ -99,10 +106,10 @@ def test_steps_are_the_formulas(backend, dtype, horizon):
     params = [nn.Parameter(start.clone()) for start in starts]
     groups = [{"params": params[:TABLE]}, {"params": params[TABLE:], "rule": "adamw"}]
     optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)
-    for t, want in enumerate(expected(starts, grads, horizon)):
+    for t, want in enumerate(expected(starts, grads, horizon, first_loss)):
         for param, grad in zip(params, grads[t], strict=True):
             param.grad = grad
-        optimizer.step()
+        optimizer.step(loss=None if first_loss is None else first_loss / (t + 1))
         for param, target, start in zip(params, want, starts, strict=True):
             moved = (target - start.double()).abs().max()
             tolerance = 1e-6 if dtype == torch.float64 else 1e-3  # theta's decays are rounded to float32

@@ -1,0 +1,112 @@
+"""What does pace make of the loss of the first step?"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pylo_integrations import create_optimizer
+
+
+class Sines(nn.Module):
+    """A function of one number, as SIREN has it: weights are small by design, and gains make up for it."""
+
+    def __init__(self, width: int = 48, gain: float = 30.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gain, self.layers = (
+            gain,
+            nn.ModuleList([nn.Linear(1, width), nn.Linear(width, width), nn.Linear(width, 1)]),
+        )
+        for layer in self.layers[1:]:
+            nn.init.uniform_(layer.weight, -math.sqrt(6 / width) / gain, math.sqrt(6 / width) / gain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.sin(self.gain * layer(x))
+        return self.layers[-1](x)
+
+
+def train(steps: int = 150, told: bool = True) -> list[float]:
+    model, generator = Sines(), torch.Generator().manual_seed(1)
+    optimizer = create_optimizer(model, "pace", num_steps=steps)
+    losses = []
+    for _ in range(steps):
+        x = 2 * torch.rand(64, 1, generator=generator) - 1
+        optimizer.zero_grad()
+        loss = (model(x) - torch.sin(12 * x)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss if told else None)
+        losses.append(loss.item())
+    return losses
+
+
+def test_it_keeps_steps_from_wrecking_a_network():
+    """Whose weights are small by design, so that the usual step is many times too long."""
+    losses, blind = train(), train(told=False)
+    assert sum(losses[-10:]) / 10 < 0.1 * losses[0]
+    assert sum(blind[-10:]) > 3 * sum(losses[-10:])
+
+
+def stepped(*losses: float | None, closure: bool = False, observed: bool = False) -> torch.Tensor:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(8, 6))
+    optimizer = create_optimizer([param], "pace", num_steps=100)
+    for loss in losses:
+        param.grad = torch.randn(8, 6)
+        if observed and loss is not None:
+            optimizer.observe_loss(loss)
+            optimizer.step()
+        elif closure:
+            optimizer.step(lambda loss=loss: loss)
+        else:
+            optimizer.step(loss=loss)
+    return param.detach()
+
+
+def test_later_losses_do_not_matter():
+    assert torch.equal(stepped(2.0, 1.0, 0.5), stepped(2.0, 7.0, None))
+    assert torch.equal(stepped(None, 1.0, 0.5), stepped(None, None, None))
+    assert not torch.equal(stepped(2.0, 1.0, 0.5), stepped(None, 1.0, 0.5))
+
+
+def test_its_sign_does_not_matter_and_a_small_one_is_no_measure():
+    assert torch.equal(stepped(2.0), stepped(-2.0))
+    assert torch.equal(stepped(1e-4), stepped(None))
+    assert torch.equal(stepped(0.0), stepped(None))
+
+
+@pytest.mark.parametrize("way", ["closure", "observed"])
+def test_all_ways_to_tell_it_are_one(way):
+    assert torch.equal(stepped(2.0, 1.0, **{way: True}), stepped(2.0, 1.0))
+
+
+def test_a_closure_may_return_anything():
+    assert torch.equal(stepped("no loss", closure=True), stepped(None))  # type: ignore[arg-type]
+
+
+def test_a_run_that_goes_on_remembers_it():
+    torch.manual_seed(0)
+    starts, grads = torch.randn(8, 6), torch.randn(4, 8, 6)
+    whole, first = nn.Parameter(starts.clone()), nn.Parameter(starts.clone())
+
+    def step(optimizer, param, index):
+        param.grad = grads[index]
+        optimizer.step(loss=3.0 - index)
+
+    one, other = (create_optimizer([param], "pace", num_steps=10) for param in (whole, first))
+    for index in range(2):
+        step(one, whole, index)
+        step(other, first, index)
+    second = nn.Parameter(first.detach().clone())
+    resumed = create_optimizer([second], "pace", num_steps=10)
+    resumed.load_state_dict(other.state_dict())
+    resumed.enable_telemetry()
+    for index in (2, 3):
+        step(one, whole, index)
+        step(resumed, second, index)
+    assert torch.equal(whole, second)
+    assert resumed.telemetry()["optim/Pace/first_loss"] == 3.0
