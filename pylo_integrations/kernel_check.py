@@ -203,7 +203,7 @@ class _Runs:
                 if spoils:
                     grad.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, 1e20])
                 param.grad = grad.to(dtype)
-            # Not to those who only look at the first: gradients as large as these promise more, and would hardly move.
+            # Who needs none gets none: these gradients promise far more than such a loss, and pace would hardly move.
             loss = torch.tensor(3.0 - step, device=starts[0].device) if optimizer.needs_loss else None
             optimizer.step(loss=loss)
         return [param.detach() for param in params]

@@ -62,9 +62,9 @@ class Stepping:
         """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
         observed, rule = self.progress.window.take(), self.ledger.rule
         known = given if given is not None else observed
-        # A closure may return anything, and who asks for no loss takes no offence.
         is_number = isinstance(result, Real) or (isinstance(result, Tensor) and result.numel() == 1)
-        if known is None and (rule.needs_loss or (is_number and rule.reads_loss(self.progress.iteration))):
+        # Closures may return anything where no loss is needed.
+        if known is None and (rule.needs_loss or (rule.reads_first_loss and is_number)):
             known = result
         return None if known is None else as_scalar_loss(known)
 

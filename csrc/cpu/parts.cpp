@@ -115,7 +115,7 @@ Plan make_plan(Stage stage, const pylo_call &call) {
         const int64_t each = partial_doubles(stage, t, g);
         plan.first_part.push_back((int64_t)plan.parts.size());
         const pylo_stored *stored = call.stored ? &call.stored[i] : nullptr;
-        if (stage == ADVANCE && moves_in_apply(call.rules[t.rule], t, stored, geometry(t))) continue;
+        if (stage == ADVANCE && moves_in_apply(call.rules[t.rule], t, stored, geometry_for(APPLY, t))) continue;
         cut_record(stage, call.rules[t.rule], t, g, [&](int64_t outer_begin, int64_t outer_end, int64_t lane_begin, int64_t lane_end) {
             plan.parts.push_back({i, outer_begin, outer_end, lane_begin, lane_end, plan.doubles});
             plan.doubles += each;

@@ -225,12 +225,21 @@ class PaceRule(Rule):
             return numbers.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
 
         size = by_tensor(law) * flatness.to(scale) ** by_tensor(c["flatness"])
-        if (first_loss := ctx.memory.get(_FIRST_LOSS)) is not None:
-            decrease = (products * size).flatten(2).sum(-1).reshape(-1) * (inputs * outputs)
-            first_loss = first_loss.to(decrease)
-            most = torch.where(first_loss >= LEAST_LOSS, c["log_promise"].exp().to(decrease) * first_loss, math.inf)
-            size = size * by_tensor((most / decrease.clamp_min(1e-30)).clamp_max(1))
-        return directions, scale * size
+        decreases = (products * size).flatten(2).sum(-1).reshape(-1) * (inputs * outputs)
+        return directions, scale * size * by_tensor(_part_allowed(decreases, ctx))
+
+
+def _part_allowed(decreases: Tensor, ctx: StepContext) -> Tensor:
+    """The part of every step that promises no more than theta allows, at most 1; all of it while no loss is known.
+
+    Args:
+        decreases: Of the loss, if it were linear, by each step, ``(tensors,)``.
+        ctx: Of the step.
+    """
+    first_loss = ctx.memory.get(_FIRST_LOSS, decreases.new_zeros(())).to(decreases)
+    allowed = ctx.constants["log_promise"].exp().to(decreases) * first_loss
+    part = (allowed / decreases.clamp_min(1e-30)).clamp_max(1)
+    return part.where(first_loss >= LEAST_LOSS, 1)
 
 
 @dataclass(frozen=True, eq=False)

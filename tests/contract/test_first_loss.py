@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -51,10 +52,10 @@ def test_it_keeps_steps_from_wrecking_a_network():
     assert sum(blind[-10:]) > 3 * sum(losses[-10:])
 
 
-def stepped(*losses: float | None, closure: bool = False, observed: bool = False) -> torch.Tensor:
+def stepped(*losses: Any, closure: bool = False, observed: bool = False, num_steps: int = 100) -> torch.Tensor:
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(8, 6))
-    optimizer = create_optimizer([param], "pace", num_steps=100)
+    optimizer = create_optimizer([param], "pace", num_steps=num_steps)
     for loss in losses:
         param.grad = torch.randn(8, 6)
         if observed and loss is not None:
@@ -85,7 +86,7 @@ def test_all_ways_to_tell_it_are_one(way):
 
 
 def test_a_closure_may_return_anything():
-    assert torch.equal(stepped("no loss", closure=True), stepped(None))  # type: ignore[arg-type]
+    assert torch.equal(stepped("no loss", closure=True), stepped(None))
 
 
 def test_a_run_that_goes_on_remembers_it():
@@ -110,3 +111,21 @@ def test_a_run_that_goes_on_remembers_it():
         step(resumed, second, index)
     assert torch.equal(whole, second)
     assert resumed.telemetry()["optim/Pace/first_loss"] == 3.0
+
+
+def mean_case(rank: int, world: int) -> tuple[float, torch.Tensor]:
+    """Replicas, each with a loss of its own, for gradients that promise more than any of them."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(8, 6))
+    optimizer = create_optimizer([param], "pace", num_steps=10, telemetry=True)
+    param.grad = torch.randn(8, 6)
+    optimizer.step(loss=1.0 + rank)
+    return optimizer.telemetry()["optim/Pace/first_loss"], param.detach()
+
+
+@pytest.mark.dist
+def test_ranks_go_by_the_mean_of_theirs(workers):
+    ranks = workers.run(2, mean_case)
+    assert [loss for loss, _ in ranks] == [1.5, 1.5]
+    assert all(torch.equal(param, stepped(1.5, num_steps=10)) for _, param in ranks)
+    assert not torch.equal(stepped(1.5, num_steps=10), stepped(1.0, num_steps=10))
