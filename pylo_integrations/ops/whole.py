@@ -99,8 +99,6 @@ class WholeSteps:
         assert directions_of is not None, "see NativeBucket.stretch"
         whole = proposed.view(count, 1, *layout.shape)
         made, scale = directions_of(whole, layout, contexts[stack.index])
-        if scale[0].numel() > 1 and native.network is None:  # whose records know no slices
-            made, scale = made * scale, scale.new_ones(count, 1)
         directions = made.reshape(proposed.shape)
         if directions.stride() != stack.strides:
             directions = directions.new_empty_strided(proposed.shape, stack.strides).copy_(directions)

@@ -209,24 +209,36 @@ class PaceRule(Rule):
     def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Two factors of the finished steps of whole tensors; see :class:`~pylo_integrations.rules.celo2.Celo2Rule`."""
         c = ctx.constants
-        axes = [axis + 2 for axis in layout.order[-2:]]
-        inputs, outputs = (steps.shape[axis] for axis in axes)
+        order = matrix_order(layout)
+        ordered = steps.permute(0, 1, *(axis + 2 for axis in order))
+        inputs, outputs = ordered.shape[-2:]
+        matrices = ordered.flatten(1, -2)
         law = c["width_exponent"] * math.log(max(NARROWEST, inputs, outputs) / WIDTH)
-        law = torch.exp(c["log_step"] + law + c["aspect_exponent"] * math.log(outputs / inputs)) * pace_of(ctx)
+        law = law + c["aspect_exponent"] * math.log(outputs / matrices.shape[1])
+        law = torch.exp(c["log_step"] + law) * pace_of(ctx)
         law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]
-        directions = orthogonalise(steps.movedim(axes, (-2, -1)), self.orthogonalise).movedim((-2, -1), axes)
-        scale = inverse_rms(directions, axes, self.norm_eps)
+        directions = orthogonalise(matrices, self.orthogonalise)
+        scale = inverse_rms(directions, (-2, -1), self.norm_eps).view(-1)
         wide = torch.promote_types(steps.dtype, torch.float32)
-        products = (steps * directions).mean(axes, keepdim=True, dtype=wide) * scale
-        squares = steps.square().mean(axes, keepdim=True, dtype=wide)
+        products = (matrices * directions).mean((-2, -1), dtype=wide) * scale
+        squares = matrices.square().mean((-2, -1), dtype=wide)
         flatness = (products * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
+        size = law.to(scale) * flatness.to(scale) ** c["flatness"].to(scale)
+        size = size * _part_allowed(products * size * layout.numel, ctx)
+        back = [1 + order.index(axis) for axis in range(len(order))]
+        directions = directions.view(-1, *ordered.shape[2:]).permute(0, *back).unsqueeze(1)
+        return directions, (scale * size).view(-1, *(1,) * (steps.dim() - 1))
 
-        def by_tensor(numbers: Tensor) -> Tensor:
-            return numbers.reshape(-1, *(1,) * (scale.dim() - 1)).to(scale)
 
-        size = by_tensor(law) * flatness.to(scale) ** by_tensor(c["flatness"])
-        decreases = (products * size).flatten(2).sum(-1).reshape(-1) * (inputs * outputs)
-        return directions, scale * size * by_tensor(_part_allowed(decreases, ctx))
+def matrix_order(layout: TensorLayout) -> tuple[int, ...]:
+    """Axes of a tensor that is stepped as one matrix: those of its inputs, a convolution's places first, then outputs.
+
+    Tables of shape ``(1, positions, channels)``, as of timm's position embeddings, have an output for each position.
+    """
+    *inputs, outputs = layout.order
+    if inputs[1:] and layout.shape[outputs] == 1:
+        return outputs, *inputs
+    return layout.order
 
 
 def _part_allowed(decreases: Tensor, ctx: StepContext) -> Tensor:

@@ -13,7 +13,21 @@ from pylo_integrations import Pace
 from pylo_integrations.rules.pace import NUMBERS
 from pylo_integrations.weights.sources import load_theta
 
-SHAPES = [(12, 20), (20, 12), (40, 3), (6, 5, 3, 3), (1, 9), (9, 1), (9,), (1, 1, 30), (), (7, 5)]
+SHAPES = [
+    (12, 20),
+    (20, 12),
+    (40, 3),
+    (6, 5, 3, 3),
+    (8, 1, 3, 3),
+    (4, 3, 5),
+    (1, 6, 10),
+    (1, 9),
+    (9, 1),
+    (9,),
+    (1, 1, 30),
+    (),
+    (7, 5),
+]
 TABLE = len(SHAPES) - 1
 """The one that is in a group of ``rule="adamw"``, as embeddings are."""
 STEPS = 8
@@ -26,18 +40,18 @@ def numbers() -> dict[str, float]:
 
 
 def orthogonal(d: torch.Tensor) -> torch.Tensor:
-    """Of matrices ``(..., in, out)``, by their singular values; divided by its root mean square."""
+    """Of a matrix, by its singular values; divided by its root mean square."""
     left, values, right = torch.linalg.svd(d, full_matrices=False)
-    values = values / (torch.linalg.matrix_norm(d)[..., None] + 1e-8)
+    values = values / (torch.linalg.matrix_norm(d) + 1e-8)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    u = left * values[..., None, :] @ right
-    return u / (u.square().mean((-2, -1), keepdim=True) + 1e-9).sqrt()
+    u = left * values @ right
+    return u / (u.square().mean() + 1e-9).sqrt()
 
 
 def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    cosine = (d * u).sum((-2, -1)) / torch.linalg.matrix_norm(d) / torch.linalg.matrix_norm(u)
-    return cosine.clamp(0.05, 1)[..., None, None]
+    cosine = (d * u).sum() / torch.linalg.matrix_norm(d) / torch.linalg.matrix_norm(u)
+    return cosine.clamp(0.05, 1)
 
 
 def expected(starts, grads, horizon, first_loss):
@@ -61,14 +75,15 @@ def expected(starts, grads, horizon, first_loss):
             if matrix:
                 m[i] = m[i] + w * (g[i] - m[i])
                 d = m[i] + w * (g[i] - m[i])
-                d = d.movedim((0, 1), (-1, -2))  # torch has (out, in, ...)
+                d = d.squeeze(0) if d.dim() > 2 else d  # positions: an output each
+                outputs, inputs = d.shape[:2]
+                d = d.flatten(1)
                 u = orthogonal(d)
                 u = u * flatness(d, u) ** c["flatness"]
                 along = float((d * u).sum())
-                u = u.movedim((-1, -2), (0, 1))
-                outputs, inputs = params[i].shape[:2]
+                u = u.view(params[i].shape)
                 length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
-                length *= (outputs / inputs) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
+                length *= (outputs / d.shape[1]) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
                 if first_loss is not None and abs(first_loss) >= 1e-3:
                     length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
