@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 from random_actions import run_session
-from thetas import distinct_rules
+
+from pylo_integrations import list_optimizers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 
-BATCHES, SESSIONS = 4, 28
+BATCHES, SESSIONS = 4, 40
 
 
 @pytest.fixture
@@ -24,8 +25,7 @@ def threads():
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_steps_after_random_actions_are_those_of_a_fresh_optimizer(batch):
-    # Consecutive seeds are of all rules on both backends in turn.
-    rules = distinct_rules()
-    assert SESSIONS % (2 * len(rules)) == 0
-    steps = [run_session(seed, rules) for seed in range(batch * SESSIONS, (batch + 1) * SESSIONS)]
+    # Consecutive seeds are of all entries on both backends in turn.
+    assert SESSIONS % (2 * len(list_optimizers())) == 0
+    steps = [run_session(seed) for seed in range(batch * SESSIONS, (batch + 1) * SESSIONS)]
     assert min(steps) == 25

@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -625,13 +625,13 @@ def loss_observed(s: Session) -> None:
 # -- as a program ------------------------------------------------------------------------------------------------------
 
 
-def run_session(seed: int, names: Sequence[str], steps: int = 25) -> int:
+def run_session(seed: int, steps: int = 25) -> int:
     """Run one session, of the entry and backend that the seed says; returns how many steps it attempted.
 
     Raises:
         Mismatch: With what led to it.
     """
-    kinds = [(name, backend) for name in names for backend in ("auto", "reference")]
+    kinds = [(name, backend) for name in list_optimizers() for backend in ("auto", "reference")]
     session = Session(seed, *kinds[seed % len(kinds)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -664,7 +664,7 @@ def main() -> None:
     end, seed, steps, wrong = time.monotonic() + args.seconds, args.seed, 0, 0
     while time.monotonic() < end:
         try:
-            steps += run_session(seed, list_optimizers())
+            steps += run_session(seed)
         except Mismatch:  # hours are long: see what else there is
             traceback.print_exc()
             wrong += 1
