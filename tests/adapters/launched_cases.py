@@ -186,6 +186,45 @@ def hf_case(
     return {"runs": results}
 
 
+def replicas_case(rank: int, world: int, name: str, backend: str, folder: str) -> dict[str, Any]:
+    """Train under DDP in float32 with what a Trainer has by default, each rank on losses and dropout of its own."""
+    stays("test_adapter_hf")
+    import transformers
+    from plans import native_parts
+    from test_adapter_hf import gpt2, texts
+    from toy_loss_rule import toy_loss_optimizer
+
+    from pylo_integrations import hf
+
+    transformers.logging.set_verbosity_error()
+    with fresh_accelerate(), toy_loss_optimizer():
+        args = transformers.TrainingArguments(
+            folder,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+            optim_args=f"backend={backend}",
+        )
+        trainer = hf.Trainer(gpt2(), args, train_dataset=texts(), optimizers=name)
+        start = digest(p.detach() for p in trainer.model.parameters())
+        trainer.train()
+        optimizer = unwrap_optimizer(trainer.optimizer)
+        return {
+            "world": args.world_size,
+            "start": start,
+            "end": digest(p.detach() for p in trainer.model.parameters()),
+            "iteration": optimizer.iteration,
+            "native": bool(native_parts(optimizer)),
+            "seen": getattr(optimizer.rule, "seen_losses", None),
+            "logged": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        }
+
+
 # -- Accelerate --------------------------------------------------------------------------------------------------------
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import types
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +47,6 @@ from pylo_integrations import (  # noqa: E402
 from pylo_integrations.hf import stock  # noqa: E402
 from pylo_integrations.hf.optimizer import FromGroups, check_supported  # noqa: E402
 from pylo_integrations.hf.run import RunCallback  # noqa: E402
-from pylo_integrations.ops import loader  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 VOCABULARY = 32
@@ -844,80 +840,6 @@ def test_a_later_wrapper_of_backward_survives(make_args, toy_loss):
         assert accelerate.Accelerator.backward is theirs
     finally:
         accelerate.Accelerator.backward = original
-
-
-# -- several processes -------------------------------------------------------------------------------------------------
-
-DDP_SCRIPT = """
-import os, sys, torch
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-import transformers
-from pylo_integrations import hf, unwrap_optimizer
-from plans import native_parts
-from test_adapter_hf import gpt2, texts
-from toy_loss_rule import toy_loss_optimizer
-
-torch.set_num_threads(1)
-args = transformers.TrainingArguments(
-    output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=2, save_strategy="no", report_to="none",
-    use_cpu=True, ddp_backend="gloo", disable_tqdm=True, logging_steps=1,
-)
-def same_everywhere(tensor):
-    both = [torch.empty_like(tensor) for _ in range(2)]
-    torch.distributed.all_gather(both, tensor)
-    return torch.equal(*both)
-
-
-# The last steps by the loss, of which every process sees another.
-with toy_loss_optimizer():
-    for name, backend in [*(("small_fc_lopt", backend) for backend in sys.argv[3:]), ("toy_loss", "reference")]:
-        args.optim_args = f"backend={backend}"
-        trainer = hf.Trainer(gpt2(), args, train_dataset=texts(), optimizers=name)
-        start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
-        trainer.train()
-        assert args.world_size == 2
-        flat = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-        assert same_everywhere(flat), f"{name}, {backend}: replicas differ"
-        assert not torch.equal(start, flat), f"{name}, {backend}: nothing was trained"
-        optimizer = unwrap_optimizer(trainer.optimizer)
-        assert optimizer.iteration == 3 and bool(native_parts(optimizer)) == (backend == "native")
-        seen = getattr(optimizer.rule, "seen_losses", None)
-        if seen is not None:
-            logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            assert same_everywhere(torch.tensor(seen)), "ranks stepped by different losses"
-            if logged:  # by rank 0
-                assert max(abs(a - b) for a, b in zip(seen, logged, strict=True)) < 1e-3, (seen, logged)
-torch.distributed.barrier()
-print("all checked", flush=True)
-os._exit(0)  # torch's own teardown of gloo aborts now and then: terminate called without an active exception
-"""
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_replicas_stay_equal_under_ddp(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP_SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc-per-node=2",
-    ]
-    backends = ["reference", *(["native"] if not isinstance(loader.load(), str) else [])]
-    folders = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1] / "helpers")))
-    run = subprocess.run(
-        [*command, str(script), folders, str(tmp_path / "out"), *backends],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    assert run.stdout.count("all checked") == 2
 
 
 # -- is telemetry logged? ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from launched_cases import accelerate_case, hf_case, lightning_case
+from launched_cases import accelerate_case, hf_case, lightning_case, replicas_case
+from native_library import library_or_skip
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -136,6 +137,23 @@ def test_lightning(workers, alone, tmp_path, strategy, accumulation):
 def test_lightning_resumes(workers, tmp_path, strategy, distributed):
     case = {"strategy": strategy, "name": "velo", "folder": str(tmp_path), "distributed_checkpoint": distributed}
     check_resumed(workers.run(2, lightning_case, resume=True, timeout=LIMIT, **case))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("small_fc_lopt", "reference"), ("small_fc_lopt", "native"), ("toy_loss", "reference")]
+)
+def test_replicas_of_the_hf_trainer_stay_equal(workers, tmp_path, name, backend):
+    if backend == "native":
+        library_or_skip()
+    first, second = workers.run(2, replicas_case, timeout=LIMIT, name=name, backend=backend, folder=str(tmp_path))
+    assert first["world"] == second["world"] == 2
+    assert first["start"] == second["start"] and first["end"] == second["end"], "replicas differ"
+    assert first["start"] != first["end"], "nothing was trained"
+    for end in (first, second):
+        assert (end["iteration"], end["native"]) == (3, backend == "native")
+    if name == "toy_loss":  # it steps by the loss, of which every rank sees another
+        assert first["seen"] == second["seen"], "ranks stepped by different losses"
+        assert first["seen"] == pytest.approx(first["logged"], abs=1e-3) and len(first["seen"]) == 3  # logged by rank 0
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])

@@ -16,11 +16,11 @@ from golden_files import (
     Golden,
     expected_state,
     feed,
-    in_chunks,
     initial_params,
     largest,
     replay_float32,
     replay_float64,
+    slow_in_chunks,
     to_torch,
 )
 from golden_optimizers import small_fc
@@ -34,7 +34,7 @@ SMALL_FC = ("small_fc_h4_default", "small_fc_h32_pylo", "small_fc_h32_outofrange
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC)
-@in_chunks(8000)
+@slow_in_chunks(8000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float32)

@@ -22,11 +22,11 @@ from golden_files import (
     Golden,
     expected_state,
     feed,
-    in_chunks,
     initial_params,
     largest,
     replay_float32,
     replay_float64,
+    slow_in_chunks,
     to_torch,
 )
 from torch import Tensor
@@ -49,7 +49,7 @@ def build(case: str, params: dict[str, Tensor], **options):
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
-@in_chunks(20_000)
+@slow_in_chunks(20_000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     params = initial_params(trajectory, torch.float32)
     optimizer = build(case, params, chunk_bytes=chunk_bytes)

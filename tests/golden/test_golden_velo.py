@@ -20,12 +20,12 @@ from golden_files import (
     Golden,
     expected_state,
     feed,
-    in_chunks,
     initial_params,
     largest,
     needs_published,
     replay_float32,
     replay_float64,
+    slow_in_chunks,
     to_torch,
 )
 from golden_optimizers import CELO, build, read
@@ -44,7 +44,7 @@ WHOLE_CASES = ["velo_small", *(pytest.param(case, marks=needs_published) for cas
 
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
-@in_chunks(100_000)
+@slow_in_chunks(100_000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = read(case)
     params = initial_params(trajectory, torch.float32)

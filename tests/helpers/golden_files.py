@@ -80,7 +80,7 @@ BY_EITHER_BACKEND = pytest.mark.parametrize(
 """The kernels leave float64 to the reference."""
 
 
-def in_chunks(chunk_bytes: int) -> pytest.MarkDecorator:
+def slow_in_chunks(chunk_bytes: int) -> pytest.MarkDecorator:
     """By either backend, and by the reference in chunks: the kernels know none."""
     return pytest.mark.parametrize(
         ("auto_backend", "chunk_bytes"),

