@@ -55,6 +55,7 @@ def run(command: str, folder: Path) -> None:
     """A command of the page, by this interpreter."""
     program, *arguments = shlex.split(command)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    offline |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [sys.executable, *PROGRAMS[program], *arguments], cwd=folder, env={**os.environ, **offline},
         capture_output=True, text=True, timeout=280,
@@ -209,6 +210,8 @@ def test_verl(workers):
 
 
 SCRIPT = """
+from pathlib import Path
+
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -222,6 +225,7 @@ class Net(torch.nn.Module):
 args, = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
 torch.manual_seed(0)
 net = Net()
+Path(f"process{args.process_index}of{args.world_size}").touch()
 Trainer(net, args).save_model("model")
 Trainer(net, args, train_dataset=[{"x": torch.ones(3), "labels": torch.zeros(3)}] * 8).train()
 """
@@ -232,13 +236,15 @@ Trainer(net, args, train_dataset=[{"x": torch.ones(3), "labels": torch.zeros(3)}
 @pytest.mark.parametrize(("program", "count"), [("accelerate launch", 2), ("torchrun", 1)])
 def test_a_script_of_ones_own(tmp_path, program, count):
     [command] = [line for line in told("your own script") if line.startswith(program)]
-    ranks = f"--nproc_per_node {count}" if program == "torchrun" else f"--cpu --num_processes {count}"
+    # With --cpu, Accelerate starts one process, whatever number it is told.
+    ranks = f"--nproc_per_node {count}" if program == "torchrun" else f"--multi_gpu --num_processes {count}"
     command = command.replace(program, f"{program} {ranks}").replace("...", "")
     if "--optim" not in command:
         command += " --optim pace"
     (tmp_path / "train.py").write_text(SCRIPT)
     rest = f"--use_cpu --max_steps {STEPS} --logging_steps 1 --save_steps {STEPS} --report_to none --output_dir out"
     run(f"{command} {rest}", tmp_path)
+    assert len(list(tmp_path.glob(f"process*of{count}"))) == count
     check(tmp_path, "Pace")
 
 
