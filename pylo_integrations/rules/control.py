@@ -8,6 +8,7 @@ names throughout, so ``weights["rnn_params/step_size/w"]`` is what it says.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -104,12 +105,21 @@ def loss_decays(longest: int, like: Tensor) -> Tensor:
 
     They are like ``like``, but in float64 where float32 cannot tell them from 1.
     """
-    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
-    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
     is_wide = longest > LONGEST_IN_FLOAT32 and like.device.type != "mps"  # which has no float64
     dtype = torch.float64 if is_wide else like.dtype
-    longest = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
-    return torch.exp(-1 / half_lives.clamp(max=longest)).to(like.device, dtype)
+    limit = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
+    return torch.tensor(_decays(longest, limit), dtype=dtype, device=like.device)
+
+
+@functools.lru_cache
+def _decays(longest: int, limit: int) -> tuple[float, ...]:
+    """Those of :func:`loss_decays`, of half-lives up to ``limit``, which are the same at all steps of a run.
+
+    Numbers are kept and no tensor, as that would be one of the mode that the first step was taken in.
+    """
+    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
+    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
+    return tuple(torch.exp(-1 / half_lives.clamp(max=limit)).tolist())
 
 
 def _seen_part(decays: Tensor, count: int) -> Tensor:
@@ -121,8 +131,9 @@ def _seen_part(decays: Tensor, count: int) -> Tensor:
 
 def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
     """``tanh(10 * (t / N - mark))`` for every mark, ``(9,)``; ``t`` counts from 0 and may pass ``N``."""
-    marks = torch.tensor(HORIZON_MARKS, dtype=torch.float64, device="cpu")
-    return torch.tanh(10 * (iteration / num_steps - marks)).to(like)
+    done = iteration / num_steps
+    values = [math.tanh(10 * (done - mark)) for mark in HORIZON_MARKS]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def param_squares(block: Block) -> PartialSum:
