@@ -48,10 +48,12 @@ class LossMemory(NamedTuple):
     Attributes:
         means: ``(10,)``, not bias-corrected.
         minima: ``(10,)``, the smallest bias-corrected averages so far.
+        corrected: ``(10,)``, the bias-corrected averages; of a memory that has not just observed a loss, None.
     """
 
     means: Tensor
     minima: Tensor
+    corrected: Tensor | None = None
 
     @classmethod
     def recall(cls, memory: Mapping[str, Tensor], like: Tensor) -> LossMemory:
@@ -90,13 +92,19 @@ class LossMemory(NamedTuple):
             # By the count that includes the new loss, as the reference has it.
             loss = torch.minimum(loss, 2 * (self.means / correction).max().abs())
         means = decays * self.means + (1 - decays) * loss
-        return LossMemory(means, torch.minimum(self.minima, means / correction))
+        corrected = means / correction
+        return LossMemory(means, torch.minimum(self.minima, corrected), corrected)
 
-    def features(self, decays: Tensor, seen: int) -> Tensor:
-        """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses."""
+    def features(self, seen: int) -> Tensor:
+        """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses.
+
+        Args:
+            seen: Losses observed, the last of which was observed by this memory.
+        """
         if seen <= 2:
             return torch.zeros_like(self.means[1:])
-        means, floor = self.means / _seen_part(decays, seen), self.minima[:-1]
+        assert self.corrected is not None
+        means, floor = self.corrected, self.minima[:-1]
         return ((means[:-1] - floor) / (means[1:] - floor).clamp_min(1e-8) - 1).clamp(-1, 1)
 
 
@@ -171,7 +179,7 @@ def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = Non
     decays = loss_decays(longest or ctx.num_steps, loss)
     memory = LossMemory.recall(ctx.memory, decays).observe(loss, decays, ctx.iteration)
     memory.store_(ctx.memory)
-    features = memory.features(decays, ctx.iteration + 1).to(loss)
+    features = memory.features(ctx.iteration + 1).to(loss)
     ctx.memory["loss_features"] = features
     return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
 
