@@ -136,9 +136,9 @@ class Stepping:
             if observed is None and self._is_state_probe(groups, state, now):
                 init_state()
                 return True
+            is_idle = not recalled and (rule.needs_loss or rule.needs_horizon) and not _has_gradients(groups)
             # Where other ranks may have gradients, a loss here says that they are waiting.
-            alone = observed is None or self.ledger.holdings.ranks.size == 1
-            if not recalled and (rule.needs_loss or rule.needs_horizon) and alone and not _has_gradients(groups):
+            if is_idle and (observed is None or self.ledger.holdings.ranks.size == 1):
                 question = "neither gradients nor a loss"
                 if not engine.agreement.is_any(False, question, groups, progress, now, of_replicas=True):
                     return True

@@ -134,7 +134,7 @@ def _seen_part(decays: Tensor, count: int) -> Tensor:
     """``1 - decays ** count``: what of an average is made of the last ``count`` values."""
     if decays.dtype == torch.float64:
         return -torch.expm1(decays.log() * count)  # without cancelling
-    return 1 - decays**count
+    return 1 - decays.pow(count)
 
 
 def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
