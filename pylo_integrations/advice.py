@@ -66,15 +66,16 @@ class Advice:
 
     def before_step(self, groups: Sequence[Mapping[str, Any]], progress: Progress) -> None:
         """Look at what will not train well."""
-        if progress.num_steps is not None and progress.iteration >= progress.num_steps:
+        iteration, num_steps = progress.iteration, progress.num_steps
+        if num_steps is not None and iteration >= num_steps:
             message = (
-                f"step {progress.iteration + 1} is beyond the horizon num_steps={progress.num_steps}; the rule was "
+                f"step {iteration + 1} is beyond the horizon num_steps={num_steps}; the rule was "
                 "told that training ends there. Call set_num_steps() with the true length of the run"
             )
             self._remarks.keep({"horizon": message})
-        if self._frozen is not None and progress.iteration % 10 == 0:  # there may be thousands
+        if self._frozen is not None and iteration % 10 == 0:  # there may be thousands
             self._remarks.keep(self._frozen.look(groups))
-        self._remarks.keep(self._watch.look(groups, progress.iteration, progress.num_steps))
+        self._remarks.keep(self._watch.look(groups, iteration, num_steps))
 
     def after_step(self, taken: bool, progress: Progress) -> None:
         """Tell what was found, and of a step that was skipped."""

@@ -11,20 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from pylo_integrations.decay import keep_and_scale
 from pylo_integrations.ledger import Groups, Ledger, States
 from pylo_integrations.ops.select import Backend, select_local
 from pylo_integrations.progress import Progress
-from pylo_integrations.rules.base import Control, Rule, StepContext
+from pylo_integrations.rules.base import Control, StepContext
 from pylo_integrations.sharding.agreement import Agreement, DisagreementError
 from pylo_integrations.sharding.blocks import Sums
 from pylo_integrations.sharding.rounds import RankError, sum_over_ranks_
 from pylo_integrations.step.agreement import Pledge, StepAgreement
 from pylo_integrations.step.facts import Facts, Verdict
-from pylo_integrations.step.plan import Agreed, Plan, Planner
+from pylo_integrations.step.plan import Agreed, Kind, Plan, Planner
 from pylo_integrations.step.policies import NonFiniteError, NonFinitePolicy, Policies
 from pylo_integrations.step.stages import Factors, run_stages
 from pylo_integrations.step.writing import Writer
@@ -71,7 +70,7 @@ class Engine:
         self._ranks = ledger.holdings.ranks
         self._plan = Plan()
         self._agreed = Agreed()
-        self._constants: dict[tuple[Rule, torch.device, torch.dtype], Mapping[str, Tensor]] = {}
+        self._constants: dict[Kind, Mapping[str, Tensor]] = {}
 
     def recall(self, groups: Groups, state: States) -> bool:
         """Whether a step needs no checks and no plan, because it is like the last one; see :meth:`Planner.recall`."""
@@ -236,14 +235,14 @@ class Engine:
 
     def _contexts(self, plan: Plan, ctx: StepContext) -> list[StepContext]:
         """The context of every bucket, which has the constants of its rule."""
-        keys = [(rule, bucket.device, bucket.dtype) for rule, bucket in zip(plan.rules, plan.buckets, strict=True)]
-        made: dict[tuple[Rule, torch.device, torch.dtype], StepContext] = {}
-        for key in dict.fromkeys(keys):
-            if key not in self._constants:
-                rule, device, dtype = key
-                self._constants[key] = rule.constants(device, dtype)
-            made[key] = replace(ctx, constants=self._constants[key])
-        return [made[key] for key in keys]
+        for kind in plan.kinds.keys() - self._constants.keys():
+            self._constants[kind] = kind.rule.constants(kind.device, kind.dtype)
+        contexts = [ctx] * len(plan.buckets)
+        for kind, indices in plan.kinds.items():
+            mine = replace(ctx, constants=self._constants[kind])
+            for i in indices:
+                contexts[i] = mine
+        return contexts
 
 
 def _decide(plan: Plan, collected: Sequence[Sums], contexts: Sequence[StepContext]) -> list[Control]:

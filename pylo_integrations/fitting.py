@@ -164,9 +164,9 @@ def name_of(param: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
 
 def memory_span(tensor: Tensor) -> int:
     """Number of elements from the first to the last in memory, gaps included."""
-    return (
-        1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    )
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.numel()
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -178,7 +178,7 @@ def check_memory(memory: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, .
     """Raise StateError unless the memory of a run can be read, and has these shapes."""
     for name, value in memory.items():
         fault = missing_memory(value)
-        if fault is None and tuple(value.shape) != shapes.get(name, tuple(value.shape)):
+        if fault is None and value.shape != shapes.get(name, value.shape):
             fault = f"has shape {tuple(value.shape)}, expected {shapes[name]}"
         if fault:
             raise StateError(f"the memory of the run, {name!r}, {fault}; load a checkpoint")

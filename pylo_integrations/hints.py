@@ -70,6 +70,8 @@ _INSIDE = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, t
 
 def warn_user(*messages: str) -> None:
     """RuntimeWarnings that show the line of a user, or of a framework, and not one of ours or torch's."""
+    if not messages:  # as after most steps
+        return
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1

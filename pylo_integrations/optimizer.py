@@ -273,8 +273,7 @@ class LearnedOptimizer(Informed):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        alone = self._holdings.ranks.size == 1 and not self.offload_state
-        if alone and torch.compiler.is_compiling() and self._compiled.allows(self.param_groups, self.state):
+        if torch.compiler.is_compiling() and self._can_be_traced():
             self._step_traced(self._stepping.take_loss(loss, result))
         else:
             self._step(loss, result)
@@ -284,6 +283,10 @@ class LearnedOptimizer(Informed):
     def _step(self, loss: Tensor | float | None, result: Any) -> None:
         take_loss = functools.partial(self._stepping.take_loss, loss, result)
         self._stepping.step(self.param_groups, self.state, take_loss, self._policies, self.init_state)
+
+    def _can_be_traced(self) -> bool:
+        alone = self._holdings.ranks.size == 1 and not self.offload_state
+        return alone and self._compiled.allows(self.param_groups, self.state)
 
     def _step_traced(self, loss: Tensor | None) -> None:
         """Have the compiler see one operator, see :mod:`pylo_integrations.compiled`."""

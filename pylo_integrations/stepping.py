@@ -62,9 +62,8 @@ class Stepping:
         """The loss of this step: given, else observed, else returned by the closure, where that is of use."""
         observed, rule = self.progress.window.take(), self.ledger.rule
         known = given if given is not None else observed
-        is_number = isinstance(result, Real) or (isinstance(result, Tensor) and result.numel() == 1)
         # Closures may return anything where no loss is needed.
-        if known is None and (rule.needs_loss or (rule.reads_first_loss and is_number)):
+        if known is None and (rule.needs_loss or (rule.reads_first_loss and _is_number(result))):
             known = result
         return None if known is None else as_scalar_loss(known)
 
@@ -137,9 +136,9 @@ class Stepping:
             if observed is None and self._is_state_probe(groups, state, now):
                 init_state()
                 return True
+            is_idle = not recalled and (rule.needs_loss or rule.needs_horizon) and not _has_gradients(groups)
             # Where other ranks may have gradients, a loss here says that they are waiting.
-            alone = observed is None or self.ledger.holdings.ranks.size == 1
-            if not recalled and (rule.needs_loss or rule.needs_horizon) and alone and not _has_gradients(groups):
+            if is_idle and (observed is None or self.ledger.holdings.ranks.size == 1):
                 question = "neither gradients nor a loss"
                 if not engine.agreement.is_any(False, question, groups, progress, now, of_replicas=True):
                     return True
@@ -211,6 +210,10 @@ def _full_precision(groups: Groups) -> AbstractContextManager[Any]:
     kind = next((param.device.type for group in groups for param in group["params"]), "cpu")
     kind = kind if torch.amp.is_autocast_available(kind) else "cpu"  # the meta device has none
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _has_gradients(groups: Groups) -> bool:

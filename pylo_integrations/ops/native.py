@@ -101,7 +101,7 @@ class NativeStages:
             memory = read_memory(grads, len(grads))
         except RuntimeError:  # one has no memory, as sparse ones
             return False
-        if formats(memory).tobytes() != self._grad_formats or (addresses(memory) % self._grad_sizes).any():
+        if formats(memory).tobytes() != self._grad_formats or np.count_nonzero(addresses(memory) % self._grad_sizes):
             return False
         self._enter_gradients(grads, memory)
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -67,50 +68,52 @@ def _slots_of_momenta(momenta: Collection[str], names: Sequence[str]) -> set[int
     return {slots[k] for slots in by_feature for k, name in enumerate(MOMENTUM) if name in momenta}
 
 
-def pack(layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
-    """Networks as the library reads them, float32 ``(networks, floats)``.
+class PackedNetwork:
+    """Networks as the library reads them, alike but for their numbers.
 
     Args:
         layers: Weights ``(networks, outputs, inputs)`` and biases ``(networks, outputs)``; of a single network, the
             first axis may be missing.
         slots: Of the inputs of the first layer, int64; inputs beyond them are left out.
+
+    Attributes:
+        packed: float32 ``(networks, floats)``; of every layer the weights, a row for an input, and a row of biases.
     """
-    parts = []
-    for index, (weight, bias) in enumerate(layers):
-        weight, bias = weight if weight.dim() == 3 else weight[None], bias if bias.dim() == 2 else bias[None]
-        matrix = weight.float().transpose(1, 2)
-        if index == 0:
-            spread = matrix.new_zeros(len(matrix), SLOTS, matrix.shape[2])
-            matrix = spread.index_copy_(1, slots, matrix[:, : len(slots)])
-        rows = torch.cat([matrix, bias.float().unsqueeze(1)], dim=1)
-        parts.append(torch.nn.functional.pad(rows, (0, -rows.shape[2] % 4)).flatten(1))
-    return torch.cat(parts, dim=1).contiguous()
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+        first, self._slots, self._shapes = layers[0][0], slots, _shapes_of(layers)
+        count = len(first) if first.dim() == 3 else 1
+        outputs = [bias.shape[-1] for _, bias in layers]
+        inputs = [SLOTS, *outputs[:-1]]
+        tables = [(fed + 1, made + -made % 4) for fed, made in zip(inputs, outputs, strict=True)]
+        self.packed = torch.zeros(count, sum(map(math.prod, tables)), dtype=torch.float32, device=first.device)
+        parts = self.packed.split_with_sizes(list(map(math.prod, tables)), dim=1)
+        self._places = [
+            part.view(count, *table)[..., :made] for part, table, made in zip(parts, tables, outputs, strict=True)
+        ]
+        self._entered: Sequence[tuple[Tensor | None, Tensor | None]] = ()
+        self.enter(layers)
+
+    def fits(self, layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> bool:
+        """Whether other layers have the same places."""
+        return slots is self._slots and _shapes_of(layers) == self._shapes
+
+    def enter(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Overwrite what is another tensor than it was."""
+        entered, self._entered = self._entered or [(None, None)] * len(layers), ()
+        for place, (weight, bias), (old_weight, old_bias) in zip(self._places, layers, entered, strict=True):
+            if weight is not old_weight and place is self._places[0]:
+                read = weight.mT[..., : len(self._slots), :].float()
+                place.index_copy_(1, self._slots, read.expand(len(place), -1, -1))
+            elif weight is not old_weight:
+                place[:, :-1] = weight.mT
+            if bias is not old_bias:
+                place[:, -1] = bias
+        self._entered = layers  # last, so that an interrupted call is not taken for a finished one
 
 
-class PackedNetwork:
-    """A packed network, and what it was packed from."""
-
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], packed: Tensor) -> None:
-        self._layers = layers
-        self.packed = packed
-        self._biases: list[Tensor] = []
-        end = 0
-        for index, (weight, _) in enumerate(layers):
-            outputs, inputs = weight.shape[-2:]
-            start = end + (inputs if index else SLOTS) * (outputs + -outputs % 4)
-            end = start + outputs + -outputs % 4
-            self._biases.append(packed[:, start : start + outputs])
-
-    def has_weights_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
-        """Whether other layers differ at most in their biases; then so does the packed network."""
-        return all(new is old for (new, _), (old, _) in zip(layers, self._layers, strict=True))
-
-    def enter_biases(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Overwrite the biases, where they are others."""
-        for place, (_, bias), (_, old) in zip(self._biases, layers, self._layers, strict=True):
-            if bias is not old:
-                place.copy_(bias)
-        self._layers = layers
+def _shapes_of(layers: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
+    return [tensor.shape for layer in layers for tensor in layer]
 
 
 class PackedNetworks:
@@ -123,17 +126,13 @@ class PackedNetworks:
         self._networks: list[PackedNetwork] = []
 
     def place(self, number: int, layers: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> Tensor:
-        """The ``number``-th network of a step as the library reads it; see :func:`pack`."""
+        """The ``number``-th network of a step as the library reads it; see :class:`PackedNetwork`."""
         if number == len(self._networks):
-            self._networks.append(PackedNetwork(layers, pack(layers, slots)))
-        network = self._networks[number]
-        if network.has_weights_of(layers):
-            network.enter_biases(layers)
+            self._networks.append(PackedNetwork(layers, slots))
+        elif self._networks[number].fits(layers, slots):
+            self._networks[number].enter(layers)
         else:
-            packed = pack(layers, slots)
-            if network.packed.shape == packed.shape:
-                packed = network.packed.copy_(packed)
-            self._networks[number] = PackedNetwork(layers, packed)
+            self._networks[number] = PackedNetwork(layers, slots)
         return self._networks[number].packed
 
 

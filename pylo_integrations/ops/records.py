@@ -261,17 +261,19 @@ class Table:
             value: One for all rows, or one for each.
         """
         key = field, rows.start, rows.stop
-        if isinstance(value, int | float):
-            if self._entered.get(key) == value:
-                return
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            value = value.item() if value.numel() == 1 else value.detach().float().numpy()
+        number = value if isinstance(value, (int, float)) else None
+        if number is not None and self._entered.get(key) == number:
+            return
         self._entered.pop(key, None)
         self._on_device.pop(key, None)
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor):
             self._on_device[key] = value
-        else:
-            self.steps[field][rows] = value.detach().float().numpy() if isinstance(value, Tensor) else value
-        if isinstance(value, int | float):  # last, so that an interrupted call is not taken for a finished one
-            self._entered[key] = value
+            return
+        self.steps[field][rows] = value
+        if number is not None:  # last, so that an interrupted call is not taken for a finished one
+            self._entered[key] = number
 
     def check(self) -> None:
         """Have the library look at all records.

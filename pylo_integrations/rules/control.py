@@ -8,6 +8,7 @@ names throughout, so ``weights["rnn_params/step_size/w"]`` is what it says.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -47,10 +48,12 @@ class LossMemory(NamedTuple):
     Attributes:
         means: ``(10,)``, not bias-corrected.
         minima: ``(10,)``, the smallest bias-corrected averages so far.
+        corrected: ``(10,)``, the bias-corrected averages; of a memory that has not just observed a loss, None.
     """
 
     means: Tensor
     minima: Tensor
+    corrected: Tensor | None = None
 
     @classmethod
     def recall(cls, memory: Mapping[str, Tensor], like: Tensor) -> LossMemory:
@@ -89,13 +92,19 @@ class LossMemory(NamedTuple):
             # By the count that includes the new loss, as the reference has it.
             loss = torch.minimum(loss, 2 * (self.means / correction).max().abs())
         means = decays * self.means + (1 - decays) * loss
-        return LossMemory(means, torch.minimum(self.minima, means / correction))
+        corrected = means / correction
+        return LossMemory(means, torch.minimum(self.minima, corrected), corrected)
 
-    def features(self, decays: Tensor, seen: int) -> Tensor:
-        """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses."""
+    def features(self, seen: int) -> Tensor:
+        """How each average stands against the next slower one, ``(9,)`` in [-1, 1]; zeros for the first two losses.
+
+        Args:
+            seen: Losses observed, the last of which was observed by this memory.
+        """
         if seen <= 2:
             return torch.zeros_like(self.means[1:])
-        means, floor = self.means / _seen_part(decays, seen), self.minima[:-1]
+        assert self.corrected is not None
+        means, floor = self.corrected, self.minima[:-1]
         return ((means[:-1] - floor) / (means[1:] - floor).clamp_min(1e-8) - 1).clamp(-1, 1)
 
 
@@ -104,25 +113,35 @@ def loss_decays(longest: int, like: Tensor) -> Tensor:
 
     They are like ``like``, but in float64 where float32 cannot tell them from 1.
     """
-    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
-    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
     is_wide = longest > LONGEST_IN_FLOAT32 and like.device.type != "mps"  # which has no float64
     dtype = torch.float64 if is_wide else like.dtype
-    longest = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
-    return torch.exp(-1 / half_lives.clamp(max=longest)).to(like.device, dtype)
+    limit = LONGEST_IN_FLOAT64 if dtype == torch.float64 else LONGEST_IN_FLOAT32
+    return torch.tensor(_decays(longest, limit), dtype=dtype, device=like.device)
+
+
+@functools.lru_cache
+def _decays(longest: int, limit: int) -> tuple[float, ...]:
+    """Those of :func:`loss_decays`, of half-lives up to ``limit``, which are the same at all steps of a run.
+
+    Numbers are kept and no tensor, as that would be one of the mode that the first step was taken in.
+    """
+    ends = math.log10(SHORTEST_HALF_LIFE), math.log10(longest)
+    half_lives = torch.logspace(*ends, LOSS_AVERAGES, dtype=torch.float64, device="cpu")
+    return tuple(torch.exp(-1 / half_lives.clamp(max=limit)).tolist())
 
 
 def _seen_part(decays: Tensor, count: int) -> Tensor:
     """``1 - decays ** count``: what of an average is made of the last ``count`` values."""
     if decays.dtype == torch.float64:
         return -torch.expm1(decays.log() * count)  # without cancelling
-    return 1 - decays**count
+    return 1 - decays.pow(count)
 
 
 def horizon_features(iteration: int, num_steps: int, like: Tensor) -> Tensor:
     """``tanh(10 * (t / N - mark))`` for every mark, ``(9,)``; ``t`` counts from 0 and may pass ``N``."""
-    marks = torch.tensor(HORIZON_MARKS, dtype=torch.float64, device="cpu")
-    return torch.tanh(10 * (iteration / num_steps - marks)).to(like)
+    done = iteration / num_steps
+    values = [math.tanh(10 * (done - mark)) for mark in HORIZON_MARKS]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def param_squares(block: Block) -> PartialSum:
@@ -160,7 +179,7 @@ def schedule_features_(loss: Tensor, ctx: StepContext, longest: int | None = Non
     decays = loss_decays(longest or ctx.num_steps, loss)
     memory = LossMemory.recall(ctx.memory, decays).observe(loss, decays, ctx.iteration)
     memory.store_(ctx.memory)
-    features = memory.features(decays, ctx.iteration + 1).to(loss)
+    features = memory.features(ctx.iteration + 1).to(loss)
     ctx.memory["loss_features"] = features
     return torch.cat([horizon_features(ctx.iteration, ctx.num_steps, loss), features])
 

@@ -48,6 +48,20 @@ class Agreed(NamedTuple):
     able: tuple[bool, ...] = ()
 
 
+class Kind(NamedTuple):
+    """What buckets have alike that have the same constants.
+
+    Attributes:
+        rule: Of the buckets.
+        device: Likewise.
+        dtype: Likewise, of arithmetic.
+    """
+
+    rule: Rule
+    device: torch.device
+    dtype: torch.dtype
+
+
 @dataclass
 class Plan:
     """Of one step, and of further ones that look the same.
@@ -86,6 +100,14 @@ class Plan:
     def device(self) -> torch.device:
         """Where ranks meet."""
         return self.candidates[0][1].device
+
+    @cached_property
+    def kinds(self) -> Mapping[Kind, Sequence[int]]:
+        """The numbers of the buckets of every kind."""
+        kinds: dict[Kind, list[int]] = {}
+        for i, (rule, bucket) in enumerate(zip(self.rules, self.buckets, strict=True)):
+            kinds.setdefault(Kind(rule, bucket.device, bucket.dtype), []).append(i)
+        return kinds
 
     @cached_property
     def recalls(self) -> bool:

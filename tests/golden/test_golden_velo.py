@@ -224,7 +224,7 @@ def test_loss_memory_matches_over_sixty_losses(dtype, num_steps):
         memory = memory.observe(loss, decays, seen)
         torch.testing.assert_close(memory.means, tables[f"{prefix}/means"][seen], **tolerance)
         torch.testing.assert_close(memory.minima, tables[f"{prefix}/running_min"][seen], **tolerance)
-        features = memory.features(decays, seen + 1)
+        features = memory.features(seen + 1)
         torch.testing.assert_close(features, tables[f"{prefix}/features"][seen], **tolerance)
 
 
