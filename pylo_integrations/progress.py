@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -247,6 +247,8 @@ def as_scalar_loss(loss: Tensor | float) -> Tensor:
     if isinstance(loss, Tensor):
         if loss.is_complex():
             raise TypeError("loss is complex; pass the real scalar that was given to backward()")
+        if hasattr(loss, "full_tensor"):  # a DTensor, as of a parallel loss
+            loss = cast(Tensor, loss.full_tensor())
         if loss.layout != torch.strided or loss.is_nested or loss.is_meta:
             kind = "meta" if loss.is_meta else "nested" if loss.is_nested else str(loss.layout)
             raise TypeError(f"loss is a {kind} tensor; pass the scalar that was given to backward()")

@@ -213,7 +213,8 @@ def _full_precision(groups: Groups) -> AbstractContextManager[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _has_gradients(groups: Groups) -> bool:

@@ -18,8 +18,8 @@ from pylo_integrations.optimizer import LearnedOptimizer, unwrap_optimizer
 from pylo_integrations.telemetry import TelemetryMode, is_per_parameter
 
 
-class HorizonKeeper(Callback):
-    """Keeps the horizon, and the schedule that :func:`configure_optimizers` made, those of the run as it will be.
+class Informant(Callback):
+    """Tells the loss, and keeps the horizon and the schedule those of the run as it will be.
 
     Lightning builds optimizers before its finders change the batch size and before it restores a checkpoint.
     """
@@ -72,16 +72,37 @@ class HorizonKeeper(Callback):
         if isinstance(setup.scheduler, Decay):
             setup.scheduler.apply()  # the checkpoint has the learning rates of its horizon
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Report the loss of one micro-batch."""
+        optimizer = _only_optimizer(trainer)
+        if optimizer is not None and optimizer.reads_loss and self._hears(pl_module):
+            observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See where the gradients went."""
+        optimizer = _only_optimizer(trainer)
+        if optimizer is not None and optimizer.reads_loss and self._hears(pl_module):
+            look_after_backward(optimizer)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""
+        if (learned := unwrap_optimizer(optimizer)) and self._hears(pl_module):
+            learned.clear_observed_loss()
+
+    def _hears(self, module: LightningModule) -> bool:
+        """Not in manual optimization, where users may tell the loss by themselves, and nobody has asked for this."""
+        return module.automatic_optimization
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was."""
-        _withdraw(trainer, HorizonKeeper, _Trials)
+        _withdraw(trainer, Informant, _Trials)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
-        _withdraw(trainer, HorizonKeeper, _Trials)
+        _withdraw(trainer, Informant, _Trials)
 
 
-class LearnedOptimizerCallback(HorizonKeeper):
+class LearnedOptimizerCallback(Informant):
     """Tells the trainer's learned optimizer, if it has one, the loss of every step, the horizon and the wrapped model.
 
     The loss is what went into ``backward``, before AMP scaling, summed over the micro-batches of a step. The horizon is
@@ -127,22 +148,8 @@ class LearnedOptimizerCallback(HorizonKeeper):
             optimizer.enable_telemetry(self._per_parameter)
         super().on_fit_start(trainer, pl_module)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Report the loss of one micro-batch."""
-        optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.reads_loss:
-            observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See where the gradients went."""
-        optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.reads_loss:
-            look_after_backward(optimizer)
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""
-        if learned := unwrap_optimizer(optimizer):
-            learned.clear_observed_loss()
+    def _hears(self, module: LightningModule) -> bool:
+        return True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -192,11 +199,11 @@ def _withdraw(trainer: Trainer, *kinds: type[Callback]) -> None:
     trainer.callbacks = [one for one in callbacks if type(one) not in kinds]  # type: ignore[attr-defined]
 
 
-def keep_horizon(trainer: Trainer) -> None:
-    """Have the horizon kept, where no :class:`LearnedOptimizerCallback` does so."""
+def inform(trainer: Trainer) -> None:
+    """Have the optimizer told the loss and the horizon, where no :class:`LearnedOptimizerCallback` does so."""
     if not count_callbacks(trainer):
-        _withdraw(trainer, HorizonKeeper)
-        trainer.callbacks = [*trainer.callbacks, HorizonKeeper()]  # type: ignore[attr-defined]
+        _withdraw(trainer, Informant)
+        trainer.callbacks = [*trainer.callbacks, Informant()]  # type: ignore[attr-defined]
 
 
 def count_callbacks(trainer: Trainer) -> int:

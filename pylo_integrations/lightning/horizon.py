@@ -45,13 +45,6 @@ def _accumulation(trainer: Trainer, epoch: int) -> int:
     return int(trainer.accumulate_grad_batches)
 
 
-def most_accumulation(trainer: Trainer) -> int:
-    """The largest number of batches per optimizer step in any epoch."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    scheduled = [one.scheduling.values() for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
-    return max([int(trainer.accumulate_grad_batches), *(size for sizes in scheduled for size in sizes)])
-
-
 def unknown_horizon(who: str) -> ValueError:
     """That ``who`` needs a horizon, and what to do about it."""
     return ValueError(

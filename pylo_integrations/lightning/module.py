@@ -9,10 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from pylo_integrations.catalog import create_optimizer
-from pylo_integrations.lightning.callbacks import LearnedOptimizerCallback, count_callbacks, keep_horizon
-from pylo_integrations.lightning.horizon import most_accumulation, planned_steps, unknown_horizon
+from pylo_integrations.lightning.callbacks import LearnedOptimizerCallback, inform
+from pylo_integrations.lightning.horizon import planned_steps, unknown_horizon
 from pylo_integrations.lightning.schedule import RunSetup, Schedule, setups
-from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.sharding.pieces import read_flat_slices
 
 
@@ -40,8 +39,7 @@ def configure_optimizers(
         **options: Further arguments of :func:`~pylo_integrations.create_optimizer`.
 
     Raises:
-        ValueError: Unknown ``name`` or ``scheduler``; ``num_steps`` is needed and Lightning cannot tell; or the
-            optimizer would see a wrong loss for want of a :class:`LearnedOptimizerCallback`.
+        ValueError: Unknown ``name`` or ``scheduler``; ``num_steps`` is needed and Lightning cannot tell.
         TypeError: The optimizer has no such option.
     """
     trainer = _trainer_of(module)
@@ -56,15 +54,9 @@ def configure_optimizers(
         needs_it = name if optimizer.needs_horizon else f"scheduler={scheduler!r}"
         raise unknown_horizon(needs_it)
     optimizer.set_num_steps(num_steps)
-    if trainer is not None and _needs_callback(optimizer, module, trainer):
-        raise ValueError(
-            f"{name} needs the loss, and with accumulate_grad_batches={most_accumulation(trainer)} Lightning "
-            "shows it only the last micro-batch's: add LearnedOptimizerCallback() to Trainer(callbacks=[...]), or "
-            "derive the module from LearnedOptimizerMixin"
-        )
     setup = setups[optimizer] = RunSetup(trainer is not None and not is_given, scheduler)
     if trainer is not None:
-        keep_horizon(trainer)
+        inform(trainer)
     if scheduler is None:
         return {"optimizer": optimizer}
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": setup.build(optimizer), "interval": "step"}}
@@ -110,13 +102,3 @@ def _trainer_of(module: LightningModule) -> Trainer | None:
         return module.trainer
     except RuntimeError:  # Lightning's way to say that there is none
         return None
-
-
-def _needs_callback(optimizer: LearnedOptimizer, module: LightningModule, trainer: Trainer) -> bool:
-    """Whether a loss would be wrong, not just missing, without the callback."""
-    return (
-        optimizer.needs_loss
-        and module.automatic_optimization
-        and most_accumulation(trainer) > 1
-        and not count_callbacks(trainer)
-    )

@@ -53,13 +53,13 @@ NUMBERS = (
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
 WIDTH, HORIZON = 256.0, 1000.0
-"""Long side of a matrix, and steps of a run, at which the law is 1."""
+"""Width of a matrix, the larger number of its channels, and steps of a run, at which the law is 1."""
 
 WEIGHT = 0.1
 """Of a new gradient in the momentum, at which the law is 1: the longer a momentum, the farther do its steps add up."""
 
 NARROWEST = 16
-"""Long sides from which on the law of the width is followed; narrower networks were not meta-trained on."""
+"""Widths from which on their law is followed; narrower networks were not meta-trained on."""
 
 SHORTEST, LONGEST = 100, 100_000
 """Steps from which on and up to which the law of the horizon is followed; shorter runs were not meta-trained on."""
@@ -103,7 +103,7 @@ class PaceRule(Rule):
 
         Args:
             arrays: ``numbers``, ``(15,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
-                for tables and vectors; exponents of the laws in a matrix's long side and aspect (outputs over inputs),
+                for tables and vectors; exponents of the laws in a matrix's width and aspect (outputs over inputs),
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
                 the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
@@ -170,8 +170,7 @@ class PaceRule(Rule):
 
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Remember the first loss."""
-        if ctx.iteration == 0 and ctx.loss is not None:
-            ctx.memory[_FIRST_LOSS] = ctx.loss.abs()
+        _remember_first_loss(ctx)
         return super().control(buckets, sums, ctx)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -209,12 +208,12 @@ class PaceRule(Rule):
     def directions(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Two factors of the finished steps of whole tensors; see :class:`~pylo_integrations.rules.celo2.Celo2Rule`."""
         c = ctx.constants
-        order = matrix_order(layout)
-        ordered = steps.permute(0, 1, *(axis + 2 for axis in order))
-        inputs, outputs = ordered.shape[-2:]
+        rows = row_axis(layout)
+        ordered = steps.movedim(rows + 2, -1)
         matrices = ordered.flatten(1, -2)
-        law = c["width_exponent"] * math.log(max(NARROWEST, inputs, outputs) / WIDTH)
-        law = law + c["aspect_exponent"] * math.log(outputs / matrices.shape[1])
+        channels = layout.shape[rows : rows + 2]
+        aspect = math.log(layout.shape[rows] / matrices.shape[1]) * (1 if _has_outputs_first(layout) else -1)
+        law = c["width_exponent"] * math.log(max(NARROWEST, *channels) / WIDTH) + c["aspect_exponent"] * aspect
         law = torch.exp(c["log_step"] + law) * pace_of(ctx)
         law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]
         directions = orthogonalise(matrices, self.orthogonalise)
@@ -225,20 +224,28 @@ class PaceRule(Rule):
         flatness = (products * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
         size = law.to(scale) * flatness.to(scale) ** c["flatness"].to(scale)
         size = size * _part_allowed(products * size * layout.numel, ctx)
-        back = [1 + order.index(axis) for axis in range(len(order))]
-        directions = directions.view(-1, *ordered.shape[2:]).permute(0, *back).unsqueeze(1)
+        directions = directions.view(-1, 1, *ordered.shape[2:]).movedim(-1, rows + 2)
         return directions, (scale * size).view(-1, *(1,) * (steps.dim() - 1))
 
 
-def matrix_order(layout: TensorLayout) -> tuple[int, ...]:
-    """Axes of a tensor that is stepped as one matrix: those of its inputs, a convolution's places first, then outputs.
+def row_axis(layout: TensorLayout) -> int:
+    """The axis of a tensor that is a matrix's rows; all others together are its columns.
 
-    Tables of shape ``(1, positions, channels)``, as of timm's position embeddings, have an output for each position.
+    The rows of a convolution are its outputs, those of a transposed one its inputs. A table of shape ``(1, positions,
+    channels)``, as timm has for position embeddings, has a row for each position.
     """
-    *inputs, outputs = layout.order
-    if inputs[1:] and layout.shape[outputs] == 1:
-        return outputs, *inputs
-    return layout.order
+    is_table = len(layout.shape) == 3 and layout.shape[0] == 1 and _has_outputs_first(layout)
+    return 1 if is_table else 0
+
+
+def _has_outputs_first(layout: TensorLayout) -> bool:
+    return layout.order[-1] == 0
+
+
+def _remember_first_loss(ctx: StepContext) -> None:
+    """As whoever steps first does: a matrix may have its first gradient later."""
+    if ctx.iteration == 0 and ctx.loss is not None:
+        ctx.memory[_FIRST_LOSS] = ctx.loss.abs().to(ctx.memory[_FIRST_LOSS])
 
 
 def _part_allowed(decreases: Tensor, ctx: StepContext) -> Tensor:
@@ -275,6 +282,11 @@ class PacedAdamRule(AdamWRule):
     def schedule(self, iteration: int, num_steps: int | None) -> float:
         """As that of the rule for matrices."""
         return schedule_of(by_name(self.numbers), iteration, num_steps).item()
+
+    def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
+        """Remember the first loss, which the rule for matrices reads."""
+        _remember_first_loss(ctx)
+        return super().control(buckets, sums, ctx)
 
     def constants(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Those of both."""

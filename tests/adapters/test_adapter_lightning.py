@@ -460,9 +460,12 @@ def test_errors_name_the_culprit(options, error, message):
         fit(Regression(**options))
 
 
-def test_helper_refuses_accumulation_without_the_callback(toy_loss):
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2.*LearnedOptimizerCallback.*LearnedOptimizerMixin"):
-        fit(Regression(), callbacks=[], accumulate_grad_batches=2)
+def test_helper_tells_the_loss_of_accumulated_batches_without_the_callback(toy_loss):
+    """Lightning itself shows the optimizer that of the last batch, divided."""
+    module = Regression()
+    run = fit(module, callbacks=[], accumulate_grad_batches=2)
+    assert seen(run) == windows(module.micro, 2)
+    assert not any(type(callback).__module__.startswith("pylo_integrations") for callback in run.callbacks)
 
 
 def test_two_callbacks_would_add_the_loss_twice(toy_loss):

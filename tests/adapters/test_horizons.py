@@ -202,9 +202,14 @@ def test_accumulation_that_changes_between_epochs(small_thetas, tmp_path, make, 
     check(module, run, 8 + 3 + 1 + 1, None if make is by_hand else schedule)
 
 
-def test_scheduled_accumulation_needs_the_callback_as_any(small_thetas, tmp_path):
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches=3.*LearnedOptimizerCallback"):
-        trainer(tmp_path, [GradientAccumulationScheduler({1: 3})]).fit(Net("celo"))
+def test_scheduled_accumulation_needs_no_callback(small_thetas, tmp_path):
+    def fitted(*listeners):
+        torch.manual_seed(0)
+        module = Net("celo")
+        trainer(tmp_path, [GradientAccumulationScheduler({1: 3}), *listeners], max_epochs=2).fit(module)
+        return [param.detach() for param in module.parameters()]
+
+    assert all(map(torch.equal, fitted(), fitted(LearnedOptimizerCallback())))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
 
 from pylo_integrations import create_optimizer
 
@@ -85,8 +87,30 @@ def test_all_ways_to_tell_it_are_one(way):
     assert torch.equal(stepped(2.0, 1.0, **{way: True}), stepped(2.0, 1.0))
 
 
-def test_a_closure_may_return_anything():
-    assert torch.equal(stepped("no loss", closure=True), stepped(None))
+@pytest.mark.parametrize("returned", ["no loss", True])
+def test_a_closure_may_return_anything(returned):
+    assert torch.equal(stepped(returned, closure=True), stepped(None))
+
+
+@pytest.mark.parametrize("rule", ["learned", "adamw"])
+def test_a_matrix_whose_gradients_come_later_goes_by_it(rule):
+    """Whoever has the first step, as the head of a network that is thawed layer by layer."""
+
+    def train(has_gradient: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        first, late = (
+            nn.Parameter(torch.randn(8, 6) if rule == "adamw" else torch.randn(8)),
+            nn.Parameter(torch.randn(8, 6)),
+        )
+        optimizer = create_optimizer([{"params": [first], "rule": rule}, {"params": [late]}], "pace", num_steps=10)
+        for index in range(2):
+            first.grad, late.grad = torch.randn_like(first), torch.randn_like(late)
+            if index == 0:
+                late.grad = torch.zeros_like(late) if has_gradient else None
+            optimizer.step(loss=0.01)
+        return late.detach()
+
+    torch.testing.assert_close(train(False), train(True), rtol=1e-3, atol=1e-6)
 
 
 def test_a_run_that_goes_on_remembers_it():
@@ -111,6 +135,16 @@ def test_a_run_that_goes_on_remembers_it():
         step(resumed, second, index)
     assert torch.equal(whole, second)
     assert resumed.telemetry()["optim/Pace/first_loss"] == 3.0
+
+
+def dtensor_case(rank: int, world: int) -> torch.Tensor:
+    mesh = init_device_mesh("cpu", (world,))
+    return stepped(DTensor.from_local(torch.tensor(1.0 + rank), mesh, [Partial("avg")]))
+
+
+@pytest.mark.dist
+def test_it_may_be_a_dtensor(workers):
+    assert all(torch.equal(param, stepped(1.5)) for param in workers.run(2, dtensor_case))
 
 
 def mean_case(rank: int, world: int) -> tuple[float, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,23 +14,16 @@ from pylo_integrations import Pace
 from pylo_integrations.rules.pace import NUMBERS
 from pylo_integrations.weights.sources import load_theta
 
-SHAPES = [
-    (12, 20),
-    (20, 12),
-    (40, 3),
-    (6, 5, 3, 3),
-    (8, 1, 3, 3),
-    (4, 3, 5),
-    (1, 6, 10),
-    (1, 9),
-    (9, 1),
-    (9,),
-    (1, 1, 30),
-    (),
-    (7, 5),
+LEARNED = [
+    *[(12, 20), (20, 12), (40, 3), (1, 9), (9, 1), (9,), ()],
+    *[(6, 5, 3, 3), (8, 1, 3, 3), (1, 5, 3, 3), (4, 3, 5), (3, 2, 2, 2, 2)],
+    *[(1, 6, 10), (1, 1, 30)],
 ]
-TABLE = len(SHAPES) - 1
-"""The one that is in a group of ``rule="adamw"``, as embeddings are."""
+TRANSPOSED = [(10, 6), (6, 5, 3, 3), (7, 1, 3, 3)]
+"""In a group of ``axes="in_out"``."""
+TABLES = [(7, 5)]
+"""In one of ``rule="adamw"``, as embeddings are."""
+SHAPES = [*LEARNED, *TRANSPOSED, *TABLES]
 STEPS = 8
 DECAY = 10.0  # so that it shows in so few steps
 
@@ -63,7 +57,7 @@ def expected(starts, grads, horizon, first_loss):
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
-    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i != TABLE for i, p in enumerate(params)]
+    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < len(LEARNED + TRANSPOSED) for i, p in enumerate(params)]
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
         pace = 1.0
@@ -75,15 +69,17 @@ def expected(starts, grads, horizon, first_loss):
             if matrix:
                 m[i] = m[i] + w * (g[i] - m[i])
                 d = m[i] + w * (g[i] - m[i])
-                d = d.squeeze(0) if d.dim() > 2 else d  # positions: an output each
-                outputs, inputs = d.shape[:2]
+                d = d[0] if d.dim() == 3 and len(d) == 1 else d  # positions: an output each
+                width = max(d.shape[:2])
                 d = d.flatten(1)
+                rows, columns = d.shape
+                sign = 1 if i < len(LEARNED) else -1  # outputs over inputs
                 u = orthogonal(d)
                 u = u * flatness(d, u) ** c["flatness"]
                 along = float((d * u).sum())
                 u = u.view(params[i].shape)
-                length = math.exp(c["log_step"]) * (max(16, inputs, outputs) / 256) ** c["width_exponent"]
-                length *= (outputs / d.shape[1]) ** c["aspect_exponent"] * (known / 1000) ** c["horizon_exponent"]
+                length = math.exp(c["log_step"]) * (max(16, width) / 256) ** c["width_exponent"]
+                length *= (rows / columns) ** (sign * c["aspect_exponent"]) * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
                 if first_loss is not None and abs(first_loss) >= 1e-3:
                     length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
@@ -92,7 +88,7 @@ def expected(starts, grads, horizon, first_loss):
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
                 adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
                 length = (
-                    math.exp(c["log_table_step" if i == TABLE else "log_vector_step"])
+                    math.exp(c["log_table_step" if i >= len(LEARNED + TRANSPOSED) else "log_vector_step"])
                     * (known / 1000) ** c["vector_horizon_exponent"]
                 )
                 params[i] = params[i] - length * pace * adam
@@ -119,7 +115,12 @@ def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
         for _ in range(STEPS)
     ]
     params = [nn.Parameter(start.clone()) for start in starts]
-    groups = [{"params": params[:TABLE]}, {"params": params[TABLE:], "rule": "adamw"}]
+    rest = iter(params)
+    groups = [
+        {"params": list(itertools.islice(rest, len(LEARNED)))},
+        {"params": list(itertools.islice(rest, len(TRANSPOSED))), "axes": "in_out"},
+        {"params": list(rest), "rule": "adamw"},
+    ]
     optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)
     for t, want in enumerate(expected(starts, grads, horizon, first_loss)):
         for param, grad in zip(params, grads[t], strict=True):
