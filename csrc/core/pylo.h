@@ -37,7 +37,7 @@
 extern "C" {
 #endif
 
-#define PYLO_ABI_VERSION 10u
+#define PYLO_ABI_VERSION 11u
 #define PYLO_MAX_RANK 6   /* axes of a record, after neighbours of equal role were merged */
 #define PYLO_SLOTS 30     /* feature channels, see pylo_feature_name() */
 #define PYLO_MAX_LAYERS 4 /* three hidden layers and the output; at least the output */

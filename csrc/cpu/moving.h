@@ -11,17 +11,6 @@ inline namespace PYLO_ISA {
 namespace {
 
 // -- noise -------------------------------------------------------------------------------------------------------------
-//
-// A hash of an element has the noise of two states, one in each half.
-
-enum Half { LOWER = 0, UPPER = 16 };
-
-PYLO_FN uint32_t half_mixed(uint32_t x) {
-    x *= 0x45D9F3Bu;
-    x = ((x >> 16) ^ x) * 0x45D9F3Bu;
-    return (x >> 16) ^ x;
-}
-PYLO_FN uint32_t mixed(uint32_t x) { return half_mixed((x >> 16) ^ x); }
 
 // Of elements that share all but the lowest 16 bits of their numbers, so what these are mixed with is the same for all.
 __attribute__((noinline)) void mix(uint32_t key, uint32_t other, uint32_t first, int count, uint32_t *__restrict hashes) {
@@ -39,21 +28,7 @@ PYLO_FN void make_hashes(const uint32_t (&keys)[2], uint64_t first, int count, u
     }
 }
 
-// (noise + 0.5) / 2^16 of the lowest bit that is kept of a code's float, less the bits of 1.
-template <bool Square, Half H>
-PYLO_FN Bits code_noise(Bits hash) {
-    constexpr int up = Curve<Square>::SHIFT - 16;
-    constexpr uint32_t others = (1u << (up - 1)) - Curve<Square>::ONE;  // no bit of which is one of the noise
-    static_assert((others & 0xFFFFu << up) == 0, "");
-    return kept_beside(H == UPPER ? hash >> (16 - up) : hash << up, 0xFFFFu << up, others);
-}
-
 // -- averages that move on -----------------------------------------------------------------------------------------------
-
-template <bool Square, class V>
-PYLO_FN V moved_on(float keep, float weight, V old, V grad) {
-    return ema(keep, weight, old, Square ? grad * grad : grad);
-}
 
 // A state of a record, and how it moves on.
 struct Moving {
@@ -78,8 +53,7 @@ public:
     // Returns what is stored. A NaN is that of arithmetic, whose upper half is one too.
     PYLO_FN Vec move(int lane, Vec grad, Bits hash) const {
         const Vec moved = moved_on<Square>(keep, weight, from_halves(halves + lane), grad);
-        const Bits noise = where_finite(moved, H == UPPER ? hash >> 16 : hash & 0xFFFFu);
-        const Bits rounded = bits_of(moved) + noise;
+        const Bits rounded = bits_of(moved) + half_noise<H>(moved, hash);
         store_halves(rounded, halves + lane);
         return of_bits(rounded & 0xFFFF0000u);
     }
@@ -112,14 +86,6 @@ __attribute__((noinline)) float move_codes(
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
 
-// The size of the code of a number times Codes' unit. An average of squares that is not zero does not become zero.
-template <bool Square, Half H>
-PYLO_FN Bits encoded(Vec x, Bits hash) {
-    const Vec y = (Square ? x : magnitude(x)) + Vec(1.0f);
-    const Bits size = smaller_of((bits_of(y) + code_noise<Square, H>(hash)) >> Curve<Square>::SHIFT, Curve<Square>::TOP);
-    return Square ? at_least_one_where(x, size) : size;
-}
-
 // The codes of a block, which moves on and is encoded then. `copy` is for those of a block that ends within
 // a vector: nothing beyond it may be written.
 template <bool Square>
@@ -137,10 +103,8 @@ public:
     }
 
     PYLO_FN void move(const float *grad, float *values) {
-        scale = move_codes<Square>(codes, grad, padded, scale, by.keep, by.weight, values);
-        if (scale < 0x1p-90f) scale = 0;
-        // A little more than it should be, so that the largest number has the largest code whatever is rounded.
-        unit = scale > 0 ? Curve<Square>::REACH / scale * (1 + 0x1p-22f) : 0.0f;
+        scale = scale_of(move_codes<Square>(codes, grad, padded, scale, by.keep, by.weight, values));
+        unit = unit_of<Square>(scale);
     }
 
     // Returns what is stored.
@@ -205,7 +169,7 @@ PYLO_FN void for_blocks(const Job &job, bool reads_param, Visit &&visit) {
     const Blocks blocks(*job.stored);
     alignas(64) float buffer[3][BLOCK];
     for (int64_t first = blocks.begin(job.part.lane_begin); first < job.part.lane_end;) {
-        const Place place = blocks.at(first);
+        const Place<int64_t> place = blocks.at(first);
         const Run run(first, 1, (int)place.left);
         const float *stored = run.load(step.grad, step.grad_dtype, buffer[0]);
         const float *param = stored;  // anything that can be read: without l2 it is not used

@@ -10,15 +10,19 @@ inline namespace PYLO_ISA {
 template <bool Plain>
 __device__ __forceinline__ void apply_nesterov(const Arguments &arguments) {
     const FlatPart part = arguments.applies[blockIdx.x];
-    const pylo_tensor &t = arguments.records[part.record].tensor;
+    const Record &record = arguments.records[part.record];
+    const pylo_tensor &t = record.tensor;
     const pylo_step step = arguments.steps[part.record];
+    const pylo_stored &stored = arguments.stored[part.record];
+    const bool moved = is_moved<Plain>(t);
     const float weight = step.momentum_weight, keep = 1 - weight;
     const bool needs_param = !t.direction || (!Plain && step.l2 != 0.0f);
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const float param = needs_param ? read<Plain>(t.param, t.param_dtype, i) : 0.0f;
         const float grad = seen_gradient<Plain>(arguments.rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
-        const float momentum = ema(keep, weight, device(t.momentum[0])[i], grad);
-        device(t.momentum[0])[i] = momentum;
+        const int64_t block = Plain ? 0 : block_of(record, stored, i);
+        float momentum = load_state<0, Plain>(t, stored, i, block);
+        if (!moved) device(t.momentum[0])[i] = momentum = ema(keep, weight, momentum, grad);
         finish<Plain, true>(t, step, i, param, step.step_mult * ema(keep, weight, momentum, grad));
     }
 }
@@ -44,14 +48,20 @@ __device__ __forceinline__ void write_part(const Record &record, const Slice &sl
 
 // Adam's step. `Plain`: also that parameters are updated in place.
 template <bool Plain>
-__device__ __forceinline__ void adam_part(const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, const FlatPart &part) {
+__device__ __forceinline__ void adam_part(
+    const pylo_rule &rule, const Record &record, const pylo_step &step, const pylo_stored &stored, const FlatPart &part) {
+    const pylo_tensor &t = record.tensor;
+    const bool moved = is_moved<Plain>(t);
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const float param = read<Plain>(t.param, t.param_dtype, i);
-        const float grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
-        float momentum = device(t.momentum[0])[i], rms = device(t.rms)[i];
-        const float proposed = adam_step(rule, step, grad, momentum, rms);
-        device(t.momentum[0])[i] = momentum;
-        device(t.rms)[i] = rms;
+        const int64_t block = Plain ? 0 : block_of(record, stored, i);
+        float grad = 0, momentum = load_state<0, Plain>(t, stored, i, block), rms = load_state<RMS_STATE, Plain>(t, stored, i, block);
+        if (!moved) grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, i), param);
+        const float proposed = adam_step(rule, step, grad, momentum, rms, moved);
+        if (!moved) {
+            device(t.momentum[0])[i] = momentum;
+            device(t.rms)[i] = rms;
+        }
         finish<Plain>(t, step, i, param, proposed);
     }
 }
@@ -73,10 +83,12 @@ __device__ __forceinline__ void update(const Arguments &arguments) {
         return;
     }
     const pylo_rule rule = arguments.sections[t.rule].rule;  // copies, as in collect_part()
-    if (is_float && step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE) && !t.direction)
-        adam_part<true>(rule, t, step, part);
+    const pylo_stored &stored = arguments.stored[part.record];
+    const bool as_given = step.grad_dtype == PYLO_FLOAT32 && step.l2 == 0.0f && !(step.flags & PYLO_ZERO_NONFINITE);
+    if (is_float && as_given && !t.direction && !is_moved(t))
+        adam_part<true>(rule, record, step, stored, part);
     else
-        adam_part<false>(rule, t, step, part);
+        adam_part<false>(rule, record, step, stored, part);
 }
 
 }  // namespace PYLO_ISA

@@ -20,6 +20,7 @@ __device__ __forceinline__ T &shared_memory() {
 }
 
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float from_bfloat16(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
 __device__ __forceinline__ uint16_t to_bfloat16(float x) {
     uint16_t bits;

@@ -11,7 +11,7 @@
 #pragma nv_diag_suppress 1675  // GCC's pragma for unrolling: this compiler unrolls short loops anyway
 #endif
 #include "../core/formulas.h"
-#include "plan.h"
+#include "formats.cuh"
 
 namespace pylo {
 inline namespace PYLO_ISA {
@@ -125,25 +125,31 @@ __device__ __forceinline__ void write(void *base, int dtype, Index<Plain> index,
         device((uint16_t *)base)[index] = dtype == PYLO_BFLOAT16 ? to_bfloat16(x) : to_float16(x);
 }
 
-// An element with its accumulators updated.
+// An element with its accumulators updated, if they are not yet: `moved`.
 template <bool Factored, bool Plain>
 __device__ __forceinline__ Element<float> load_element(
-    const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index) {
+    const pylo_rule &rule, const Record &record, const pylo_step &step, const pylo_stored &stored, Index<Plain> index,
+    bool moved) {
+    const pylo_tensor &t = record.tensor;
     Element<float> x;
     x.param = read<Plain>(t.param, t.param_dtype, index);
     x.grad = seen_gradient<Plain>(rule, step, read<Plain>(step.grad, step.grad_dtype, index), x.param);
-    x.rms = t.rms ? device(t.rms)[index] : 0.0f;  // what no weight reads is not kept
+    constexpr bool direct = Plain || !Factored;  // state of vectors is in float32
+    const int64_t block = direct ? 0 : block_of(record, stored, index);
+    x.rms = load_state<RMS_STATE, direct>(t, stored, index, block);
+    x.momentum[0] = load_state<0, direct>(t, stored, index, block);
+    x.momentum[1] = load_state<1, direct>(t, stored, index, block);
+    x.momentum[2] = load_state<2, direct>(t, stored, index, block);
 #pragma unroll
-    for (int k = 0; k < 3; ++k) {
-        x.momentum[k] = t.momentum[k] ? device(t.momentum[k])[index] : 0.0f;
+    for (int k = 0; k < 3; ++k)
         if constexpr (!Factored) x.diagonal[k] = device(t.diagonal[k])[index];
-    }
-    accumulate<Factored>(rule, x);
+    if (!moved) accumulate<Factored>(rule, x);
     return x;
 }
 
 template <bool Factored, bool Plain>
 __device__ __forceinline__ void store_state(const pylo_tensor &t, const Element<float> &x, Index<Plain> index) {
+    if (is_moved<Plain || !Factored>(t)) return;
     if (t.rms) device(t.rms)[index] = x.rms;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {

@@ -18,6 +18,7 @@ struct ExactShared {
     Slice slice;
     Record record;
     pylo_step step;
+    pylo_stored stored;
 };
 
 // Between loads of unrolled loops: a compiler that may move all of them compares each with every other one, and of a width
@@ -67,7 +68,7 @@ __device__ __forceinline__ void apply_part_exactly(const pylo_rule &rule, const 
         for (int e = 0; e < Elements; ++e) {
             const Index<Plain> wanted = base + e * EXACT_THREADS + thread, n = smaller(wanted, end - 1);
             const Index<Plain> index = memory_index<Plain>(shared.record, shared.slice, n);
-            const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
+            const Element<float> element = load_moved<Factored, Plain>(rule, shared, index);
             param[e] = element.param;
             inputs_of<Factored, Plain>(rule, shared.record, shared.slice, n, element, [&](int input, float value) {
                 x[e][input] = value;
@@ -125,6 +126,7 @@ __device__ __forceinline__ void apply_exactly(const Arguments &arguments) {
         shared.slice = arguments.slices[part.slice];
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
+        shared.stored = arguments.stored[part.record];
     }
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)

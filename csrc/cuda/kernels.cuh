@@ -2,6 +2,7 @@
 #pragma once
 
 #include "adam.cuh"
+#include "advance.cuh"
 #include "exact.cuh"
 #include "linear.cuh"
 #include "sums.cuh"

@@ -9,9 +9,9 @@
 #include "pylo_cuda.h"
 
 // Other languages mirror them.
-static_assert(sizeof(pylo_cuda_call) == 72, "");
+static_assert(sizeof(pylo_cuda_call) == 88, "");
 static_assert(sizeof(pylo_cuda_launch) == 272, "");
-static_assert(sizeof(pylo_cuda_kernels) == 72, "");
+static_assert(sizeof(pylo_cuda_kernels) == 80, "");
 
 namespace {
 
@@ -36,13 +36,10 @@ int with_plan(const pylo_call *call, Use use) {
     uint64_t token;
     int64_t bytes;
     if (int status = pylo_check(call, &token, &bytes)) return status;
-    for (int64_t i = 0; i < call->count; ++i)
-        if (call->tensors[i].state_dtype != PYLO_FLOAT32)
-            return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels read state in float32", (long long)i);
     try {
         const Plan plan(*call);
         if (plan.matrices.size() + plan.measures.size() > INT32_MAX || plan.merges.size() > INT32_MAX ||
-            plan.applies.size() > INT32_MAX || plan.describes.size() > INT32_MAX || plan.slices.size() > INT32_MAX ||
+            plan.applies.size() > INT32_MAX || plan.advances.size() > INT32_MAX || plan.describes.size() > INT32_MAX || plan.slices.size() > INT32_MAX ||
             plan.statistics.size() > INT32_MAX || call->count > INT32_MAX)
             return fail(PYLO_BAD_ARGUMENT, "the tensors are too many or too large for one call");
         return use(plan);
@@ -66,7 +63,9 @@ int check_step(const pylo_cuda_call &call, const pylo_rule &rule, const Record &
     const pylo_tensor &t = record.tensor;
     if (call.stage == PYLO_CUDA_APPLY && t.direction_scale) return PYLO_OK;
     if (int status = check_gradient(i, step, record.numel)) return status;
+    if (int status = check_stored(i, t, &call.stored[i], rule, record.numel)) return status;
     if (rule.measures && !t.tensor_sums) return fail(PYLO_BAD_ARGUMENT, "tensor %lld: tensor_sums is null", (long long)i);
+    if (call.stage == PYLO_CUDA_ADVANCE && rule.layers == PYLO_NESTEROV) return check_weight(i, step);
     if (call.stage != PYLO_CUDA_APPLY) return PYLO_OK;
     if (t.direction && t.direction_dtype != PYLO_FLOAT32)
         return fail(PYLO_BAD_ARGUMENT, "tensor %lld: the CUDA kernels leave directions in float32", (long long)i);
@@ -97,6 +96,8 @@ int check_call(const pylo_cuda_call *call) {
         return fail(PYLO_BAD_ARGUMENT, "grad_squares is null or misaligned");
     if (!call->steps || !call->device_steps || !aligned(call->device_steps, 8))
         return fail(PYLO_BAD_ARGUMENT, "steps or device_steps is null or misaligned");
+    if (!call->stored || !call->device_stored || !aligned(call->device_stored, 8))
+        return fail(PYLO_BAD_ARGUMENT, "stored or device_stored is null or misaligned");
     const Record *records = records_of(plan);
     for (int64_t i = 0; i < plan.record_count; ++i)
         if (int status = check_step(*call, sections[records[i].tensor.rule].rule, records[i], i)) return status;
@@ -138,6 +139,7 @@ Arguments arguments_of(const pylo_cuda_call &call, const Header &plan) {
     arguments.records = (const Record *)(tables + plan.records);
     arguments.slices = (const Slice *)(tables + plan.slices);
     arguments.steps = call.device_steps;
+    arguments.stored = call.device_stored;
     arguments.partial = (double *)(workspace + plan.partial);
     arguments.grad_squares = call.grad_squares;
     arguments.tickets = (int32_t *)(workspace + plan.tickets);
@@ -146,6 +148,7 @@ Arguments arguments_of(const pylo_cuda_call &call, const Header &plan) {
     arguments.merges = (const Merge *)(tables + plan.merges);
     arguments.statistics = (const StatisticPart *)(tables + plan.statistics);
     arguments.describes = (const FlatPart *)(tables + plan.describes);
+    arguments.advances = (const FlatPart *)(tables + plan.advances);
     arguments.applies = (const FlatPart *)(tables + plan.applies);
     return arguments;
 }
@@ -175,8 +178,10 @@ int32_t pylo_cuda_plan(const pylo_call *call, void *to, int64_t plan_bytes) {
     });
 }
 
-int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *to) {
-    if (!rule || !to) return fail(PYLO_BAD_ARGUMENT, "rule or kernels is null");
+int32_t pylo_cuda_kernels_of(const pylo_call *call, int64_t number, int32_t precision, pylo_cuda_kernels *to) {
+    if (int status = check_version(call)) return status;
+    if (number < 0 || number >= call->rule_count || !to) return fail(PYLO_BAD_ARGUMENT, "kernels is null, or there is no such rule");
+    const pylo_rule *const rule = &call->rules[number];
     if (rule->layers > 0 ? network_floats(*rule) == 0 : rule->layers < PYLO_NESTEROV)
         return fail(PYLO_BAD_ARGUMENT, "rule: its network is not one that the kernels evaluate");
     if (int status = check_precision(precision)) return status;
@@ -187,6 +192,8 @@ int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda
     for (const Kernel &kernel : {kernels::collect, kernels::merge, kernels::update}) add(kernel);
     if (rule->layers > 0)
         for (const Kernel &kernel : {kernels::prepare, kernels::describe, kernels::describe_plain}) add(kernel);
+    const auto moves = [&](const pylo_tensor &t) { return t.rule == number && t.state_dtype != PYLO_FLOAT32; };
+    if (std::any_of(call->tensors, call->tensors + call->count, moves)) add(kernels::advance);
     for (const bool plain : {false, true})
         if (rule->layers) add(apply_kernel(*rule, precision, plain, plain));
     return PYLO_OK;
@@ -209,6 +216,10 @@ int32_t pylo_cuda_launches_of(const pylo_cuda_call *call, pylo_cuda_launch *laun
     if (call->stage == PYLO_CUDA_COLLECT) {
         launch(kernels::collect, plan.matrix_count + plan.measure_count);
         launch(kernels::merge, plan.merge_count);
+        return PYLO_OK;
+    }
+    if (call->stage == PYLO_CUDA_ADVANCE) {
+        launch(kernels::advance, plan.advance_count);
         return PYLO_OK;
     }
     const Arguments all = arguments;

@@ -12,6 +12,7 @@ struct LinearShared {
     Slice slice;
     Record record;
     pylo_step step;
+    pylo_stored stored;
 };
 
 template <bool Plain, bool Factored>
@@ -30,7 +31,7 @@ __device__ __forceinline__ void apply_part_linearly(const pylo_rule &rule, const
     for (Index<Plain> n = (Index<Plain>)part.begin + thread; n < (Index<Plain>)part.end; n += SUM_THREADS) {
         forget_memory();
         const Index<Plain> index = memory_index<Plain>(shared.record, shared.slice, n);
-        const Element<float> x = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
+        const Element<float> x = load_moved<Factored, Plain>(rule, shared, index);
         float direction = bias.x, magnitude = bias.y;
         const auto add = [&](int input, float value) {
             direction = madd(value, shared.weights[input].x, direction);
@@ -51,6 +52,7 @@ __device__ __forceinline__ void apply_linearly(const Arguments &arguments) {
         shared.slice = arguments.slices[part.slice];
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
+        shared.stored = arguments.stored[part.record];
     }
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)

@@ -98,6 +98,14 @@ struct PaddedLayer : Layer {
     __device__ __forceinline__ float bias(int unit) const { return unit < outputs ? biases[unit] : 0.0f; }
 };
 
+// An element with its accumulators as they are after the step. `Shared` has what a block of apply needs of its part.
+template <bool Factored, bool Plain, class Shared>
+__device__ __forceinline__ Element<float> load_moved(const pylo_rule &rule, const Shared &shared, Index<Plain> index) {
+    constexpr bool direct = Plain || !Factored;
+    return load_element<Factored, Plain>(
+        rule, shared.record, shared.step, shared.stored, index, is_moved<direct>(shared.record.tensor));
+}
+
 template <bool Plain, bool MayLeave = !Plain>
 __device__ __forceinline__ void finish_element(
     const pylo_rule &rule, const pylo_tensor &t, const pylo_step &step, Index<Plain> index, float param, float direction,

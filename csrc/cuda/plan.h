@@ -96,9 +96,9 @@ struct Header {
     uint64_t magic;
     int64_t bytes, workspace_bytes;
     int64_t tickets, partial;  // offsets in the workspace
-    int64_t sections, records, slices, matrices, measures, merges, statistics, describes, applies;
+    int64_t sections, records, slices, matrices, measures, merges, statistics, describes, advances, applies;
     int64_t section_count, record_count, slice_count, matrix_count, measure_count, merge_count, statistic_count,
-        describe_count, apply_count;
+        describe_count, advance_count, apply_count;
     Range updates;  // of `applies`: those that are in no section
 };
 
@@ -112,17 +112,18 @@ struct Arguments {
     const Record *records;
     const Slice *slices;
     const pylo_step *steps;
+    const pylo_stored *stored;
     double *partial, *grad_squares;
     int32_t *tickets;  // one per slice, the first ones also one per record: parts that have ended; 0 between launches
     const MatrixPart *matrices;
     const FlatPart *measures;
     const Merge *merges;
     const StatisticPart *statistics;
-    const FlatPart *describes, *applies;
+    const FlatPart *describes, *advances, *applies;
 };
 
 // The host's compiler lays them out, the device's reads them: both must come to the same sizes.
 static_assert(sizeof(Record) == 840 && sizeof(Section) == 176 && sizeof(Slice) == 56 && sizeof(FlatPart) == 32 && sizeof(MatrixPart) == 64, "");
-static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 224, "");
+static_assert(sizeof(StatisticPart) == 40 && sizeof(Merge) == 56 && sizeof(Arguments) == 240, "");
 
 }  // namespace pylo

@@ -32,7 +32,7 @@ struct Plan {
     std::vector<Record> records;
     std::vector<Slice> slices;
     std::vector<MatrixPart> matrices;
-    std::vector<FlatPart> measures, describes, applies;
+    std::vector<FlatPart> measures, describes, advances, applies;
     std::vector<Merge> merges;
     std::vector<StatisticPart> statistics;
     Range updates = {};
@@ -61,11 +61,15 @@ struct Plan {
             for (int axis = 0; axis < t.rank && r.sliced; ++axis)
                 if (t.norm_stride[axis] == 0) r.inner[r.inner_axes++] = axis;
             if (!is_update(t)) {
-                section.plain = section.plain && !r.wide && t.param_dtype == PYLO_FLOAT32;
+                section.plain =
+                    section.plain && !r.wide && t.param_dtype == PYLO_FLOAT32 && t.state_dtype == PYLO_FLOAT32;
                 section.in_place = section.in_place && !t.direction && !r.sliced;
             }
             record = (int32_t)i;
             collect(rule, r, collect_slots);
+            if (t.state_dtype != PYLO_FLOAT32) cut(r.numel, [&](int64_t begin, int64_t end) {
+                advances.push_back({begin, end, 0, record, 0});
+            });
             if (t.d0_axis >= 0) prepare(r, prepare_slots);
             const size_t first = slices.size();
             const int64_t each = add_slices(r), present = (int64_t)(slices.size() - first);
@@ -157,12 +161,11 @@ private:
         }
     }
 
-    // Parts of a tensor in the order of memory, for the sums of measure; returns how many.
-    int64_t cut_measures(int64_t numel, int64_t sums, int64_t &slots) {
-        const int64_t count = divide_up(numel, PART);
-        for (int64_t n = 0; n < count; ++n, slots += sums)
-            measures.push_back({n * PART, std::min((n + 1) * PART, numel), slots, record, 0});
-        return count;
+    // Calls put(begin, end) for the parts of a tensor in the order of memory; returns how many they are.
+    template <class Put>
+    static int64_t cut(int64_t numel, Put put) {
+        for (int64_t begin = 0; begin < numel; begin += PART) put(begin, std::min(begin + PART, numel));
+        return divide_up(numel, PART);
     }
 
     void merge(double *result, int64_t result_step, int64_t count, int64_t first, int64_t step, int64_t terms, int64_t term_step) {
@@ -189,8 +192,11 @@ private:
         merge(nullptr, 1, 1, slots, 1, parts, 1);
         slots += parts;
         if (const int sums = rule.measures) {
-            const int64_t first = slots;
-            merge(t.tensor_sums, 1, sums, first, 1, cut_measures(r.numel, sums, slots), sums);
+            const int64_t first = slots, count = cut(r.numel, [&](int64_t begin, int64_t end) {
+                measures.push_back({begin, end, slots, record, 0});
+                slots += sums;
+            });
+            merge(t.tensor_sums, 1, sums, first, 1, count, sums);
         }
     }
 
@@ -276,6 +282,7 @@ Header write_plan(const Plan &plan, char *to) {
     put(plan.merges, h.merges, h.merge_count);
     put(plan.statistics, h.statistics, h.statistic_count);
     put(plan.describes, h.describes, h.describe_count);
+    put(plan.advances, h.advances, h.advance_count);
     put(plan.applies, h.applies, h.apply_count);
     h.tickets = 0;
     h.partial = divide_up(std::max(h.record_count, h.slice_count) * (int64_t)sizeof(int32_t), 16) * 16;

@@ -3,7 +3,8 @@
  *
  * The table of tensors stays on the host and names addresses of the device. pylo_cuda_plan() turns it into a plan, once
  * for many steps: plain bytes that the caller copies to the device. pylo_cuda_launches_of() then tells which kernels a stage
- * launches. What changes from step to step is a table of pylo_step, of which the caller keeps a copy on the device too.
+ * launches. What changes from step to step are tables of pylo_step and pylo_stored, of which the caller keeps copies on the device
+ * too.
  *
  * Every function returns a pylo_status; pylo_last_error() says why.
  */
@@ -22,7 +23,13 @@ enum pylo_precision {
 };
 
 /* The stages. `collect` also does the work of `measure` if the rule asks for it. */
-enum pylo_cuda_stage { PYLO_CUDA_COLLECT = 0, PYLO_CUDA_PREPARE = 1, PYLO_CUDA_DESCRIBE = 2, PYLO_CUDA_APPLY = 3 };
+enum pylo_cuda_stage {
+    PYLO_CUDA_COLLECT = 0,
+    PYLO_CUDA_PREPARE = 1,
+    PYLO_CUDA_DESCRIBE = 2,
+    PYLO_CUDA_ADVANCE = 3, /* of all rules: state that is not in float32 moves on here and nowhere else */
+    PYLO_CUDA_APPLY = 4
+};
 
 typedef struct pylo_cuda_call {
     uint32_t abi_version; /* PYLO_ABI_VERSION */
@@ -31,6 +38,8 @@ typedef struct pylo_cuda_call {
     const void *device_plan;  /* a copy, aligned to 16 bytes */
     const pylo_step *steps;   /* on the host, one per tensor: what is checked */
     const pylo_step *device_steps; /* a copy: what kernels read */
+    const pylo_stored *stored;     /* likewise, whatever state is stored in */
+    const pylo_stored *device_stored;
     double *grad_squares;     /* as in pylo_call, on the device */
     void *workspace;          /* on the device, aligned to 16 bytes; zeroed before the first stage, and then left alone */
     int64_t workspace_bytes;
@@ -38,7 +47,7 @@ typedef struct pylo_cuda_call {
     int32_t precision;
 } pylo_cuda_call;
 
-#define PYLO_CUDA_MOST_KERNELS 8
+#define PYLO_CUDA_MOST_KERNELS 9
 #define PYLO_CUDA_ARGUMENTS 256
 
 /* A kernel to be launched, in one dimension, without dynamic shared memory. */
@@ -60,8 +69,8 @@ PYLO_API int32_t pylo_cuda_check(const pylo_call *call, int64_t *plan_bytes, int
 /* Write the plan of a table that pylo_cuda_check() passes; `plan` is aligned to 16 bytes. */
 PYLO_API int32_t pylo_cuda_plan(const pylo_call *call, void *plan, int64_t plan_bytes);
 
-/* The kernels that stages of a rule may launch, by their names, for who loads them beforehand. */
-PYLO_API int32_t pylo_cuda_kernels_of(const pylo_rule *rule, int32_t precision, pylo_cuda_kernels *kernels);
+/* The kernels that stages of one of a call's rules may launch, by their names, for who loads them beforehand. */
+PYLO_API int32_t pylo_cuda_kernels_of(const pylo_call *call, int64_t rule, int32_t precision, pylo_cuda_kernels *kernels);
 
 /* What a stage launches, one after the other: two kernels for collect, one for each of the others, however many tensors there
  * are; none where there is nothing to do. Those but collect's are one for every rule that has the stage, and apply's one more

@@ -136,21 +136,23 @@ __device__ __forceinline__ void collect_part(const Arguments &arguments, const M
 // variance is the difference of two of them, which must vanish where all elements are equal.
 template <bool All>
 __device__ __forceinline__ void measure_part(const Arguments &arguments, const FlatPart &part, CollectShared &shared) {
-    const pylo_tensor &t = arguments.records[part.record].tensor;
+    const Record &record = arguments.records[part.record];
+    const pylo_stored &stored = arguments.stored[part.record];
+    const pylo_tensor &t = record.tensor;
     double sums[PYLO_TENSOR_SUMS] = {};
     for (int64_t i = part.begin + threadIdx.x; i < part.end; i += SUM_THREADS) {
         const double p = (double)read(t.param, t.param_dtype, i);
         sums[0] = madd(p, p, sums[0]);
         if constexpr (All) {
+            const int64_t block = block_of(record, stored, i);
+            const float states[4] = {load_state<0>(t, stored, i, block), load_state<1>(t, stored, i, block),
+                                     load_state<2>(t, stored, i, block), load_state<RMS_STATE>(t, stored, i, block)};
 #pragma unroll
-            for (int k = 0; k < 3; ++k) {
-                const double m = (double)t.momentum[k][i];
-                sums[1 + k] += m;
-                sums[5 + k] = madd(m, m, sums[5 + k]);
+            for (int k = 0; k < 4; ++k) {
+                const double x = (double)states[k];
+                sums[1 + k] += x;
+                sums[5 + k] = madd(x, x, sums[5 + k]);
             }
-            const double r = (double)t.rms[i];
-            sums[4] += r;
-            sums[8] = madd(r, r, sums[8]);
         }
     }
 #pragma unroll
@@ -254,11 +256,12 @@ __device__ __forceinline__ void describe_part(const Arguments &arguments, const 
     const Record &record = arguments.records[part.record];
     const Slice &slice = arguments.slices[part.slice];
     const pylo_step &step = arguments.steps[part.record];
+    const pylo_stored &stored = arguments.stored[part.record];
     const bool extra = has_extra(arguments.rule);
     float sums[channels] = {};
     for (Index<Plain> i = (Index<Plain>)part.begin + (int)threadIdx.x; i < (Index<Plain>)part.end; i += SUM_THREADS) {
         const Index<Plain> index = memory_index<Plain>(record, slice, i);
-        const Element<float> x = load_element<Factored, Plain>(arguments.rule, record.tensor, step, index);
+        const Element<float> x = load_element<Factored, Plain>(arguments.rule, record, step, stored, index, false);
         float scale[3] = {};
         if constexpr (Factored) load_scales(record.tensor, entry_of<Plain>(record, slice, i), scale);
         features<Factored>(arguments.rule, extra, x, scale, [&](int channel, float f) {

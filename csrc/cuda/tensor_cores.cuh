@@ -33,6 +33,7 @@ struct TensorShared {
     Slice slice;
     Record record;
     pylo_step step;
+    pylo_stored stored;
 };
 
 // Two numbers as two parts each.
@@ -120,7 +121,7 @@ __device__ __forceinline__ void apply_part_on_tensor_cores(const pylo_rule &rule
         float param;
         {
             float x[2 * STEPS * 8] = {};
-            const Element<float> element = load_element<Factored, Plain>(rule, shared.record.tensor, shared.step, index);
+            const Element<float> element = load_moved<Factored, Plain>(rule, shared, index);
             param = element.param;
             inputs_of<Factored, Plain>(
                 rule, shared.record, shared.slice, n, element, [&](int input, float value) { x[input] = value; });
@@ -184,6 +185,7 @@ __device__ __forceinline__ void apply_on_tensor_cores(const Arguments &arguments
         shared.slice = arguments.slices[part.slice];
         shared.record = arguments.records[part.record];
         shared.step = arguments.steps[part.record];
+        shared.stored = arguments.stored[part.record];
     }
     __syncthreads();
     if (shared.record.tensor.d0_axis < 0)

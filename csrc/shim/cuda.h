@@ -316,6 +316,11 @@ inline float bits_to_float(uint32_t bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+inline uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
 inline float from_bfloat16(uint16_t bits) { return shim::bfloat16(bits); }
 inline uint16_t to_bfloat16(float x) { return (uint16_t)shim::to_bfloat16(x); }
 inline float from_float16(uint16_t bits) {

@@ -19,9 +19,9 @@ from pylo_integrations.ops.driver import DriverError
 from pylo_integrations.ops.kernels import Kernels, LaunchStruct
 from pylo_integrations.ops.loader import ABI_VERSION, CallStruct, Library, NativeError
 from pylo_integrations.ops.nvrtc import NvrtcError
-from pylo_integrations.ops.records import STEP
+from pylo_integrations.ops.records import STEP, STORED
 
-STAGES = {"collect": 0, "prepare": 1, "describe": 2, "apply": 3}
+STAGES = {"collect": 0, "prepare": 1, "describe": 2, "advance": 3, "apply": 4}
 """Numbers of the stages; ``measure`` is done by ``collect``."""
 
 PRECISIONS = {"precise": 0, "exact": 1}
@@ -41,6 +41,8 @@ class CudaCallStruct(ctypes.Structure):
         ("device_plan", ctypes.c_void_p),
         ("steps", ctypes.c_void_p),
         ("device_steps", ctypes.c_void_p),
+        ("stored", ctypes.c_void_p),
+        ("device_stored", ctypes.c_void_p),
         ("grad_squares", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
@@ -52,7 +54,29 @@ class CudaCallStruct(ctypes.Structure):
 class KernelsStruct(ctypes.Structure):
     """``pylo_cuda_kernels``."""
 
-    _fields_ = [("name", ctypes.c_char_p * 8), ("count", ctypes.c_int64)]
+    _fields_ = [("name", ctypes.c_char_p * 9), ("count", ctypes.c_int64)]
+
+
+class _Copy:
+    """What a table tells of every step, on the device; copied there when it has changed."""
+
+    def __init__(self, count: int, itemsize: int, device: torch.device) -> None:
+        self.data = torch.empty(count, itemsize, dtype=torch.uint8, device=device)
+        self._uploaded = b""
+
+    def upload(self, address: int) -> None:
+        """Bring it up to date with what is at an address of the host."""
+        data = ctypes.string_at(address, self.data.numel())
+        if data != self._uploaded:
+            self._copy(data)
+            self._uploaded = data
+
+    def _copy(self, data: bytes) -> None:
+        locked = self.data.device.type == "cuda"
+        # Torch gives this memory to somebody else only when the copy is done, and keeps it for the next step.
+        host = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=locked)
+        host.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.data.view(-1).copy_(host, non_blocking=locked)
 
 
 class _Plan:
@@ -62,36 +86,27 @@ class _Plan:
         self._host = host
         self._device = host.to(device, non_blocking=True, copy=True)
         self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=device)
-        self._steps = torch.empty(count, STEP.itemsize, dtype=torch.uint8, device=device)
-        self._fields = self._steps.view(torch.float32)
-        self._uploaded = b""
+        self._steps, self._stored = (_Copy(count, each.itemsize, device) for each in (STEP, STORED))
+        self._fields = self._steps.data.view(torch.float32)
         self.call = CudaCallStruct(
             abi_version=ABI_VERSION,
             size=ctypes.sizeof(CudaCallStruct),
             plan=host.data_ptr(),
             device_plan=self._device.data_ptr(),
-            device_steps=self._steps.data_ptr(),
+            device_steps=self._steps.data.data_ptr(),
+            device_stored=self._stored.data.data_ptr(),
             workspace=self._workspace.data_ptr(),
             workspace_bytes=workspace_bytes,
         )
         self.launches = (LaunchStruct * (rules + 1))()
 
     def upload(self, call: CallStruct) -> None:
-        """Bring the device's copy of the steps up to date."""
-        self.call.steps = call.steps
-        data = ctypes.string_at(call.steps, self._steps.numel())
-        if data != self._uploaded:
-            self._copy(data)
-            self._uploaded = data
+        """Bring the device's copies up to date."""
+        self.call.steps, self.call.stored = call.steps, call.stored
+        self._steps.upload(call.steps)
+        self._stored.upload(call.stored)
         for (field, first, end), value in call.on_device.items():
             self._fields[first:end, OFFSETS[field] // 4] = value
-
-    def _copy(self, data: bytes) -> None:
-        locked = self._steps.device.type == "cuda"
-        # Torch gives this memory to somebody else only when the copy is done, and keeps it for the next step.
-        host = torch.empty(len(data), dtype=torch.uint8, device="cpu", pin_memory=locked)
-        host.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self._steps.view(-1).copy_(host, non_blocking=locked)
 
 
 class CudaLibrary:
@@ -130,8 +145,8 @@ class CudaLibrary:
         host = torch.empty(plan_bytes.value, dtype=torch.uint8, device="cpu", pin_memory=on_cuda)
         self._cpu.call("pylo_cuda_plan", call, ctypes.c_char.from_address(host.data_ptr()), plan_bytes.value)
         needed = KernelsStruct()
-        for rule in call.rules[: call.rule_count]:
-            self._cpu.call("pylo_cuda_kernels_of", rule, self._precision, needed)
+        for rule in range(call.rule_count):
+            self._cpu.call("pylo_cuda_kernels_of", call, rule, self._precision, needed)
             try:
                 self._kernels.load(needed.name[: needed.count])
             except (DriverError, NvrtcError) as error:

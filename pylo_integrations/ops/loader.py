@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 MAX_RANK = 6
 SLOTS = 30
 MAX_LAYERS = 4

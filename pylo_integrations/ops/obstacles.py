@@ -28,8 +28,6 @@ def obstacle(rule: Rule, bucket: Bucket) -> str | None:
         return f"its tensors are on {bucket.device}"
     if bucket.device.type == "cuda" and not spec.has_cuda:
         return f"those for CUDA do not know the rule {rule.kind}"
-    if bucket.form is not FLOAT32 and bucket.device.type == "cuda":
-        return f"those for CUDA do not read state stored in {bucket.form.kind}"
     dtype = bucket.params[0].dtype
     return None if dtype in DTYPES else f"its parameters are {dtype}"
 

@@ -28,7 +28,7 @@ Backend = Literal["auto", "reference", "native", "compile"]
 they cannot step a tensor; ``"auto"`` takes them for the tensors which they can step (float32, bfloat16 and float16, on
 a CPU or a CUDA device) and the reference for the others. On CUDA it takes them once a check has found them right on
 such a device (:mod:`pylo_integrations.ops.self_check`); the environment variable ``PYLO_NATIVE`` makes it take them
-unchecked (1), or take none anywhere (0). State that is not stored in float32 is read by kernels for CPUs only.
+unchecked (1), or take none anywhere (0).
 ``"compile"`` runs the reference through ``torch.compile``, each function once for every shape of its arguments. State
 is the same, so the backend may change in the middle of a run.
 """

@@ -78,7 +78,7 @@ def capturing(shim: Shim, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Laun
 
         patch.setattr(driver, "_dll", OnlyCaptured(driver._dll))
         patch.setattr(driver, "launch", recorded)
-        patch.setattr(cuda._Plan, "_copy", refuse)
+        patch.setattr(cuda._Copy, "_copy", refuse)
         patch.setattr(Shim, "check", refuse)
         yield launched
 

@@ -21,7 +21,15 @@ pytestmark = pytest.mark.timeout(900)
 
 KERNELS = list(cubins.kernel_lines())
 WIDE = ["apply_4", "apply_8", "apply_16", "apply_32", "apply_32_plain", "apply_64"]  # one source, most of the time
-FAST = ["describe_plain", "apply_tensor_cores_plain", "apply_4_plain", "apply_32_plain", "apply_linear_plain", "update"]
+FAST = [
+    "describe_plain",
+    "apply_tensor_cores_plain",
+    "apply_4_plain",
+    "apply_32_plain",
+    "apply_linear_plain",
+    "update",
+    "advance",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,7 @@ def test_the_host_knows_the_layout_of_the_device(count_sass):
     compiler = nvrtc.load()
     program = '#include "cuda/plan.h"\nstatic_assert(sizeof(pylo::Arguments) == {}, "another size");\n'
     options = ["--gpu-architecture=sm_90", *cubins.OPTIONS, f"--include-path={cubins.sources()}"]
-    assert compiler.compile(program.format(224), options, cubins._HEADERS).cubin
+    assert compiler.compile(program.format(240), options, cubins._HEADERS).cubin
     with pytest.raises(NvrtcError, match="another size"):
         compiler.compile(program.format(200), options, cubins._HEADERS)
 

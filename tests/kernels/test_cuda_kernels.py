@@ -314,6 +314,7 @@ def test_structures_have_the_size_that_the_library_expects():
         ("workspace", 0, "workspace is null"),
         ("workspace_bytes", 8, "workspace_bytes is 8, must be at least"),
         ("device_steps", 0, "steps or device_steps is null"),
+        ("device_stored", 0, "stored or device_stored is null"),
     ],
 )
 def test_a_bad_call_is_refused_and_nothing_changes(shim, field, value, message):
@@ -397,7 +398,7 @@ def test_steps_are_copied_to_the_device_only_when_they_change(shim, monkeypatch)
     original = torch.Tensor.copy_
 
     def counted(self, *args, **kwargs):
-        if self.data_ptr() == plan._steps.data_ptr():
+        if self.data_ptr() == plan._steps.data.data_ptr():
             copies.append(1)
         return original(self, *args, **kwargs)
 

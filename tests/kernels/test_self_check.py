@@ -280,7 +280,7 @@ def test_kernels_that_are_right_are_found_so(subject):
     told: list[kernel_check.Finding] = []
     verdict = kernel_check.check(CPU, subject, told.append)
     assert verdict.right and verdict.final, verdict
-    assert len(told) == (12 if subject.widths == (3,) else 11) and all(finding.is_right for finding in told)
+    assert len(told) == (16 if subject.widths == (3,) else 15) and all(finding.is_right for finding in told)
 
 
 def test_every_rule_with_kernels_for_cuda_can_be_checked():
