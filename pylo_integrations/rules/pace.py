@@ -245,7 +245,7 @@ def _has_outputs_first(layout: TensorLayout) -> bool:
 def _remember_first_loss(ctx: StepContext) -> None:
     """As whoever steps first does: a matrix may have its first gradient later."""
     if ctx.iteration == 0 and ctx.loss is not None:
-        ctx.memory[_FIRST_LOSS] = ctx.loss.abs().to(ctx.memory[_FIRST_LOSS])
+        ctx.memory[_FIRST_LOSS] = ctx.loss.abs().to(ctx.memory.get(_FIRST_LOSS, ctx.loss))
 
 
 def _part_allowed(decreases: Tensor, ctx: StepContext) -> Tensor:
