@@ -7,7 +7,7 @@ learned is how far to go, by role (matrix, table of embeddings, vector), shape, 
 
 the *flatness* of the momentum's spectrum: 1 if all singular values are equal, and the less the fewer of them matter.
 Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
-where the first loss is known, no step of a tensor *promises* more than a learned part of it, which is what the step
+where the first loss is known, no step of a matrix *promises* more than a learned part of it, which is what the step
 would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
 size would wreck a network, it promises many times the whole loss. Vectors, scalars and the tensors of groups marked
 ``rule="adamw"`` take Adam's step at the same pace.
