@@ -74,20 +74,23 @@ class Informant(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Report the loss of one micro-batch."""
-        optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.reads_loss and self._hears(pl_module):
+        if (optimizer := self._listener(trainer, pl_module)) is not None:
             observe_before_backward(optimizer, loss.detach() / _amp_scale(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See where the gradients went."""
-        optimizer = _only_optimizer(trainer)
-        if optimizer is not None and optimizer.reads_loss and self._hears(pl_module):
+        if (optimizer := self._listener(trainer, pl_module)) is not None:
             look_after_backward(optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Forget losses whose gradients are about to be dropped, as after a step that the GradScaler skipped."""
         if (learned := unwrap_optimizer(optimizer)) and self._hears(pl_module):
             learned.clear_observed_loss()
+
+    def _listener(self, trainer: Trainer, module: LightningModule) -> LearnedOptimizer | None:
+        """Who is told the loss of the next step."""
+        optimizer = _only_optimizer(trainer)
+        return optimizer if optimizer is not None and optimizer.reads_loss and self._hears(module) else None
 
     def _hears(self, module: LightningModule) -> bool:
         """Not in manual optimization, where users may tell the loss by themselves, and nobody has asked for this."""

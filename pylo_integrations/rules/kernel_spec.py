@@ -98,7 +98,8 @@ class KernelSpec:
             :class:`~pylo_integrations.rules.base.StepContext`; None for 1.
         directions: What makes the step of what kernels propose for whole tensors, ``(tensors, 1, *layout.shape)``, as
             two factors: tensors of this shape, of any type, and scales with extent 1 along the axes over which features
-            are normalised; the last argument is the step's context. None if what kernels propose is the step.
+            are normalised, of a step that no network makes along all; the last argument is the step's context. None if
+            what kernels propose is the step.
         has_cuda: Whether the kernels for CUDA have it.
     """
 

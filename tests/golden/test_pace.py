@@ -14,11 +14,10 @@ from pylo_integrations import Pace
 from pylo_integrations.rules.pace import NUMBERS
 from pylo_integrations.weights.sources import load_theta
 
-LEARNED = [
-    *[(12, 20), (20, 12), (40, 3), (1, 9), (9, 1), (9,), ()],
-    *[(6, 5, 3, 3), (8, 1, 3, 3), (1, 5, 3, 3), (4, 3, 5), (3, 2, 2, 2, 2)],
-    *[(1, 6, 10), (1, 1, 30)],
-]
+PLAIN = [(12, 20), (20, 12), (40, 3), (1, 9), (9, 1), (9,), (), (1, 1, 30)]
+CONVOLUTIONS = [(6, 5, 3, 3), (8, 1, 3, 3), (1, 5, 3, 3), (4, 3, 5), (3, 2, 2, 2, 2)]
+POSITIONS = [(1, 6, 10)]
+LEARNED = PLAIN + CONVOLUTIONS + POSITIONS
 TRANSPOSED = [(10, 6), (6, 5, 3, 3), (7, 1, 3, 3)]
 """In a group of ``axes="in_out"``."""
 TABLES = [(7, 5)]
