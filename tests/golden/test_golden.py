@@ -32,9 +32,8 @@ from pylo_integrations.rules.small_fc import SmallFCRule
 SMALL_FC = ("small_fc_h4_default", "small_fc_h32_pylo", "small_fc_h32_outofrange_decays")
 
 
-@pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", SMALL_FC)
-@slow_in_chunks(8000)
+@slow_in_chunks(16_000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):
     golden = Golden(case)
     params = initial_params(trajectory, torch.float32)

@@ -47,7 +47,6 @@ def build(case: str, params: dict[str, Tensor], **options):
     return CASES[case](list(params.values()), weights=golden.theta, **options)
 
 
-@pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
 @slow_in_chunks(20_000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):

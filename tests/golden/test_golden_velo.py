@@ -42,7 +42,6 @@ WHOLE_CASES = ["velo_small", *(pytest.param(case, marks=needs_published) for cas
 """Those with a float64 run, accumulators and features."""
 
 
-@pytest.mark.parametrize("trajectory", TRAJECTORIES)
 @pytest.mark.parametrize("case", CASES)
 @slow_in_chunks(100_000)
 def test_float32_updates_match(case, trajectory, auto_backend, chunk_bytes):

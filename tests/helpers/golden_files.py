@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -81,11 +82,13 @@ BY_EITHER_BACKEND = pytest.mark.parametrize(
 
 
 def slow_in_chunks(chunk_bytes: int) -> pytest.MarkDecorator:
-    """By either backend, and by the reference in chunks: the kernels know none."""
+    """Both trajectories by either backend, and one by the reference in chunks, which the kernels know none of."""
+    whole = list(itertools.product(TRAJECTORIES, ("native", "reference"), [2**28]))
+    chunked = pytest.param("wild", "reference", chunk_bytes, marks=pytest.mark.slow)
     return pytest.mark.parametrize(
-        ("auto_backend", "chunk_bytes"),
-        [("native", 2**28), ("reference", 2**28), pytest.param("reference", chunk_bytes, marks=pytest.mark.slow)],
-        ids=["native", "reference", "chunked"],
+        ("trajectory", "auto_backend", "chunk_bytes"),
+        [*whole, chunked],
+        ids=[*(f"{trajectory}-{backend}" for trajectory, backend, _ in whole), "wild-chunked"],
         indirect=["auto_backend"],
     )
 
