@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pylo_integrations import bench, create_optimizer, get_optimizer_info
+from pylo_integrations.bench.shapes import ParamShape
 from pylo_integrations.rules import newton_schulz
 from pylo_integrations.step import room
 
@@ -75,8 +77,15 @@ class Launches(TorchDispatchMode):
         return math.ceil(chunks / 320) + len(args[0]) // 30 if is_dense else len(args[0])
 
 
-def count_step(monkeypatch: pytest.MonkeyPatch, name: str, free: int, steps_before: int, **options: Any) -> Launches:
-    """Launches of a step of a ViT-B/16 on a device with so much free memory, after some others."""
+def count_step(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shapes: Sequence[ParamShape],
+    free: int,
+    steps_before: int,
+    **options: Any,
+) -> Launches:
+    """Launches of a step on a device with so much free memory, after some others."""
     monkeypatch.setattr(room, "free_memory", lambda device: free)
     monkeypatch.setattr(newton_schulz, "_multiplies_bfloat16", lambda device: True)
     told: list[int] = []  # whole tensors that came to the host
@@ -84,7 +93,7 @@ def count_step(monkeypatch: pytest.MonkeyPatch, name: str, free: int, steps_befo
     spec = get_optimizer_info(name)
     groups: dict[Any, dict[str, Any]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for shape in bench.SHAPES["vit_b16"]():
+        for shape in shapes:
             param = nn.Parameter(torch.empty(shape.shape, device="cuda"))
             param.grad = torch.empty_like(param)
             key = shape.axes, shape.rule_of(spec)
@@ -101,16 +110,17 @@ def count_step(monkeypatch: pytest.MonkeyPatch, name: str, free: int, steps_befo
 
 
 def test_a_step_of_celo2_launches_3500_kernels_at_most_and_reads_one_verdict(monkeypatch):
-    counted = count_step(monkeypatch, "celo2", free=40 * GIB, steps_before=1)
+    counted = count_step(monkeypatch, "celo2", bench.SHAPES["vit_b16"](), free=40 * GIB, steps_before=1)
     assert 100 < counted.by_name.total() <= 3500, counted.by_name
     assert counted.waits == Counter(tolist=1)
 
 
 def test_blocks_are_smaller_without_memory_to_spare_and_where_that_is_asked_for(monkeypatch):
-    # Of first steps, which are of the same blocks as all others.
-    roomy, narrow = (count_step(monkeypatch, "celo2", free * GIB, 0).by_name for free in (40, 1))
+    # Of first steps, which are of the same blocks as all others; with room, a block has all matrices of a kind.
+    layers = 3 * bench.SHAPES["vit_block"]()
+    roomy, narrow = (count_step(monkeypatch, "celo2", layers, free * GIB, 0).by_name for free in (40, 1))
     assert narrow.total() > 3 * roomy.total()
-    assert count_step(monkeypatch, "celo2", 40 * GIB, 0, chunk_bytes=256 * 2**20).by_name == narrow
+    assert count_step(monkeypatch, "celo2", layers, 40 * GIB, 0, chunk_bytes=256 * 2**20).by_name == narrow
 
 
 @pytest.mark.parametrize(
