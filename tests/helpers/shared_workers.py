@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pylo_integrations.workers import _IMPORTED, RankDied, Workers
@@ -34,6 +35,13 @@ class SteadyWorkers(Workers):
             return super().run(world, function, **kwargs)
 
 
+def forked_process(function: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process for a function, to be started, with what :class:`Workers` begin with."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_IMPORTED, *FRAMEWORKS])
+    return context.Process(target=function, args=arguments)
+
+
 def run_script(script: Path, arguments: Sequence[str] = (), folder: Path | str = ".", ranks: int = 0) -> str:
     """Run a script to its end in new processes, as Python does or as ``torchrun`` does; what it printed and logged.
 
@@ -46,8 +54,6 @@ def run_script(script: Path, arguments: Sequence[str] = (), folder: Path | str =
         folder: Where it runs.
         ranks: How many processes, with the variables that ``torchrun`` sets; 0 for one without them.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_IMPORTED, *FRAMEWORKS])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,7 +65,7 @@ def run_script(script: Path, arguments: Sequence[str] = (), folder: Path | str =
             variables = {name: str(value) for name, value in there.items()} if ranks else {}
             told = Path(told_in) / str(rank)
             task = (str(script), list(map(str, arguments)), str(folder), str(told), variables)
-            processes.append(context.Process(target=_as_a_script, args=task))
+            processes.append(forked_process(_as_a_script, *task))
         for process in processes:
             process.start()
         deadline = time.monotonic() + 200

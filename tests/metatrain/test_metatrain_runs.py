@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_workers import forked_process
 from thetas import slow_unless, theta_for
 from tiny_metatrain import SMALL, TINY, tiny
 
@@ -124,22 +124,22 @@ def test_a_run_that_was_killed_again_and_again_equals_one_that_was_not(tmp_path)
     config = tmp_path / "long.yaml"
     config.write_text(yaml.safe_dump({**TINY, **LONG}))
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "pylo_integrations.cli", "metatrain", str(config), "--output", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["metatrain", str(config), "--output", str(folder), "--resume"]
     kills = 0
     for delay in (0.0, 0.12):
-        process = subprocess.Popen([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL)
+        process = forked_process(cli.main, command)
+        process.start()
         before, deadline = progress(folder), time.monotonic() + 120
-        while progress(folder) <= before and process.poll() is None and time.monotonic() < deadline:
+        while progress(folder) <= before and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(delay)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills += 1
-        process.wait(30)
+        process.join(30)
     assert kills == 2, "the run is long enough to be killed"
     assert not (folder / "report.json").exists()
-    subprocess.run([*command, "--resume"], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    assert cli.main(command) == 0
     _, expected = run(tmp_path / "whole", **LONG)
     assert Theta.load(folder / "theta.safetensors").sha256 == expected.sha256
     assert Theta.load(folder / "last.safetensors") == Theta.load(tmp_path / "whole" / "last.safetensors")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shared_workers import run_script
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(500)]
 
@@ -72,16 +73,37 @@ os._exit(0)  # torch's own teardown of gloo aborts now and then
 """
 
 
-def launch(folder: Path, killed_in: str) -> tuple[list[str], str]:
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+def outcome(said: str) -> tuple[list[str], str]:
     """Where attempts started, and how the last one ended."""
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    checkpoints = folder / f"killed-{killed_in}"
+    lines = said.splitlines()
+    [end] = [line for line in lines if "digest" in line]
+    return [line for line in lines if line.startswith("start")], end
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    file = tmp_path_factory.mktemp("script") / "script.py"
+    file.write_text(SCRIPT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(script, tmp_path_factory):
+    starts, end = outcome(run_script(script, [HELPERS, tmp_path_factory.mktemp("undisturbed"), "nothing"], ranks=2))
+    assert starts == ["start at 0"] * 2 and end.startswith("6 steps")
+    return end
+
+
+def launch(script: Path, folder: Path, killed_in: str) -> str:
+    """What ranks under torchrun said until the last one ended."""
     run = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
             *("--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"),
-            *(str(script), str(Path(__file__).parents[1] / "helpers"), str(checkpoints), killed_in),
+            *map(str, (script, HELPERS, folder, killed_in)),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -94,20 +116,13 @@ def launch(folder: Path, killed_in: str) -> tuple[list[str], str]:
         run.terminate()  # torchrun then ends what it started
         run.wait(60)
     assert run.returncode == 0, complaints[-4000:]
-    lines = said.splitlines()
-    [end] = [line for line in lines if "digest" in line]
-    return [line for line in lines if line.startswith("start")], end
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    starts, end = launch(tmp_path_factory.mktemp("undisturbed"), "nothing")
-    assert starts == ["start at 0"] * 2 and end.startswith("6 steps")
-    return end
+    return said
 
 
 @pytest.mark.parametrize(("killed_in", "resumes_at"), [("step", 4), ("save", 2)])
-def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(tmp_path, undisturbed, killed_in, resumes_at):
-    starts, end = launch(tmp_path, killed_in)
+def test_a_killed_rank_costs_only_the_steps_since_the_last_checkpoint(
+    script, tmp_path, undisturbed, killed_in, resumes_at
+):
+    starts, end = outcome(launch(script, tmp_path, killed_in))
     assert sorted(starts) == ["start at 0"] * 2 + [f"start at {resumes_at}"] * 2
     assert end == undisturbed
