@@ -23,6 +23,7 @@ import pytest
 import torch
 from launched_cases import verl_case
 from safetensors.torch import load_file
+from shared_workers import run_script
 
 from pylo_integrations import create_optimizer
 from pylo_integrations.progress import Progress
@@ -270,7 +271,10 @@ LightningCLI(Net)
 def test_lightning_cli(tmp_path):
     (tmp_path / "train.py").write_text(CLI)
     [command, *_] = told("Lightning CLI")
-    run(f"{command} --trainer.accelerator cpu --trainer.max_epochs 1 --trainer.default_root_dir out", tmp_path)
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    arguments += "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.default_root_dir out".split()
+    run_script(tmp_path / script, arguments, folder=tmp_path)
     [last] = tmp_path.glob("out/**/*.ckpt")
     progress, origin = run_in(torch.load(last, weights_only=False)["optimizer_states"][0])
     assert (origin["rule"], progress.iteration) == ("Celo2", STEPS)
