@@ -172,15 +172,24 @@ PYLO_FN V proposed_step(const pylo_rule &rule, const pylo_step &step, V directio
     return V(step.step_mult) * (direction * exponential(magnitude * V(rule.exp_mult)));
 }
 
+// Quotients of what all elements share; the last one takes a division for each.
+template <class V>
+PYLO_FN V adam_divisor(const pylo_rule &rule, const pylo_step &step, V rms) {
+    return root(madd(rms, V(1.0f / step.rms_correction), V(rule.adam_eps_root))) + V(rule.adam_eps);
+}
+
+template <class V>
+PYLO_FN V adam_quotient(const pylo_step &step, V momentum, V divisor) {
+    return V(step.step_mult / step.momentum_correction) * momentum / divisor;
+}
+
 template <class V>
 PYLO_FN V adam_step(const pylo_rule &rule, const pylo_step &step, V grad, V &momentum, V &rms, bool moved = false) {
     if (!moved) {
         momentum = ema(rule.momentum_keep[0], rule.momentum_weight[0], momentum, grad);
         rms = ema(rule.rms_keep, rule.rms_weight, rms, grad * grad);
     }
-    // Quotients of what all elements share; the last one takes a division for each.
-    const V root_rms = root(madd(rms, V(1.0f / step.rms_correction), V(rule.adam_eps_root)));
-    return V(step.step_mult / step.momentum_correction) * momentum / (root_rms + V(rule.adam_eps));
+    return adam_quotient(step, momentum, adam_divisor(rule, step, rms));
 }
 
 template <class V>

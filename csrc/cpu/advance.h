@@ -48,14 +48,19 @@ PYLO_FN void advance_codes(
     Codes<false> first(job, by[0], run, block, copies[0]), second(job, by[1], run, block, copies[1]);
     Codes<false> third(job, by[2], run, block, copies[2]);
     Codes<true> square(job, by[3], run, block, copies[3]);
+    const auto into = [](float *to) {
+        return [to](int lane, Vec stored) __attribute__((always_inline)) {
+            if constexpr (Returns) stored.store(to + lane);
+        };
+    };
     if (by[0].is_kept) first.move(grad, values[0]);
     if (by[1].is_kept) second.move(grad, values[1]);
     if (by[2].is_kept) third.move(grad, values[2]);
     if (by[3].is_kept) square.move(grad, values[3]);
-    if (by[0].is_kept) first.encode<LOWER, Returns>(values[0], hashes[0]);
-    if (by[1].is_kept) second.encode<LOWER, Returns>(values[1], hashes[1]);
-    if (by[2].is_kept) third.encode<UPPER, Returns>(values[2], hashes[1]);
-    if (by[3].is_kept) square.encode<UPPER, Returns>(values[3], hashes[0]);
+    if (by[0].is_kept) first.encode<LOWER>(values[0], hashes[0], into(values[0]));
+    if (by[1].is_kept) second.encode<LOWER>(values[1], hashes[1], into(values[1]));
+    if (by[2].is_kept) third.encode<UPPER>(values[2], hashes[1], into(values[2]));
+    if (by[3].is_kept) square.encode<UPPER>(values[3], hashes[0], into(values[3]));
     first.store();
     second.store();
     third.store();

@@ -44,6 +44,24 @@ PYLO_FN Bits smaller_of(Bits a, uint32_t b) {
 }
 #endif
 
+// Of all lanes. By way of memory, compilers store parts and read a whole, for which processors wait: of Adam with codes that was
+// 4 %.
+PYLO_FN uint32_t largest_of(Bits bits) {
+#if PYLO_LANES == 16
+    return _mm512_reduce_max_epu32((__m512i)bits);
+#elif PYLO_LANES == 8
+    const __m256i whole = (__m256i)bits;
+    __m128i most = _mm_max_epu32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(most, _mm_shuffle_epi32(most, 0xB1)));
+#else
+    uint32_t numbers[PYLO_LANES], most = 0;
+    __builtin_memcpy(numbers, &bits, sizeof bits);
+    for (uint32_t number : numbers) most = number > most ? number : most;
+    return most;
+#endif
+}
+
 // (bits & mask) | others
 PYLO_FN Bits kept_beside(Bits bits, uint32_t mask, uint32_t others) {
 #if PYLO_LANES == 16
@@ -78,6 +96,15 @@ PYLO_FN Bits at_least_one_where(Vec x, Bits numbers) {
 PYLO_FN float magnitude(float x) { return __builtin_fabsf(x); }
 PYLO_FN Vec magnitude(Vec x) { return of_bits(bits_of(x) & 0x7FFFFFFFu); }
 PYLO_FN Vec with_sign_of(Vec sign, Vec size) { return of_bits((bits_of(sign) & 0x80000000u) | bits_of(size)); }
+
+// A size times a factor, with a sign. Where one instruction chooses between the factor and its negative, they are two for all.
+PYLO_FN Vec product_with_sign_of(Vec sign, Vec size, float factor) {
+#if PYLO_LANES == 8
+    return size * Vec(_mm256_blendv_ps(Vec(factor).raw, Vec(-factor).raw, sign.raw));
+#else
+    return with_sign_of(sign, size * Vec(factor));
+#endif
+}
 
 // Of whole numbers with a sign: their magnitudes, and these with the sign of a float.
 PYLO_FN Bits magnitude(Bits number) {

@@ -11,11 +11,10 @@ inline namespace PYLO_ISA {
 namespace {
 
 template <bool Square>
-PYLO_FN Vec load_codes(const void *codes, int64_t i) {
+PYLO_FN Vec load_codes(const void *codes, int64_t i, float scale) {
     const Bits code = Square ? from_bytes((const uint8_t *)codes + i) : from_bytes((const int8_t *)codes + i);
-    const Bits size = Square ? code : magnitude(code);
-    const Vec part = part_of<Square>(size);
-    return Square ? part : with_sign_of(of_bits(code), part);
+    const Vec part = part_of<Square>(Square ? code : magnitude(code));
+    return Square ? part * Vec(scale) : product_with_sign_of(of_bits(code), part, scale);
 }
 
 template <bool Square>
@@ -29,7 +28,7 @@ PYLO_FN float decoded(const void *codes, int64_t i, float scale) {
 template <bool Square>
 PYLO_FN void decode_codes(const void *codes, int64_t first, int count, float scale, float *values) {
     int i = 0;
-    for (; i + Vec::lanes <= count; i += Vec::lanes) (load_codes<Square>(codes, first + i) * Vec(scale)).store(values + i);
+    for (; i + Vec::lanes <= count; i += Vec::lanes) load_codes<Square>(codes, first + i, scale).store(values + i);
     for (; i < count; ++i) values[i] = decoded<Square>(codes, first + i, scale);
 }
 

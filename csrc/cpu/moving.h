@@ -74,14 +74,11 @@ __attribute__((noinline)) float move_codes(
     const void *codes, const float *grad, int padded, float scale, float keep, float weight, float *values) {
     Bits most = {};
     for (int i = 0; i < padded; i += Vec::lanes) {
-        const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i) * Vec(scale), Vec::load(grad + i));
+        const Vec moved = moved_on<Square>(keep, weight, load_codes<Square>(codes, i, scale), Vec::load(grad + i));
         moved.store(values + i);
         most = larger_of(most, bits_of(magnitude(moved)));
     }
-    uint32_t sizes[Vec::lanes], largest = 0;
-    memcpy(sizes, &most, sizeof most);
-    for (uint32_t size : sizes) largest = size > largest ? size : largest;
-    return from_bits(largest);
+    return from_bits(largest_of(most));
 }
 
 // -- encoding ----------------------------------------------------------------------------------------------------------
@@ -107,33 +104,25 @@ public:
         unit = unit_of<Square>(scale);
     }
 
-    // Returns what is stored.
-    template <Half H>
-    PYLO_FN Vec encode(int lane, Vec value, Bits hash) const {
-        Bits code;
-        const Vec stored = encode<H>(value, hash, code);
-        store_bytes(code, codes + lane);
-        return stored;
-    }
-
-    template <Half H, bool Returns>
-    __attribute__((noinline)) void encode(float *values, const uint32_t *hashes) const {
-        const Codes own = *this;  // which no store to bytes can change
+    // Calls then(lane, what is stored).
+    template <Half H, class Then>
+    __attribute__((noinline)) void encode(const float *values, const uint32_t *hashes, const Then &then) const {
+        const Codes own = *this;  // copies, which no store to bytes can change
+        const Then next = then;
         int lane = 0;
         for (; lane + 4 * Vec::lanes <= own.padded; lane += 4 * Vec::lanes) {
             Bits numbers[4];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                float *const value = values + lane + i * Vec::lanes;
-                const Bits hash = load_bits(hashes + lane + i * Vec::lanes);
-                const Vec kept = own.template encode<H>(Vec::load(value), hash, numbers[i]);
-                if constexpr (Returns) kept.store(value);
+                const int at = lane + i * Vec::lanes;
+                next(at, own.template encode<H>(Vec::load(values + at), load_bits(hashes + at), numbers[i]));
             }
             store_bytes<!Square>(numbers, own.codes + lane);
         }
         for (; lane < own.padded; lane += Vec::lanes) {
-            const Vec kept = own.template encode<H>(lane, Vec::load(values + lane), load_bits(hashes + lane));
-            if constexpr (Returns) kept.store(values + lane);
+            Bits number;
+            next(lane, own.template encode<H>(Vec::load(values + lane), load_bits(hashes + lane), number));
+            store_bytes(number, own.codes + lane);
         }
     }
 
@@ -149,8 +138,8 @@ private:
         const Vec x = value * Vec(unit);
         const Bits size = encoded<Square, H>(x, hash);
         code = Square ? size : with_sign_of(x, size);
-        const Vec stored = part_of<Square>(size) * Vec(scale);
-        return Square ? stored : with_sign_of(x, stored);
+        const Vec part = part_of<Square>(size);
+        return Square ? part * Vec(scale) : product_with_sign_of(x, part, scale);
     }
 
     Moving by;
