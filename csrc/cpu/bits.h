@@ -44,12 +44,10 @@ PYLO_FN Bits smaller_of(Bits a, uint32_t b) {
 }
 #endif
 
-// Of all lanes. By way of memory, compilers store parts and read a whole, for which processors wait: of Adam with codes that was
-// 4 %.
+// Of all lanes. By way of memory, with AVX2 GCC stores parts and reads a whole, for which processors wait: of Adam with codes
+// that was 4 %.
 PYLO_FN uint32_t largest_of(Bits bits) {
-#if PYLO_LANES == 16
-    return _mm512_reduce_max_epu32((__m512i)bits);
-#elif PYLO_LANES == 8
+#if PYLO_LANES == 8
     const __m256i whole = (__m256i)bits;
     __m128i most = _mm_max_epu32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4E));
