@@ -113,7 +113,8 @@ class OptimizerSpec:
         """Parameter groups of a model as this optimizer wants them; see :func:`~pylo_integrations.param_groups`."""
         decay = self.weight_decay if weight_decay is None else weight_decay
         divided = self.cls.splits_fused if split is None else split
-        return param_groups(model, decay, adamw=() if self.cls.adamw_embeddings else None, split=divided)
+        adamw = () if self.cls.adamw_embeddings else None
+        return param_groups(model, decay, adamw=adamw, split=divided, attention=self.cls.marks_attention)
 
 
 _CATALOG = {

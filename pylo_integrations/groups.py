@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from pylo_integrations.attention import attention_projections
 from pylo_integrations.fused import FusedWeights, Place
 from pylo_integrations.rules.base import RuleChoice
 from pylo_integrations.sharding.components import Split
@@ -28,6 +29,7 @@ def param_groups(
     no_decay: Collection[str] = (),
     adamw: Collection[str] | Choose | None = None,
     split: bool | Mapping[str, Split] = False,
+    attention: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for a learned optimizer.
 
@@ -52,6 +54,8 @@ def param_groups(
             ``qkv``, ``Wqkv``, Phi's ``qkv_proj``) and ``gate_up_proj``; or, besides these, what names of parameters or
             modules, or their last components, are divided into, such as ``{"query_key_value": 3}`` or
             ``{"attn.kv.weight": (64, 128)}``; 1 leaves one whole. See :mod:`pylo_integrations.fused`.
+        attention: For optimizers that step them in a way of their own, such as ``pace``, whether matrices that make
+            queries, keys and values are marked ``rule="attention"``. See :mod:`pylo_integrations.attention`.
 
     Returns:
         Groups of ``(name, parameter)`` pairs, without empty ones.
@@ -74,6 +78,7 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     fused = FusedWeights(model, split)
     names = parameter_names(model)
+    projections = attention_projections(model) if attention else set()
     for param in model.parameters():
         if not param.requires_grad:
             continue
@@ -93,7 +98,9 @@ def param_groups(
             or _is_named(name, exempt)
         )
         axes: AxisOrder = what.axes or ("in_out" if rank >= 2 and any(map(_stores_in_out, modules)) else "out_in")
-        rule: RuleChoice = "adamw" if any(to_adamw(name, param, module) for module in modules) else "learned"
+        rule: RuleChoice = "attention" if rank >= 2 and param in projections else "learned"
+        if any(to_adamw(name, param, module) for module in modules):
+            rule = "adamw"
         group = groups.setdefault(
             (decays, axes, rule, what.split, what.is_stacked),
             {"params": [], "weight_decay": weight_decay if decays else 0.0, "axes": axes, "rule": rule},

@@ -52,7 +52,8 @@ class LearnedOptimizer(Informed):
             ``weight_decay_policy``, ``maximize``, ``state_dtype`` and ``axes``: ``"out_in"`` for weights stored
             (out, in, ...), as most are, ``"in_out"`` for (in, out, ...), as in ``nn.Embedding``; ``split`` and
             ``stacked`` where a parameter is several tensors (:mod:`pylo_integrations.fused`); and, where the optimizer
-            has the choice, ``rule``: ``"learned"`` or ``"adamw"``. See :func:`~pylo_integrations.param_groups`.
+            has the choice, ``rule``: ``"learned"``, ``"adamw"`` or ``"attention"``. See
+            :func:`~pylo_integrations.param_groups`.
         rule: The mathematics.
         lr: Factor on the whole update; a float or a one-element tensor. By default, and naturally, that of the class,
             :attr:`default_lr`; one that is more than 10 times off is warned of.
@@ -92,6 +93,9 @@ class LearnedOptimizer(Informed):
 
     splits_fused: ClassVar[bool] = False
     """Whether groups made from a model divide parameters in which several tensors are fused."""
+
+    marks_attention: ClassVar[bool] = False
+    """Whether groups made from a model mark the matrices that make queries, keys and values."""
 
     @spelled_out
     def __init__(

@@ -201,15 +201,18 @@ class Pace(ThetaOptimizer, name="pace"):
 
     Matrices go where their momentum points, orthogonalised; vectors, scalars, embeddings and the tensors of groups
     marked ``rule="adamw"`` take Adam's step. How far both go is learned: by width and horizon, over the run, by the
-    spectrum of the momentum, and by what a step promises to take off the first loss. Takes the arguments of
+    spectrum of the momentum, and by what a step promises to take off the first loss; what makes queries, keys and
+    values, of groups marked ``rule="attention"``, goes less far. Takes the arguments of
     :class:`ThetaOptimizer` but ``step_mult`` and ``exp_mult``, and ``orthogonalise`` as :class:`CELO2` does. It wants
     ``num_steps``, over which steps shrink to zero by themselves, so no schedule is needed; without it they never
     shrink. The loss of the first step is used if it is told, on all ranks or on none; others are not. The default
     weights, ``"builtin:pace"``, were meta-trained by this package on small networks. Of a model, tensors that share a
-    parameter are stepped each by itself (:mod:`pylo_integrations.fused`).
+    parameter are stepped each by itself (:mod:`pylo_integrations.fused`), and attention is marked
+    (:mod:`pylo_integrations.attention`).
     """
 
     splits_fused = True
+    marks_attention = True
 
     @spelled_out
     def __init__(self, params: ParamsT, lr: float | Tensor | None = None, **keywords: Unpack[PaceKeywords]) -> None:

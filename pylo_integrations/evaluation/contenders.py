@@ -29,7 +29,7 @@ zero; linear to zero, the default of the Hugging Face Trainer."""
 
 
 _FUSED = {"query_key_value": 3}
-"""Of the held-out tasks, what no module type tells."""
+"""Of the held-out tasks, what is told neither by a module's type nor, as it is in GPT-2 and timm, by its name."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ class Setting:
             lr = spec.lr * self.factor
             params = mup_param_groups(model, task.base(self.base_width), spec.weight_decay, lr=lr)
         options: dict[str, Any] = {"weights": theta} if theta else {}
-        if self.split is not None and self.base_width is None:
+        if self.base_width is None:
+            divides = spec.cls.splits_fused if self.split is None else self.split
             parts = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
-            options["split"] = self.split and {name: count for name, count in _FUSED.items() if name in parts}
+            options["split"] = divides and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor
         if self.state_dtype != "float32":

@@ -26,7 +26,7 @@ LARGEST_GRADIENT = 1e14
 CLIP = 1000.0
 """VeLO and its descendants clip gradient elements to plus and minus this (docs/mathematics.md)."""
 
-RuleChoice = Literal["learned", "adamw"]
+RuleChoice = Literal["learned", "attention", "adamw"]
 """Who steps the tensors of a parameter group; see :meth:`Rule.rule_for`."""
 
 Control = Mapping[str, Tensor]

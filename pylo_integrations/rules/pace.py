@@ -9,8 +9,10 @@ the *flatness* of the momentum's spectrum: 1 if all singular values are equal, a
 Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
 where the first loss is known, no step of a matrix *promises* more than a learned part of it, which is what the step
 would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
-size would wreck a network, it promises many times the whole loss. Vectors, scalars and the tensors of groups marked
-``rule="adamw"`` take Adam's step at the same pace.
+size would wreck a network, it promises many times the whole loss. The matrices of groups marked ``rule="attention"``,
+which make queries, keys and values, go less far: where logits of attention grow too fast, a transformer trains badly,
+and the more so the wider it is. Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at
+the same pace.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ NUMBERS = (
     "power_horizon",
     "flatness",
     "log_promise",
+    "log_attention",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
 
@@ -85,12 +88,15 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(15,)``, those of :data:`NUMBERS`.
+        numbers: ``(16,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
+        projects: Whether it steps what makes queries, keys and values, several of which may be one matrix: its width is
+            that of its inputs.
     """
 
     numbers: Tensor
     orthogonalise: Precision = "float32"
+    projects: bool = False
 
     kind: ClassVar[str] = "Pace"
     reads_first_loss: ClassVar[bool] = True
@@ -102,12 +108,12 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(15,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(16,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's width and aspect (outputs over inputs),
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
                 the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
-                logarithm of the largest promise.
+                logarithms of the largest promise, and of the factor on what makes queries, keys and values.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -132,14 +138,19 @@ class PaceRule(Rule):
 
     @property
     def choices(self) -> tuple[RuleChoice, ...]:
-        """``"adamw"`` as well."""
-        return "learned", "adamw"
+        """``"adamw"`` as well, and ``"attention"``, of matrices that make queries, keys and values."""
+        return "learned", "attention", "adamw"
 
     def rule_for(self, layout: TensorLayout, group: Mapping[str, Any]) -> Rule:
         """This rule for matrices; Adam at its pace for others, class tokens of shape (1, 1, n) among them."""
         if len(layout.shape) < 2 or max(layout.shape[axis] for axis in layout.order[-2:]) < 2:
             return self.vectors
-        return self.tables if group["rule"] == "adamw" else self
+        return {"learned": self, "attention": self.projections, "adamw": self.tables}[group["rule"]]
+
+    @cached_property
+    def projections(self) -> PaceRule:
+        """Who steps matrices that make queries, keys and values."""
+        return replace(self, projects=True)
 
     @cached_property
     def tables(self) -> PacedAdamRule:
@@ -213,8 +224,9 @@ class PaceRule(Rule):
         matrices = ordered.flatten(1, -2)
         channels = layout.shape[rows : rows + 2]
         aspect = math.log(layout.shape[rows] / matrices.shape[1]) * (1 if _has_outputs_first(layout) else -1)
-        law = c["width_exponent"] * math.log(max(NARROWEST, *channels) / WIDTH) + c["aspect_exponent"] * aspect
-        law = torch.exp(c["log_step"] + law) * pace_of(ctx)
+        width = channels[1 if _has_outputs_first(layout) else 0] if self.projects else max(channels)
+        law = c["width_exponent"] * math.log(max(NARROWEST, width) / WIDTH) + c["aspect_exponent"] * aspect
+        law = torch.exp(c["log_step"] + c["log_attention"] * self.projects + law) * pace_of(ctx)
         law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]
         directions = orthogonalise(matrices, self.orthogonalise)
         scale = inverse_rms(directions, (-2, -1), self.norm_eps).view(-1)

@@ -149,3 +149,53 @@ def test_a_model_for_celo2_has_its_embeddings_marked_and_others_do_not():
 
     assert marked("celo2") == {"wte.weight"}
     assert marked("celo2_base") == marked("elo_celo2") == marked("small_fc_lopt") == set()
+
+
+def attention(**parts: nn.Module | nn.Parameter) -> nn.Module:
+    module = nn.Module()
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def linear(outputs: int = 4) -> nn.Linear:
+    return nn.Linear(4, outputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "marked"),
+    [
+        (nn.MultiheadAttention(4, 2), ["in_proj_weight"]),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5), ["k_proj_weight", "q_proj_weight", "v_proj_weight"]),
+        (attention(qkv=linear(12), proj=linear()), ["qkv.weight"]),
+        (attention(c_attn=Conv1D(), c_proj=Conv1D()), ["c_attn.weight"]),
+        (
+            attention(q_proj=linear(), k_proj=linear(2), v_proj=linear(2), o_proj=linear()),
+            ["k_proj.weight", "q_proj.weight", "v_proj.weight"],
+        ),
+        (attention(query=linear(), key_value=linear(8), out=linear()), ["key_value.weight", "query.weight"]),
+        (attention(query=linear(), key=linear(), value=linear()), ["key.weight", "query.weight", "value.weight"]),
+        (attention(policy=linear(), value=linear(1)), []),  # an actor and its critic
+        (attention(key=linear(), value=linear(), receptance=linear()), []),  # who mixes channels in RWKV
+        (
+            attention(q=nn.Embedding(4, 4), k=linear(), v=linear()),
+            ["k.weight", "v.weight"],
+        ),  # an embedding is one first
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda module: module, torch.compile], ids=["bare", "compiled"])
+def test_what_makes_queries_keys_and_values_is_marked_by_the_company_it_keeps(module, marked, wrap):
+    model = nn.Sequential(linear(), wrap(module))
+    groups = param_groups(model, adamw=(), attention=True)
+    names = [name.removeprefix("1.") for group in groups if group["rule"] == "attention" for name, _ in group["params"]]
+    assert sorted(names) == marked
+    assert not any(group["rule"] == "attention" for group in param_groups(model, adamw=()))
+
+
+def test_adapters_inside_attention_are_not_marked():
+    query = linear()
+    query.lora_A = nn.Linear(4, 2, bias=False)
+    module = attention(q_proj=query, k_proj=linear(), v_proj=linear())
+    groups = {group["rule"]: [name for name, _ in group["params"]] for group in param_groups(module, attention=True)}
+    assert "q_proj.weight" in groups["attention"]
+    assert "q_proj.lora_A.weight" not in groups["attention"]

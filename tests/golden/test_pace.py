@@ -20,9 +20,11 @@ POSITIONS = [(1, 6, 10)]
 LEARNED = PLAIN + CONVOLUTIONS + POSITIONS
 TRANSPOSED = [(10, 6), (6, 5, 3, 3), (7, 1, 3, 3)]
 """In a group of ``axes="in_out"``."""
+PROJECTIONS = [(36, 12), (12, 20), (30, 20, 1, 1)]
+"""In one of ``rule="attention"``, as what makes queries, keys and values is."""
 TABLES = [(7, 5)]
 """In one of ``rule="adamw"``, as embeddings are."""
-SHAPES = [*LEARNED, *TRANSPOSED, *TABLES]
+SHAPES = [*LEARNED, *TRANSPOSED, *PROJECTIONS, *TABLES]
 STEPS = 8
 DECAY = 10.0  # so that it shows in so few steps
 
@@ -56,7 +58,8 @@ def expected(starts, grads, horizon, first_loss):
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
-    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < len(LEARNED + TRANSPOSED) for i, p in enumerate(params)]
+    transposed, projections, tables = (len(LEARNED), len(LEARNED + TRANSPOSED), len(LEARNED + TRANSPOSED + PROJECTIONS))
+    is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < tables for i, p in enumerate(params)]
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
         pace = 1.0
@@ -69,10 +72,10 @@ def expected(starts, grads, horizon, first_loss):
                 m[i] = m[i] + w * (g[i] - m[i])
                 d = m[i] + w * (g[i] - m[i])
                 d = d[0] if d.dim() == 3 and len(d) == 1 else d  # positions: an output each
-                width = max(d.shape[:2])
+                width = d.shape[1] if i >= projections else max(d.shape[:2])
                 d = d.flatten(1)
                 rows, columns = d.shape
-                sign = 1 if i < len(LEARNED) else -1  # outputs over inputs
+                sign = -1 if transposed <= i < projections else 1  # outputs over inputs
                 u = orthogonal(d)
                 u = u * flatness(d, u) ** c["flatness"]
                 along = float((d * u).sum())
@@ -80,6 +83,7 @@ def expected(starts, grads, horizon, first_loss):
                 length = math.exp(c["log_step"]) * (max(16, width) / 256) ** c["width_exponent"]
                 length *= (rows / columns) ** (sign * c["aspect_exponent"]) * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
+                length *= math.exp(c["log_attention"]) if i >= projections else 1
                 if first_loss is not None and abs(first_loss) >= 1e-3:
                     length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
                 params[i] = params[i] - length * pace * u
@@ -87,7 +91,7 @@ def expected(starts, grads, horizon, first_loss):
                 m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
                 adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
                 length = (
-                    math.exp(c["log_table_step" if i >= len(LEARNED + TRANSPOSED) else "log_vector_step"])
+                    math.exp(c["log_table_step" if i >= tables else "log_vector_step"])
                     * (known / 1000) ** c["vector_horizon_exponent"]
                 )
                 params[i] = params[i] - length * pace * adam
@@ -118,6 +122,7 @@ def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
     groups = [
         {"params": list(itertools.islice(rest, len(LEARNED)))},
         {"params": list(itertools.islice(rest, len(TRANSPOSED))), "axes": "in_out"},
+        {"params": list(itertools.islice(rest, len(PROJECTIONS))), "rule": "attention"},
         {"params": list(rest), "rule": "adamw"},
     ]
     optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)

@@ -29,7 +29,7 @@ LAYERS = [
     {"informed"},
     {"optimizer"},
     {"optimizers", "state"},
-    {"fused", "attach"},
+    {"attention", "fused", "attach"},
     {"groups"},
     {"mup"},
     {"catalog"},
