@@ -6,8 +6,8 @@ from torch import nn
 
 from pylo_integrations.sharding.pieces import name_inside
 
-_JOINT = ("c_attn", "qkv", "Wqkv", "qkv_proj", "query_key_value", "to_qkv", "linear_qkv", "in_proj_weight")
-"""Names of one weight for all three."""
+_JOINT = ("c_attn", "qkv", "Wqkv", "qkv_proj", "query_key_value", "to_qkv", "linear_qkv")
+"""Names of one module for all three."""
 
 _APART = (
     ("q_proj", "k_proj", "v_proj"),
@@ -18,32 +18,42 @@ _APART = (
     ("linear_q", "linear_k", "linear_v"),
     ("wq", "wk", "wv"),
     ("q", "k", "v"),
-    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
     ("query", "key_value"),
     ("q", "kv"),
+    ("qk", "v"),
     ("to_q", "to_kv"),
     ("q_attn", "c_attn"),
 )
 """Those of several. One of them alone means nothing: a network may well estimate a ``value``."""
 
+_BARE = (("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+"""Those of parameters that no module of their own has, as in ``nn.MultiheadAttention``; a bare ``query`` is a table."""
+
+_NAMES = {*_JOINT, *(name for names in _APART for name in names)}
+
 
 def attention_projections(model: nn.Module) -> set[nn.Parameter]:
-    """The weights, and biases, that make queries, keys and values of what comes in.
+    """The weights that make queries, keys and values of what comes in.
 
-    Adapters inside such a module are not among them.
+    Of modules that go together all have such weights, or none counts. Adapters inside them, as LoRA's, are no such
+    weights.
 
     Args:
         model: With its modules; wrappers around them are seen through.
     """
     found = set[nn.Parameter]()
     for parent in model.modules():
-        parts = dict[str, nn.Module | nn.Parameter](parent.named_children()) | dict(parent.named_parameters("", False))
-        names = {name for name in _JOINT if name in parts}
-        names |= {name for apart in _APART if parts.keys() >= {*apart} for name in apart}
-        for part in map(parts.__getitem__, names):
-            if isinstance(part, nn.Parameter):
-                found.add(part)
-            else:
-                owned = part.named_parameters(remove_duplicate=False)
-                found |= {param for path, param in owned if name_inside(part, path) in ("weight", "bias")}
+        modules = parent._modules.items()  # in which shared ones appear under all of their names
+        weights = {name: _weights_of(module) for name, module in modules if module is not None and name in _NAMES}
+        bare = dict(parent.named_parameters("", recurse=False, remove_duplicate=False))
+        weights |= {name: {bare[name]} for names in _BARE for name in names if name in bare}
+        for names in (*((name,) for name in _JOINT), *_APART, *_BARE):
+            if all(weights.get(name) for name in names):
+                found.update(*(weights[name] for name in names))
     return found
+
+
+def _weights_of(module: nn.Module) -> set[nn.Parameter]:
+    owned = module.named_parameters(remove_duplicate=False)
+    paths = ((name_inside(module, path), param) for path, param in owned)
+    return {param for path, param in paths if path.rpartition(".")[2] == "weight" and "lora_" not in path}

@@ -90,8 +90,8 @@ class PaceRule(Rule):
     Attributes:
         numbers: ``(16,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
-        projects: Whether it steps what makes queries, keys and values, several of which may be one matrix: its width is
-            that of its inputs.
+        projects: Whether it steps what makes queries, keys and values, several of which may be one matrix: the width of
+            one without places, as a convolution has, is that of its inputs.
     """
 
     numbers: Tensor
@@ -224,7 +224,8 @@ class PaceRule(Rule):
         matrices = ordered.flatten(1, -2)
         channels = layout.shape[rows : rows + 2]
         aspect = math.log(layout.shape[rows] / matrices.shape[1]) * (1 if _has_outputs_first(layout) else -1)
-        width = channels[1 if _has_outputs_first(layout) else 0] if self.projects else max(channels)
+        inputs = channels[1 if _has_outputs_first(layout) else 0]
+        width = inputs if self.projects and math.prod(channels) == layout.numel else max(channels)
         law = c["width_exponent"] * math.log(max(NARROWEST, width) / WIDTH) + c["aspect_exponent"] * aspect
         law = torch.exp(c["log_step"] + c["log_attention"] * self.projects + law) * pace_of(ctx)
         law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]

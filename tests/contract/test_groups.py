@@ -177,6 +177,10 @@ def linear(outputs: int = 4) -> nn.Linear:
         (attention(query=linear(), key=linear(), value=linear()), ["key.weight", "query.weight", "value.weight"]),
         (attention(policy=linear(), value=linear(1)), []),  # an actor and its critic
         (attention(key=linear(), value=linear(), receptance=linear()), []),  # who mixes channels in RWKV
+        (attention(query=nn.Parameter(torch.zeros(5, 4)), key=linear(), value=linear()), []),  # a table of latents
+        (attention(query=nn.utils.parametrizations.spectral_norm(linear()), key=linear(), value=linear()), []),
+        (attention(qkv=nn.Sequential(nn.Conv2d(4, 12, 1), nn.BatchNorm2d(12))), ["qkv.0.weight"]),
+        (attention(q=None, k=linear(), v=linear()), []),
         (
             attention(q=nn.Embedding(4, 4), k=linear(), v=linear()),
             ["k.weight", "v.weight"],
@@ -190,6 +194,13 @@ def test_what_makes_queries_keys_and_values_is_marked_by_the_company_it_keeps(mo
     names = [name.removeprefix("1.") for group in groups if group["rule"] == "attention" for name, _ in group["params"]]
     assert sorted(names) == marked
     assert not any(group["rule"] == "attention" for group in param_groups(model, adamw=()))
+
+
+def test_queries_and_keys_may_share_a_module():
+    shared = linear()
+    groups = param_groups(attention(q=shared, k=shared, v=linear()), attention=True)
+    marked = [name for group in groups if group["rule"] == "attention" for name, _ in group["params"]]
+    assert sorted(marked) == ["q.weight", "v.weight"]
 
 
 def test_adapters_inside_attention_are_not_marked():

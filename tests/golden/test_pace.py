@@ -20,7 +20,7 @@ POSITIONS = [(1, 6, 10)]
 LEARNED = PLAIN + CONVOLUTIONS + POSITIONS
 TRANSPOSED = [(10, 6), (6, 5, 3, 3), (7, 1, 3, 3)]
 """In a group of ``axes="in_out"``."""
-PROJECTIONS = [(36, 12), (12, 20), (30, 20, 1, 1)]
+PROJECTIONS = [(36, 12), (12, 20), (30, 20, 1, 1), (20, 1, 3, 3), (24, 4, 6)]
 """In one of ``rule="attention"``, as what makes queries, keys and values is."""
 TABLES = [(7, 5)]
 """In one of ``rule="adamw"``, as embeddings are."""
@@ -72,7 +72,7 @@ def expected(starts, grads, horizon, first_loss):
                 m[i] = m[i] + w * (g[i] - m[i])
                 d = m[i] + w * (g[i] - m[i])
                 d = d[0] if d.dim() == 3 and len(d) == 1 else d  # positions: an output each
-                width = d.shape[1] if i >= projections else max(d.shape[:2])
+                width = d.shape[1] if i >= projections and d.numel() == d.shape[0] * d.shape[1] else max(d.shape[:2])
                 d = d.flatten(1)
                 rows, columns = d.shape
                 sign = -1 if transposed <= i < projections else 1  # outputs over inputs
