@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from pylo_integrations.fused import JOINT
 from pylo_integrations.sharding.pieces import name_inside
 
-_JOINT = ("c_attn", "qkv", "Wqkv", "qkv_proj", "query_key_value", "to_qkv", "linear_qkv")
-"""Names of one module for all three."""
+_JOINT = (*JOINT, "qkv_proj", "query_key_value", "to_qkv", "linear_qkv")
+"""Names of one module for all three, also where it does not hold them one after the other."""
 
 _APART = (
     ("q_proj", "k_proj", "v_proj"),

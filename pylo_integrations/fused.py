@@ -19,7 +19,7 @@ from pylo_integrations.sharding.layout import AxisOrder
 
 _GATES: Mapping[type[nn.Module], int] = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 _GATED = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_JOINT = ("c_attn", "qkv", "Wqkv")
+JOINT = ("c_attn", "qkv", "Wqkv")
 """Attributes that hold queries, keys and values one after the other; Conv1D of cross attention only the last two."""
 
 _TAKING_TURNS = ("GPTBigCode",)
@@ -137,7 +137,7 @@ class FusedWeights:
         inputs, outputs = _sizes_of(module)
         for parent, attribute in self._places.get(module, ()):
             family = type(parent).__name__
-            if attribute in _JOINT and not family.startswith(_TAKING_TURNS):
+            if attribute in JOINT and not family.startswith(_TAKING_TURNS):
                 is_cross = attribute == "c_attn" and type(module).__name__ == "Conv1D"
                 if inputs and outputs in (3 * inputs, 2 * inputs * is_cross):
                     yield outputs // inputs

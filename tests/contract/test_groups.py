@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pylo_integrations import create_optimizer, param_groups
+from pylo_integrations import create_optimizer, get_optimizer_info, list_optimizers, param_groups
 
 
 def placement(model, **options) -> dict[str, tuple[float, str]]:
@@ -210,3 +210,16 @@ def test_adapters_inside_attention_are_not_marked():
     groups = {group["rule"]: [name for name, _ in group["params"]] for group in param_groups(module, attention=True)}
     assert "q_proj.weight" in groups["attention"]
     assert "q_proj.lora_A.weight" not in groups["attention"]
+
+
+def test_of_a_model_pace_marks_attention_and_others_do_not():
+    model = nn.TransformerEncoderLayer(8, 2)
+    rules = {
+        name: {group["rule"] for group in get_optimizer_info(name).param_groups(model)} for name in list_optimizers()
+    }
+    assert {name for name, found in rules.items() if "attention" in found} == {"pace"}
+
+
+def test_attention_is_no_choice_where_a_rule_has_none():
+    with pytest.raises(ValueError, match="rule='attention' is not a choice"):
+        create_optimizer([{"params": [nn.Parameter(torch.zeros(4, 4))], "rule": "attention"}], "celo2")

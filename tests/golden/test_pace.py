@@ -22,9 +22,11 @@ TRANSPOSED = [(10, 6), (6, 5, 3, 3), (7, 1, 3, 3)]
 """In a group of ``axes="in_out"``."""
 PROJECTIONS = [(36, 12), (12, 20), (30, 20, 1, 1), (20, 1, 3, 3), (24, 4, 6)]
 """In one of ``rule="attention"``, as what makes queries, keys and values is."""
+TRANSPOSED_PROJECTIONS = [(12, 36), (20, 12)]
+"""Likewise, of ``axes="in_out"``, as those of GPT-2 are."""
 TABLES = [(7, 5)]
 """In one of ``rule="adamw"``, as embeddings are."""
-SHAPES = [*LEARNED, *TRANSPOSED, *PROJECTIONS, *TABLES]
+SHAPES = [*LEARNED, *TRANSPOSED, *PROJECTIONS, *TRANSPOSED_PROJECTIONS, *TABLES]
 STEPS = 8
 DECAY = 10.0  # so that it shows in so few steps
 
@@ -58,7 +60,8 @@ def expected(starts, grads, horizon, first_loss):
     params = [start.double() for start in starts]
     m = [torch.zeros_like(p) for p in params]
     v = [torch.zeros_like(p) for p in params]
-    transposed, projections, tables = (len(LEARNED), len(LEARNED + TRANSPOSED), len(LEARNED + TRANSPOSED + PROJECTIONS))
+    kinds = (LEARNED, TRANSPOSED, PROJECTIONS, TRANSPOSED_PROJECTIONS)
+    transposed, projections, in_out, tables = itertools.accumulate(map(len, kinds))
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < tables for i, p in enumerate(params)]
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
@@ -72,10 +75,12 @@ def expected(starts, grads, horizon, first_loss):
                 m[i] = m[i] + w * (g[i] - m[i])
                 d = m[i] + w * (g[i] - m[i])
                 d = d[0] if d.dim() == 3 and len(d) == 1 else d  # positions: an output each
-                width = d.shape[1] if i >= projections and d.numel() == d.shape[0] * d.shape[1] else max(d.shape[:2])
+                is_transposed = transposed <= i < projections or i >= in_out
+                inputs = d.shape[0 if is_transposed else 1]
+                width = inputs if i >= projections and d.numel() == d.shape[0] * d.shape[1] else max(d.shape[:2])
                 d = d.flatten(1)
                 rows, columns = d.shape
-                sign = -1 if transposed <= i < projections else 1  # outputs over inputs
+                sign = -1 if is_transposed else 1  # outputs over inputs
                 u = orthogonal(d)
                 u = u * flatness(d, u) ** c["flatness"]
                 along = float((d * u).sum())
@@ -123,6 +128,11 @@ def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
         {"params": list(itertools.islice(rest, len(LEARNED)))},
         {"params": list(itertools.islice(rest, len(TRANSPOSED))), "axes": "in_out"},
         {"params": list(itertools.islice(rest, len(PROJECTIONS))), "rule": "attention"},
+        {
+            "params": list(itertools.islice(rest, len(TRANSPOSED_PROJECTIONS))),
+            "rule": "attention",
+            "axes": "in_out",
+        },
         {"params": list(rest), "rule": "adamw"},
     ]
     optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)

@@ -420,3 +420,12 @@ def test_another_theta_of_the_same_name_is_refused(tmp_path):
 def test_a_picture_needs_matplotlib(whole, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused("--report", "--output", whole[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("pace", {1, 3}), ("pace-split", {1}), ("celo2", {1}), ("celo2+split", {1, 3})]
+)
+def test_queries_keys_and_values_are_divided_as_the_optimizer_divides_those_of_gpt2(name, parts):
+    task = TASKS["impedance_attention"]
+    [optimizer] = Setting.learned(name).optimizers(task.network(task.width, 1.0), task, 10)
+    assert {group.get("split", 1) for group in optimizer.param_groups} == parts
