@@ -67,6 +67,9 @@ NARROWEST = 16
 SHORTEST, LONGEST = 100, 100_000
 """Steps from which on and up to which the law of the horizon is followed; shorter runs were not meta-trained on."""
 
+TABLE_DECAY = 0.999
+"""Of the second moment of a table: that of a row that few batches read has to last until the next one does."""
+
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
@@ -155,7 +158,7 @@ class PaceRule(Rule):
     @cached_property
     def tables(self) -> PacedAdamRule:
         """Who steps embeddings, and other matrices that are not to be orthogonalised."""
-        return PacedAdamRule((0.9, 0.95), clips=True, numbers=self.numbers, rate="log_table_step")
+        return PacedAdamRule((0.9, TABLE_DECAY), clips=True, numbers=self.numbers, rate="log_table_step")
 
     @cached_property
     def vectors(self) -> PacedAdamRule:
