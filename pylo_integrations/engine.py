@@ -26,7 +26,7 @@ from pylo_integrations.step.facts import Facts, Verdict
 from pylo_integrations.step.plan import Agreed, Kind, Plan, Planner
 from pylo_integrations.step.policies import NonFiniteError, NonFinitePolicy, Policies
 from pylo_integrations.step.stages import Factors, run_stages
-from pylo_integrations.step.writing import Writer
+from pylo_integrations.step.writing import Writer, added_up
 from pylo_integrations.telemetry import StepRecord, Telemetry
 from pylo_integrations.weights.theta import Theta
 
@@ -63,6 +63,7 @@ class Engine:
         self.telemetry: Telemetry | None = None
         fixed = {"stochastic_rounding": str(stochastic_rounding), "chunk_bytes": str(chunk_bytes)}
         self.agreement = StepAgreement(ledger, theta, fixed, agreement)
+        self._rule = ledger.rule
         self._planner = Planner(ledger, backend, chunk_bytes, stochastic_rounding)
         self._writer = Writer(ledger.holdings.ranks)
         self._local = select_local(backend)
@@ -229,6 +230,7 @@ class Engine:
             record,
         )
         self._writer.write_(plan, proposed, factors, contexts, record)
+        ctx.memory.update(self._rule.conclude(added_up(ctx.counted), ctx))
         if self.telemetry is not None and record is not None:
             record.complete_(controls, self._ranks)
             self.telemetry.last = record

@@ -7,6 +7,7 @@ theta. Gradients come from ``torch.func``; the rule's whole-model decisions, whi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -369,6 +370,24 @@ class Episode:
             params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))
         now.params = {name: value.reshape(now.params[name].shape) for name, value in params.items()}
         now.states = [stack.values for stack in stacks]
+        self._conclude([ctx.counted for ctx in contexts], constants)
+
+    def _conclude(self, counted: Sequence[Mapping[str, list[Tensor]]], constants: Mapping[str, Tensor]) -> None:
+        """What the rule remembers of what it counted, mapped over members."""
+        totals: dict[str, Tensor] = {}
+        for name, values in itertools.chain.from_iterable(each.items() for each in counted):
+            for value in values:
+                totals[name] = totals.get(name, 0) + self._by_member(value).sum(1)
+        if not totals:
+            return
+
+        def conclude(
+            constants: dict[str, Tensor], memory: dict[str, Tensor], totals: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            ctx = StepContext(self.iteration, self.horizon, None, memory=memory, constants=constants)
+            return {**memory, **self.learner.rule.conclude(totals, ctx)}
+
+        self._now.memory = vmap(conclude)(dict(constants), self._now.memory, totals)
 
     def _control(
         self, stacks: Sequence[_Stack], sums: Sequence[Sums], losses: Tensor, constants: Mapping[str, Tensor]

@@ -372,6 +372,7 @@ class PaceNumbers(LinearSpace):
         "power_horizon": -0.1,
         "flatness": 0.8,
         "log_promise": math.log(0.1),
+        "log_total_promise": math.log(0.2),
         "log_attention": math.log(0.4),
     }
     _UNITS: Mapping[str, float] = {
@@ -390,6 +391,7 @@ class PaceNumbers(LinearSpace):
         "power_horizon": 0.2,
         "flatness": 0.4,
         "log_promise": 0.5,
+        "log_total_promise": 0.5,
         "log_attention": 0.3,
     }
 

@@ -62,9 +62,11 @@ class StepContext:
         loss: 0-d float32 loss of this step, or None (never None for a rule that needs it).
         grad_scale: 0-d factor on every gradient (global-norm clipping), or None.
         zero_nonfinite: Whether gradient elements that are not finite, or beyond ``LARGEST_GRADIENT``, are read as 0.
-        memory: The rule's own whole-model memory, kept in checkpoints; a rule replaces entries in ``control``.
+        memory: The rule's own whole-model memory, kept in checkpoints; a rule replaces entries in ``control``, and at
+            the end of the step.
         constants: :meth:`Rule.constants` on the device and dtype of the tensors at hand.
         local: Who runs the rule's local functions.
+        counted: What ``finish`` has counted of whole tensors, by the names of :attr:`Rule.counts`, each ``(tensors,)``.
     """
 
     iteration: int
@@ -75,6 +77,16 @@ class StepContext:
     memory: dict[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     local: Local = as_written
+    counted: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def count(self, name: str, values: Tensor) -> None:
+        """Count what a rule finds of whole tensors as it finishes their steps; its sum is what ``conclude`` gets.
+
+        Args:
+            name: One of :attr:`Rule.counts`.
+            values: ``(tensors,)``.
+        """
+        self.counted.setdefault(name, []).append(values)
 
 
 class Rule(ABC):
@@ -89,6 +101,7 @@ class Rule(ABC):
         needs_horizon: Whether every step needs to know how many steps the run takes.
         features: Names of the per-parameter inputs of the network, in order; empty if there is none.
         finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.
+        counts: Names of what :meth:`finish` counts, for :meth:`conclude` to read.
         steps_by_scale: Whether a step is in proportion to the root mean square of the tensor that it is for, so that
             a tensor of zeros hardly moves.
     """
@@ -99,6 +112,7 @@ class Rule(ABC):
     needs_horizon: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
     finishes: ClassVar[bool] = False
+    counts: ClassVar[tuple[str, ...]] = ()
     steps_by_scale: ClassVar[bool] = False
 
     def reads_loss(self, iteration: int) -> bool:
@@ -239,6 +253,15 @@ class Rule(ABC):
     def finish(self, steps: Tensor, layout: TensorLayout, ctx: StepContext) -> Tensor:
         """What to subtract, made of the proposed steps of whole tensors, ``(tensors, 1, *layout.shape)``."""
         return steps
+
+    def conclude(self, counted: Mapping[str, Tensor], ctx: StepContext) -> Mapping[str, Tensor]:
+        """New entries of ``ctx.memory``, once the last step is finished; asked of the rule that makes the others.
+
+        Args:
+            counted: Sums over all tensors of what was counted, 0-d, by name; empty if no tensor's step was finished.
+            ctx: Of the step.
+        """
+        return {}
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What ``ctx.memory``, empty before the first step, has to tell a person: tensors of one element by name.

@@ -9,10 +9,11 @@ the *flatness* of the momentum's spectrum: 1 if all singular values are equal, a
 Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
 where the first loss is known, no step of a matrix *promises* more than a learned part of it, which is what the step
 would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
-size would wreck a network, it promises many times the whole loss. The matrices of groups marked ``rule="attention"``,
-which make queries, keys and values, go less far: where logits of attention grow too fast, a transformer trains badly,
-and the more so the wider it is. Vectors, scalars and the tensors of groups marked ``rule="adamw"`` take Adam's step at
-the same pace.
+size would wreck a network, it promises many times the whole loss. Where full steps of all matrices together have
+promised more than another part of it, everything goes less far for the rest of the run. The matrices of groups
+marked ``rule="attention"``, which make queries, keys and values, go less far: where logits of attention grow too fast,
+a transformer trains badly, and the more so the wider it is. Vectors, scalars and the tensors of groups marked
+``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ NUMBERS = (
     "power_horizon",
     "flatness",
     "log_promise",
+    "log_total_promise",
     "log_attention",
 )
 """What theta holds, in the order of its only array ``numbers``: see :meth:`PaceRule.from_arrays`."""
@@ -73,6 +75,9 @@ TABLE_DECAY = 0.999
 LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
+GROWTH = 1.1
+"""By which the largest promise of all matrices grows in a step at most, so that one bad batch does not slow a run."""
+
 LEAST_LOSS = 1e-3
 """First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
 
@@ -84,6 +89,8 @@ LARGEST_NUMBER = 20
 
 _MOMENTUM = ("momentum_0",)
 _FIRST_LOSS = "first_loss"
+_PROMISE = "promise"
+_LARGEST_PROMISE = "largest_promise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +98,7 @@ class PaceRule(Rule):
     """The rule of Pace.
 
     Attributes:
-        numbers: ``(16,)``, those of :data:`NUMBERS`.
+        numbers: ``(17,)``, those of :data:`NUMBERS`.
         orthogonalise: Precision of the products that orthogonalise.
         projects: Whether it steps what makes queries, keys and values, several of which may be one matrix: the width of
             one without places, as a convolution has, is that of its inputs.
@@ -104,6 +111,7 @@ class PaceRule(Rule):
     kind: ClassVar[str] = "Pace"
     reads_first_loss: ClassVar[bool] = True
     finishes: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = (_PROMISE,)
     norm_eps: ClassVar[float] = 1e-9
 
     @classmethod
@@ -111,12 +119,13 @@ class PaceRule(Rule):
         """Build the rule from theta.
 
         Args:
-            arrays: ``numbers``, ``(16,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
+            arrays: ``numbers``, ``(17,)``. Logarithms of the root mean square of a step of a matrix and of Adam's rates
                 for tables and vectors; exponents of the laws in a matrix's width and aspect (outputs over inputs),
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
                 the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
-                logarithms of the largest promise, and of the factor on what makes queries, keys and values.
+                logarithms of the largest promise of a matrix, of that of all of them together, and of the factor on
+                what makes queries, keys and values.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -179,8 +188,8 @@ class PaceRule(Rule):
         return dict.fromkeys(_MOMENTUM)
 
     def initial_memory(self) -> dict[str, Tensor]:
-        """The first loss; 0 while it is not known."""
-        return {_FIRST_LOSS: torch.zeros((), device="cpu")}
+        """The first loss, and the largest promise of all matrices together; 0 while they are not known."""
+        return {name: torch.zeros((), device="cpu") for name in (_FIRST_LOSS, _LARGEST_PROMISE)}
 
     def control(self, buckets: Sequence[Bucket], sums: Sequence[Sums], ctx: StepContext) -> Sequence[Control]:
         """Remember the first loss."""
@@ -192,8 +201,17 @@ class PaceRule(Rule):
         return by_name(self.numbers.to(device, dtype))
 
     def telemetry(self, memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The first loss; 0 if it is not known."""
+        """The first loss, and the largest promise of all matrices together; 0 if they are not known."""
         return dict(memory)
+
+    def conclude(self, counted: Mapping[str, Tensor], ctx: StepContext) -> Mapping[str, Tensor]:
+        """The largest promise of all matrices together."""
+        if _PROMISE not in counted:
+            return {}
+        promise = counted[_PROMISE].float()
+        before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise)
+        most = (GROWTH * before).where(before > 0, math.inf)
+        return {_LARGEST_PROMISE: torch.maximum(before, promise.minimum(most))}
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -230,7 +248,8 @@ class PaceRule(Rule):
         inputs = channels[1 if _has_outputs_first(layout) else 0]
         width = inputs if self.projects and math.prod(channels) == layout.numel else max(channels)
         law = c["width_exponent"] * math.log(max(NARROWEST, width) / WIDTH) + c["aspect_exponent"] * aspect
-        law = torch.exp(c["log_step"] + c["log_attention"] * self.projects + law) * pace_of(ctx)
+        law = torch.exp(c["log_step"] + c["log_attention"] * self.projects + law)
+        law = law * horizon_law(c, ctx.num_steps, "horizon_exponent")
         law = law * (momentum_weight(c, ctx.num_steps) / WEIGHT) ** c["momentum_exponent"]
         directions = orthogonalise(matrices, self.orthogonalise)
         scale = inverse_rms(directions, (-2, -1), self.norm_eps).view(-1)
@@ -239,7 +258,10 @@ class PaceRule(Rule):
         squares = matrices.square().mean((-2, -1), dtype=wide)
         flatness = (products * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
         size = law.to(scale) * flatness.to(scale) ** c["flatness"].to(scale)
-        size = size * _part_allowed(products * size * layout.numel, ctx)
+        promises = products * size * layout.numel
+        ctx.count(_PROMISE, promises)
+        part = (schedule_of(c, ctx.iteration, ctx.num_steps) * total_part(ctx)).to(scale)
+        size = size * part * _part_allowed("log_promise", promises * part, ctx)
         directions = directions.view(-1, 1, *ordered.shape[2:]).movedim(-1, rows + 2)
         return directions, (scale * size).view(-1, *(1,) * (steps.dim() - 1))
 
@@ -264,16 +286,23 @@ def _remember_first_loss(ctx: StepContext) -> None:
         ctx.memory[_FIRST_LOSS] = ctx.loss.abs().to(ctx.memory.get(_FIRST_LOSS, ctx.loss))
 
 
-def _part_allowed(decreases: Tensor, ctx: StepContext) -> Tensor:
-    """The part of every step that promises no more than theta allows, at most 1; all of it while no loss is known.
+def total_part(ctx: StepContext) -> Tensor:
+    """The part of all steps by which those of all matrices together never promise more than theta allows."""
+    largest = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(ctx.constants["log_total_promise"]))
+    return _part_allowed("log_total_promise", largest.to(ctx.constants["log_total_promise"]), ctx)
+
+
+def _part_allowed(number: str, promises: Tensor, ctx: StepContext) -> Tensor:
+    """The part of a step that promises no more than theta allows, at most 1; all of it while no loss is known.
 
     Args:
-        decreases: Of the loss, if it were linear, by each step, ``(tensors,)``.
+        number: The logarithm of what is allowed, as a part of the first loss.
+        promises: What would be taken off the loss if it were linear.
         ctx: Of the step.
     """
-    first_loss = ctx.memory.get(_FIRST_LOSS, decreases.new_zeros(())).to(decreases)
-    allowed = ctx.constants["log_promise"].exp().to(decreases) * first_loss
-    part = (allowed / decreases.clamp_min(1e-30)).clamp_max(1)
+    first_loss = ctx.memory.get(_FIRST_LOSS, promises.new_zeros(())).to(promises)
+    allowed = ctx.constants[number].exp().to(promises) * first_loss
+    part = (allowed / promises.clamp_min(1e-30)).clamp_max(1)
     return part.where(first_loss >= LEAST_LOSS, 1)
 
 
@@ -314,7 +343,9 @@ class PacedAdamRule(AdamWRule):
         return step * self._size(ctx).reshape(-1, *(1,) * (step.dim() - 1))
 
     def _size(self, ctx: StepContext) -> Tensor:
-        return torch.exp(ctx.constants[self.rate]) * pace_of(ctx, "vector_horizon_exponent")
+        c = ctx.constants
+        rate = torch.exp(c[self.rate]) * horizon_law(c, ctx.num_steps, "vector_horizon_exponent")
+        return rate * schedule_of(c, ctx.iteration, ctx.num_steps) * total_part(ctx)
 
 
 def by_name(numbers: Tensor) -> dict[str, Tensor]:
@@ -333,12 +364,10 @@ def momentum_weight(numbers: Mapping[str, Tensor], num_steps: int | None) -> Ten
     return torch.sigmoid((-numbers["momentum"] - law).clamp(-LARGEST_LOGIT, LARGEST_LOGIT))
 
 
-def pace_of(ctx: StepContext, horizon_exponent: str = "horizon_exponent") -> Tensor:
-    """Factor on steps by time: the law of the horizon, which is 1 where it is not known, and the schedule."""
-    c, num_steps = ctx.constants, ctx.num_steps
-    if num_steps is None:
-        return torch.ones_like(c["log_power"])
-    return torch.exp(c[horizon_exponent] * log_horizon(num_steps)) * schedule_of(c, ctx.iteration, num_steps)
+def horizon_law(numbers: Mapping[str, Tensor], num_steps: int | None, exponent: str) -> Tensor:
+    """Factor on all steps of a run; 1 where its length is not known."""
+    number = numbers[exponent]
+    return torch.ones_like(number) if num_steps is None else torch.exp(number * log_horizon(num_steps))
 
 
 def schedule_of(numbers: Mapping[str, Tensor], iteration: int, num_steps: int | None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pylo_integrations.rounding import box_noise, noise_keys, round_stochastical
 from pylo_integrations.rules.base import Rule, StepContext
 from pylo_integrations.sharding.blocks import Block, by_tensors
 from pylo_integrations.sharding.exchange import Assembly
-from pylo_integrations.sharding.rounds import Ranks
+from pylo_integrations.sharding.rounds import Ranks, sum_over_ranks_
 from pylo_integrations.step.plan import Plan
 from pylo_integrations.step.stages import Factors
 from pylo_integrations.telemetry import StepRecord
@@ -77,12 +78,36 @@ class Writer:
             self._assembly = Assembly(buckets, self._ranks)
         blocks = [bucket.blocks for bucket in buckets]
         wholes = self._assembly.gather(blocks, [list(proposed[i] or ()) for i in mine])
+        counted: dict[str, list[Tensor]] = {}  # here; what whole tensors have counted everywhere is not to be added
         done = [
-            plan.rules[i].finish(whole, bucket.layout, contexts[i]) if len(whole) else whole
+            plan.rules[i].finish(whole, bucket.layout, replace(contexts[i], counted=counted)) if len(whole) else whole
             for i, bucket, whole in zip(mine, buckets, wholes, strict=True)
         ]
+        names = sorted({name for i in mine for name in plan.rules[i].counts})
+        self._count_everywhere(names, counted, contexts[0], plan.device)
         returned = dict(zip(mine, self._assembly.scatter(blocks, done), strict=True))
         return [iter(returned[i]) if i in returned else steps for i, steps in enumerate(proposed)]
+
+    def _count_everywhere(
+        self, names: Sequence[str], counted: Mapping[str, list[Tensor]], ctx: StepContext, device: torch.device
+    ) -> None:
+        """Count for all ranks what owners have counted."""
+        if not names:
+            return
+        here = added_up(counted)
+        zero = torch.zeros((), device=device)
+        sums = torch.stack([here.get(name, zero).to(device) for name in names])
+        sum_over_ranks_([(sums, 1)], self._ranks)
+        for name, total in zip(names, sums, strict=True):
+            ctx.count(name, total.view(1))
+
+
+def added_up(counted: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Sums over all tensors of what rules counted, 0-d."""
+    return {
+        name: torch.stack([value.sum().float().to(values[0].device) for value in values]).sum()
+        for name, values in counted.items()
+    }
 
 
 def finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:

@@ -63,8 +63,12 @@ def expected(starts, grads, horizon, first_loss):
     kinds = (LEARNED, TRANSPOSED, PROJECTIONS, TRANSPOSED_PROJECTIONS)
     transposed, projections, in_out, tables = itertools.accumulate(map(len, kinds))
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < tables for i, p in enumerate(params)]
+    largest = 0.0  # promise of all matrices together
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
+        promise, part = 0.0, 1.0
+        if first_loss is not None and abs(first_loss) >= 1e-3 and largest > 0:
+            part = min(1, math.exp(c["log_total_promise"]) * abs(first_loss) / largest)
         pace = 1.0
         if horizon is not None:
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
@@ -89,17 +93,22 @@ def expected(starts, grads, horizon, first_loss):
                 length *= (rows / columns) ** (sign * c["aspect_exponent"]) * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
                 length *= math.exp(c["log_attention"]) if i >= projections else 1
+                promise += along * length
+                length *= part
                 if first_loss is not None and abs(first_loss) >= 1e-3:
                     length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
                 params[i] = params[i] - length * pace * u
             else:
-                m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.95 * v[i] + 0.05 * g[i] ** 2
-                adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
+                decay = 0.999 if i >= tables else 0.95
+                rounded = torch.tensor(decay).item()  # to float32, as constants of rules are
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], rounded * v[i] + (1 - rounded) * g[i] ** 2
+                adam = m[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - decay ** (t + 1))).sqrt() + 1e-8)
                 length = (
                     math.exp(c["log_table_step" if i >= tables else "log_vector_step"])
                     * (known / 1000) ** c["vector_horizon_exponent"]
                 )
-                params[i] = params[i] - length * pace * adam
+                params[i] = params[i] - length * pace * part * adam
+        largest = max(largest, min(promise, 1.1 * largest) if largest > 0 else promise)
         yield [p.clone() for p in params]
 
 
