@@ -122,7 +122,7 @@ class Setting:
         options: dict[str, Any] = {"weights": theta} if theta else {}
         if self.base_width is None:
             divides = spec.cls.splits_fused if self.split is None else self.split
-            parts = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+            parts = {name.rpartition(".")[2] for name, each in model.named_modules() if type(each) is nn.Linear}
             options["split"] = divides and {name: count for name, count in _FUSED.items() if name in parts}
         if self.factor != 1:
             options["lr"] = spec.lr * self.factor

@@ -208,7 +208,7 @@ class PaceRule(Rule):
         """The largest promise of all matrices together."""
         if _PROMISE not in counted:
             return {}
-        promise = counted[_PROMISE].float()
+        promise = counted[_PROMISE]
         before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise)
         most = (GROWTH * before).where(before > 0, math.inf)
         return {_LARGEST_PROMISE: torch.maximum(before, promise.minimum(most))}

@@ -83,31 +83,29 @@ class Writer:
             plan.rules[i].finish(whole, bucket.layout, replace(contexts[i], counted=counted)) if len(whole) else whole
             for i, bucket, whole in zip(mine, buckets, wholes, strict=True)
         ]
-        names = sorted({name for i in mine for name in plan.rules[i].counts})
-        self._count_everywhere(names, counted, contexts[0], plan.device)
+        self._count_everywhere(plan, mine, counted, contexts[0])
         returned = dict(zip(mine, self._assembly.scatter(blocks, done), strict=True))
         return [iter(returned[i]) if i in returned else steps for i, steps in enumerate(proposed)]
 
     def _count_everywhere(
-        self, names: Sequence[str], counted: Mapping[str, list[Tensor]], ctx: StepContext, device: torch.device
+        self, plan: Plan, indices: Sequence[int], counted: Mapping[str, list[Tensor]], ctx: StepContext
     ) -> None:
-        """Count for all ranks what owners have counted."""
+        """Count for all ranks what owners have counted, of some buckets."""
+        names = sorted({name for i in indices for name in plan.rules[i].counts})
         if not names:
             return
-        here = added_up(counted)
-        zero = torch.zeros((), device=device)
-        sums = torch.stack([here.get(name, zero).to(device) for name in names])
+        widest = max((plan.buckets[i].dtype for i in indices), key=lambda dtype: dtype.itemsize)
+        sums = torch.zeros(len(names), dtype=torch.promote_types(widest, torch.float32), device=plan.device)
+        for name, total in added_up(counted).items():
+            sums[names.index(name)] = total
         sum_over_ranks_([(sums, 1)], self._ranks)
-        for name, total in zip(names, sums, strict=True):
-            ctx.count(name, total.view(1))
+        for name, total in zip(names, sums.view(-1, 1), strict=True):
+            ctx.count(name, total)
 
 
 def added_up(counted: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Sums over all tensors of what rules counted, 0-d."""
-    return {
-        name: torch.stack([value.sum().float().to(values[0].device) for value in values]).sum()
-        for name, values in counted.items()
-    }
+    return {name: torch.cat([value.to(values[0].device) for value in values]).sum() for name, values in counted.items()}
 
 
 def finished(rule: Rule, blocks: Sequence[Block], steps: Iterable[Tensor], ctx: StepContext) -> list[Tensor]:

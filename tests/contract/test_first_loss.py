@@ -50,8 +50,47 @@ def train(steps: int = 150, told: bool = True) -> list[float]:
 def test_it_keeps_steps_from_wrecking_a_network():
     """Whose weights are small by design, so that the usual step is many times too long."""
     losses, blind = train(), train(told=False)
-    assert sum(losses[-10:]) / 10 < 0.1 * losses[0]
-    assert sum(blind[-10:]) > 3 * sum(losses[-10:])
+    assert sum(losses[-10:]) / 10 < 0.01 * losses[0]
+    assert sum(blind[-10:]) > 30 * sum(losses[-10:])
+
+
+def largest_promises(scales: list[float]) -> list[float]:
+    """After every step, for gradients of these sizes."""
+    torch.manual_seed(0)
+    param, grad = nn.Parameter(torch.randn(8, 6)), torch.randn(8, 6)
+    optimizer = create_optimizer([param], "pace", num_steps=100, telemetry=True)
+    found = []
+    for scale in scales:
+        param.grad = scale * grad
+        optimizer.step(loss=2.0)
+        found.append(optimizer.telemetry()["optim/Pace/largest_promise"])
+    return found
+
+
+def test_what_steps_once_promised_counts_for_the_rest_of_the_run():
+    first, *others = largest_promises([1.0, 0.1, 0.1, 0.01])
+    assert first > 0
+    assert others == [first] * 3
+
+
+def test_one_bad_batch_counts_for_a_tenth():
+    first, bad, *others = largest_promises([1.0, 1e4, 1e-3, 1e-3])
+    assert bad == pytest.approx(1.1 * first)
+    assert max(others) <= 1.1**3 * first * (1 + 1e-6)  # the momentum has not forgotten it
+
+
+def test_vectors_go_less_far_where_matrices_promise_too_much():
+    def moved(scale: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        matrix, vector = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(5))
+        optimizer, starts = create_optimizer([matrix, vector], "pace", num_steps=1000), []
+        for _ in range(2):
+            matrix.grad, vector.grad = scale * torch.ones(8, 6), torch.ones(5)
+            optimizer.step(loss=1.0)
+            starts.append(vector.detach().clone())
+        return (starts[1] - starts[0]).abs().max()
+
+    assert moved(1e4) < 1e-2 * moved(1e-4)
 
 
 def stepped(*losses: Any, closure: bool = False, observed: bool = False, num_steps: int = 100) -> torch.Tensor:

@@ -92,7 +92,8 @@ def promised(name: str, world: int, sharded: bool) -> list[str]:
     if not sharded:
         return ["allreduce_"] * rule.needs_loss
     rounds = 1 if name.startswith("toy") or name in ("celo_adam", "pace") else 2  # those need no sums of features
-    return ["allreduce_"] * rounds + ["alltoall_base_"] * (2 * rule.finishes)
+    finishing = ["alltoall_base_", *["allreduce_"] * bool(rule.counts), "alltoall_base_"]
+    return ["allreduce_"] * rounds + finishing * rule.finishes
 
 
 # -- real wrappers around a model -------------------------------------------------------------------------------------

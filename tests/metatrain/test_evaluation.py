@@ -429,3 +429,9 @@ def test_queries_keys_and_values_are_divided_as_the_optimizer_divides_those_of_g
     task = TASKS["impedance_attention"]
     [optimizer] = Setting.learned(name).optimizers(task.network(task.width, 1.0), task, 10)
     assert {group.get("split", 1) for group in optimizer.param_groups} == parts
+
+
+def test_adapters_of_queries_keys_and_values_are_not_divided():
+    task = TASKS["text_adapters"]
+    [optimizer] = Setting.learned("pace").optimizers(task.network(task.width, 1.0), task, 10)
+    assert {group.get("split", 1) for group in optimizer.param_groups} == {1}
