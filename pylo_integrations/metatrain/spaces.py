@@ -372,7 +372,7 @@ class PaceNumbers(LinearSpace):
         "power_horizon": -0.1,
         "flatness": 0.8,
         "log_promise": math.log(0.1),
-        "log_total_promise": math.log(0.2),
+        "log_total_promise": math.log(0.1),
         "log_attention": math.log(0.4),
     }
     _UNITS: Mapping[str, float] = {

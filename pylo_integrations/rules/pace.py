@@ -9,11 +9,11 @@ the *flatness* of the momentum's spectrum: 1 if all singular values are equal, a
 Where few directions carry a gradient, the rest of an orthogonalised step is noise, so steps are shorter there. And
 where the first loss is known, no step of a matrix *promises* more than a learned part of it, which is what the step
 would take away if the loss were linear. In networks that train well few steps come to that; where one of the usual
-size would wreck a network, it promises many times the whole loss. Where full steps of all matrices together have
-promised more than another part of it, everything goes less far for the rest of the run. The matrices of groups
-marked ``rule="attention"``, which make queries, keys and values, go less far: where logits of attention grow too fast,
-a transformer trains badly, and the more so the wider it is. Vectors, scalars and the tensors of groups marked
-``rule="adamw"`` take Adam's step at the same pace.
+size would wreck a network, it promises many times the whole loss. Where the promises of full steps of all matrices,
+squared and added up, are more than the square of another part of it, everything goes less far for the rest of the run.
+The matrices of groups marked ``rule="attention"``, which make queries, keys and values, go less far: where logits of
+attention grow too fast, a transformer trains badly, and the more so the wider it is. Vectors, scalars and the tensors
+of groups marked ``rule="adamw"`` take Adam's step at the same pace.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ LEAST_FLATNESS = 0.05
 GROWTH = 1.1
 """By which the largest promise of all matrices grows in a step at most, so that one bad batch does not slow a run."""
 
+LEAST_PROMISE = 0.01
+"""Where it begins, as a part of the first loss: a transformer's first gradients, its largest ones, do not count."""
+
 LEAST_LOSS = 1e-3
 """First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
 
@@ -89,7 +92,7 @@ LARGEST_NUMBER = 20
 
 _MOMENTUM = ("momentum_0",)
 _FIRST_LOSS = "first_loss"
-_PROMISE = "promise"
+_SQUARES = "squared_promises"
 _LARGEST_PROMISE = "largest_promise"
 
 
@@ -111,7 +114,7 @@ class PaceRule(Rule):
     kind: ClassVar[str] = "Pace"
     reads_first_loss: ClassVar[bool] = True
     finishes: ClassVar[bool] = True
-    counts: ClassVar[tuple[str, ...]] = (_PROMISE,)
+    counts: ClassVar[tuple[str, ...]] = (_SQUARES,)
     norm_eps: ClassVar[float] = 1e-9
 
     @classmethod
@@ -124,8 +127,8 @@ class PaceRule(Rule):
                 and in the horizon, for matrices and for others; logit of the momentum's decay, its slope in the
                 logarithm of the horizon, and the exponent of the law in a gradient's weight; logarithms of the part of
                 the run that warms up and of the exponent of what is left, and the latter's slope; exponent of flatness;
-                logarithms of the largest promise of a matrix, of that of all of them together, and of the factor on
-                what makes queries, keys and values.
+                logarithms of the largest promise of a matrix, of that of all of them together, the root of the sum of
+                squares, and of the factor on what makes queries, keys and values.
             orthogonalise: Precision of the products.
 
         Raises:
@@ -206,12 +209,13 @@ class PaceRule(Rule):
 
     def conclude(self, counted: Mapping[str, Tensor], ctx: StepContext) -> Mapping[str, Tensor]:
         """The largest promise of all matrices together."""
-        if _PROMISE not in counted:
+        first_loss = ctx.memory.get(_FIRST_LOSS)
+        if _SQUARES not in counted or first_loss is None:
             return {}
-        promise = counted[_PROMISE]
-        before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise)
-        most = (GROWTH * before).where(before > 0, math.inf)
-        return {_LARGEST_PROMISE: torch.maximum(before, promise.minimum(most))}
+        promise = counted[_SQUARES].sqrt()
+        least = LEAST_PROMISE * first_loss.to(promise)
+        before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise).maximum(least)
+        return {_LARGEST_PROMISE: before.maximum(promise.minimum(GROWTH * before))}
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -259,7 +263,7 @@ class PaceRule(Rule):
         flatness = (products * squares.clamp_min(1e-38).rsqrt()).clamp(LEAST_FLATNESS, 1)
         size = law.to(scale) * flatness.to(scale) ** c["flatness"].to(scale)
         promises = products * size * layout.numel
-        ctx.count(_PROMISE, promises)
+        ctx.count(_SQUARES, promises.square())
         part = (schedule_of(c, ctx.iteration, ctx.num_steps) * total_part(ctx)).to(scale)
         size = size * part * _part_allowed("log_promise", promises * part, ctx)
         directions = directions.view(-1, 1, *ordered.shape[2:]).movedim(-1, rows + 2)

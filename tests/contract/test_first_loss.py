@@ -68,27 +68,27 @@ def largest_promises(scales: list[float]) -> list[float]:
 
 
 def test_what_steps_once_promised_counts_for_the_rest_of_the_run():
-    first, *others = largest_promises([1.0, 0.1, 0.1, 0.01])
-    assert first > 0
-    assert others == [first] * 3
+    found = largest_promises([10.0] * 40 + [1e-3] * 40)
+    assert found == sorted(found)
+    assert found[39] > 10 * found[0] > 0
+    assert found[-1] == found[-20]
 
 
 def test_one_bad_batch_counts_for_a_tenth():
-    first, bad, *others = largest_promises([1.0, 1e4, 1e-3, 1e-3])
-    assert bad == pytest.approx(1.1 * first)
-    assert max(others) <= 1.1**3 * first * (1 + 1e-6)  # the momentum has not forgotten it
+    *_, before, bad = largest_promises([1.0] * 40 + [1e4])
+    assert bad == pytest.approx(1.1 * before)
 
 
 def test_vectors_go_less_far_where_matrices_promise_too_much():
     def moved(scale: float) -> torch.Tensor:
         torch.manual_seed(0)
         matrix, vector = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(5))
-        optimizer, starts = create_optimizer([matrix, vector], "pace", num_steps=1000), []
-        for _ in range(2):
+        optimizer, starts = create_optimizer([matrix, vector], "pace", num_steps=100_000), []
+        for _ in range(100):
             matrix.grad, vector.grad = scale * torch.ones(8, 6), torch.ones(5)
             optimizer.step(loss=1.0)
             starts.append(vector.detach().clone())
-        return (starts[1] - starts[0]).abs().max()
+        return (starts[-1] - starts[-2]).abs().max()
 
     assert moved(1e4) < 1e-2 * moved(1e-4)
 

@@ -63,7 +63,7 @@ def expected(starts, grads, horizon, first_loss):
     kinds = (LEARNED, TRANSPOSED, PROJECTIONS, TRANSPOSED_PROJECTIONS)
     transposed, projections, in_out, tables = itertools.accumulate(map(len, kinds))
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < tables for i, p in enumerate(params)]
-    largest = 0.0  # promise of all matrices together
+    largest = 0.01 * abs(first_loss or 0)  # promise of all matrices together
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
         promise, part = 0.0, 1.0
@@ -93,7 +93,7 @@ def expected(starts, grads, horizon, first_loss):
                 length *= (rows / columns) ** (sign * c["aspect_exponent"]) * (known / 1000) ** c["horizon_exponent"]
                 length *= (w / 0.1) ** c["momentum_exponent"]
                 length *= math.exp(c["log_attention"]) if i >= projections else 1
-                promise += along * length
+                promise += (along * length) ** 2
                 length *= part
                 if first_loss is not None and abs(first_loss) >= 1e-3:
                     length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
@@ -108,7 +108,7 @@ def expected(starts, grads, horizon, first_loss):
                     * (known / 1000) ** c["vector_horizon_exponent"]
                 )
                 params[i] = params[i] - length * pace * part * adam
-        largest = max(largest, min(promise, 1.1 * largest) if largest > 0 else promise)
+        largest = max(largest, min(math.sqrt(promise), 1.1 * largest))
         yield [p.clone() for p in params]
 
 
