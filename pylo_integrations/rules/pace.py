@@ -76,10 +76,13 @@ LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
 GROWTH = 1.1
-"""By which the largest promise of all matrices grows in a step at most, so that one bad batch does not slow a run."""
+"""By which the largest promise of all matrices grows in a step at most, so that one bad batch slows a run but little."""
 
 LEAST_PROMISE = 0.01
 """Where it begins, as a part of the first loss: a transformer's first gradients, its largest ones, do not count."""
+
+LEAST_PART = 0.05
+"""Of steps, for their promises: a first batch whose loss happens to be small must not stop a run."""
 
 LEAST_LOSS = 1e-3
 """First losses below this are no measure: those of reinforcement learning begin near zero, whatever is ahead."""
@@ -291,9 +294,10 @@ def _remember_first_loss(ctx: StepContext) -> None:
 
 
 def total_part(ctx: StepContext) -> Tensor:
-    """The part of all steps by which those of all matrices together never promise more than theta allows."""
+    """The part of all steps by which those of all matrices together promise no more than theta allows."""
     largest = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(ctx.constants["log_total_promise"]))
-    return _part_allowed("log_total_promise", largest.to(ctx.constants["log_total_promise"]), ctx)
+    part = _part_allowed("log_total_promise", largest.to(ctx.constants["log_total_promise"]), ctx)
+    return part.clamp_min(LEAST_PART)
 
 
 def _part_allowed(number: str, promises: Tensor, ctx: StepContext) -> Tensor:

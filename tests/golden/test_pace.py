@@ -68,7 +68,7 @@ def expected(starts, grads, horizon, first_loss):
         g = [each.double() for each in grads[t]]
         promise, part = 0.0, 1.0
         if first_loss is not None and abs(first_loss) >= 1e-3 and largest > 0:
-            part = min(1, math.exp(c["log_total_promise"]) * abs(first_loss) / largest)
+            part = max(0.05, min(1, math.exp(c["log_total_promise"]) * abs(first_loss) / largest))
         pace = 1.0
         if horizon is not None:
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
