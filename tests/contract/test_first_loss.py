@@ -80,7 +80,7 @@ def test_one_bad_batch_counts_for_a_tenth():
 
 
 def test_vectors_go_less_far_where_matrices_promise_too_much():
-    def moved(scale: float) -> torch.Tensor:
+    def moved(scale: float) -> float:
         torch.manual_seed(0)
         matrix, vector = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.zeros(5))
         optimizer, starts = create_optimizer([matrix, vector], "pace", num_steps=100_000), []
@@ -88,9 +88,10 @@ def test_vectors_go_less_far_where_matrices_promise_too_much():
             matrix.grad, vector.grad = scale * torch.ones(8, 6), torch.ones(5)
             optimizer.step(loss=1.0)
             starts.append(vector.detach().clone())
-        return (starts[-1] - starts[-2]).abs().max()
+        return (starts[-1] - starts[-2]).abs().max().item()
 
-    assert moved(1e4) == pytest.approx(0.05 * moved(1e-4), rel=1e-3)  # and not less: its first batch may be an easy one
+    # And no less than this: the first batch may be an easy one.
+    assert moved(1e4) == pytest.approx(0.05 * moved(1e-4), rel=1e-2)
 
 
 def stepped(*losses: Any, closure: bool = False, observed: bool = False, num_steps: int = 100) -> torch.Tensor:
