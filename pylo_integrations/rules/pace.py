@@ -76,7 +76,7 @@ LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
 GROWTH = 1.1
-"""By which the largest promise of all matrices grows in a step at most, so that one bad batch slows a run but little."""
+"""By which the largest promise of all matrices grows in a step at most, so that one bad batch does little harm."""
 
 LEAST_PROMISE = 0.01
 """Where it begins, as a part of the first loss: a transformer's first gradients, its largest ones, do not count."""
