@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Learner:
     def adamw(cls, lr: float) -> Learner:
         """AdamW without decay, to compare with."""
         return cls(AdamWRule((0.9, 0.999)), None, lr, param_groups)
+
+    def shaped_as(self, arrays: Arrays) -> Learner:
+        """The same, of the geometry of ``arrays``, as a space's members may have a smaller network than its theta."""
+        return self if self.make_rule is None else replace(self, rule=self.make_rule(arrays))
 
     def param_groups(self, model: nn.Module, base: nn.Module | None) -> list[dict[str, Any]]:
         """Groups with every option that a step reads; with ``base``, those of muP."""

@@ -65,9 +65,10 @@ class RunningStage:
     def __init__(
         self, config: Config, index: int, learner: Learner, template: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        self._config, self._index, self._learner, self._device = config, index, learner, device
+        self._config, self._index, self._device = config, index, device
         self.stage = stage = config.stages[index]
         self.space: Space = linear_space(config) if stage.space == "linear" else FullSpace(template, stage.scales)
+        self._learner = learner.shaped_as(self.space.arrays(self.space.start))
         self.estimator = _make_estimator(stage)
         self.groups = {
             (family.name, number): self._make_group(family, number)

@@ -232,7 +232,8 @@ class CeloLinear(LinearSpace):
     It starts as a line to zero. The MLP's direction is the difference of two ReLU units. All other units are random and
     not connected to the outputs, ready for :class:`FullSpace` to go on from here.
 
-    The vector holds the weights of the direction, of the features of the run, and the logarithm of the step.
+    The vector holds the weights of the direction, of the features of the run, and the logarithm of the step. Members
+    are trained by an MLP of the two units that count, which is faster, as with :class:`SmallFCLinear`.
 
     Args:
         hidden: Width of the MLP, at least 2.
@@ -264,21 +265,28 @@ class CeloLinear(LinearSpace):
         self._channels, direction = _signed_channels(MATRIX_FEATURES)
         generator = generator_of("unconnected", seed)
         self._fixed = self._unconnected(lstm, generator)
-        self._mlp = _unconnected_mlp(hidden, generator)
+        self._mlp, self._two = (_unconnected_mlp(width, generator) for width in (hidden, 2))
         weights, log_ratio = self._line()
         losses = torch.zeros(SCHEDULE_FEATURES - len(HORIZON_MARKS))
         log_step = torch.tensor([math.log(step / step_mult / LR_MULT) + log_ratio])
         self.start = torch.cat([direction, weights, losses, log_step])
 
     def arrays(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The MLP's two units, and the LSTM."""
+        return self._arrays(vectors, self._two)
+
+    def theta(self, vector: Tensor) -> dict[str, Tensor]:
         """Theta of the widths asked for."""
+        return self._arrays(vector, self._mlp)
+
+    def _arrays(self, vectors: Tensor, mlp: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = vectors.shape[:-1]
         sizes = [len(self._channels), SCHEDULE_FEATURES, 1]
         direction, schedule, log_step = vectors.split_with_sizes(sizes, dim=-1)
-        fixed = {**self._fixed, **self._mlp}
+        fixed = {**self._fixed, **mlp}
         arrays = {name: array.to(vectors).expand(*batch, *array.shape) for name, array in fixed.items()}
         arrays |= _pointed(arrays, self._channels, direction)
-        arrays |= {name: arrays[name].unsqueeze(-1 - array.dim()) for name, array in self._mlp.items()}  # a bank of one
+        arrays |= {name: arrays[name].unsqueeze(-1 - array.dim()) for name, array in mlp.items()}  # a bank of one
         rest = arrays["rnn_params/step_size/w"][..., SCHEDULE_FEATURES:, :]
         arrays["rnn_params/step_size/w"] = torch.cat([schedule.unsqueeze(-1), rest], dim=-2)
         return arrays | {"rnn_params/step_size/b": log_step}

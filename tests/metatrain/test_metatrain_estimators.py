@@ -162,9 +162,9 @@ def test_the_linear_space_is_what_it_says(wide):
     assert max(array.abs().max() for array in space.theta(space.start).values()) < 16, "fit for half precision"
 
 
-def celo_controls(space, vector, losses):
+def celo_controls(space, arrays, losses):
     """What Celo decides at every step of a run with these losses, and the rule; for one tensor of scale 1."""
-    rule = CeloRule.from_arrays(space.theta(vector), **space.hyper)
+    rule = CeloRule.from_arrays(arrays, **space.hyper)
     constants, memory = rule.constants(torch.device("cpu"), torch.float32), {}
     group = {"maximize": False, "weight_decay": 0.0, "weight_decay_policy": "before"}
     bucket = Bucket(TensorLayout.whole((1,), (0,)), [torch.ones(1)], [{}], group, torch.float32)
@@ -174,14 +174,17 @@ def celo_controls(space, vector, losses):
         yield rule, control, memory
 
 
-def test_the_linear_space_of_celo_is_what_it_says():
+@pytest.mark.parametrize("wide", [False, True], ids=["as trained", "as kept"])
+def test_the_linear_space_of_celo_is_what_it_says(wide):
     space = CeloLinear(hidden=6, lstm=20, step=0.02)
     generator = torch.Generator().manual_seed(0)
     vector = space.start + 0.1 * torch.randn(len(space.start), generator=generator)
+    kept = space.theta(vector) if wide else space.arrays(vector)
+    assert kept["ff_mod_stack/~/w1"].shape == ((1, 6, 6) if wide else (1, 2, 2))
     features = torch.randn(1, 30, 50, generator=generator)
     signed = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 27, 28, 29]
     gate, losses, seen = torch.sigmoid(torch.tensor(5.0)), [1.0, 2.0, 0.5, 0.7, 0.6], []
-    for iteration, (_, control, memory) in enumerate(celo_controls(space, vector, losses)):
+    for iteration, (_, control, memory) in enumerate(celo_controls(space, kept, losses)):
         weights, biases = ([control[f"{kind}{i}"] for i in range(3)] for kind in "wb")
         got = control["lr_mult"] * steps(features, weights, biases, exp_mult=1.0).flatten()
         run = torch.cat([horizon_features(iteration, len(losses), got), memory["loss_features"]])
@@ -198,7 +201,7 @@ def test_a_constructed_celo_begins_with_a_line_to_zero():
     space = CeloLinear(step=0.02)
     sizes = [
         float(control["lr_mult"]) * rule.step_mult
-        for rule, control, _ in celo_controls(space, space.start, [1.0] * 100)
+        for rule, control, _ in celo_controls(space, space.theta(space.start), [1.0] * 100)
     ]
     line = 0.02 * (1 - torch.arange(100) / 100)
     assert torch.tensor(sizes).sub(line).abs().max() < 0.002
