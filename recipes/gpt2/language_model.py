@@ -64,7 +64,7 @@ def parse(arguments: list[str], description: str | None = None) -> tuple[Recipe,
     Raises:
         ValueError: The file has unknown keys.
     """
-    install()  # makes optim: celo2 known, also to the parser
+    install()  # makes optim: pace known, also to the parser
     parser = HfArgumentParser(
         (Recipe, TrainingArguments),
         usage="%(prog)s [PRESET or FILE.yaml] [options]",

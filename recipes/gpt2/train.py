@@ -4,7 +4,7 @@ Examples:
     python train.py                                 preset tiny: minutes on two CPU cores
     python train.py gpt2 --data book.txt            preset gpt2: 124 million parameters
     python train.py my.yaml --max_steps 50          your own file, and options that override it
-    python train.py --optim adamw_torch --learning_rate 0.003
+    python train.py --optim adamw_torch --learning_rate 0.003 --lr_scheduler_type cosine
     python train.py --resume_from_checkpoint last   go on where it was interrupted
     accelerate launch --config_file launch/fsdp2.yaml train.py gpt2   on several devices, likewise ddp, hsdp, fsdp1
 """
