@@ -263,6 +263,8 @@ def describe(trials: Sequence[Trial]) -> str:
         told = "never" if reached is None else str(reached)
         lines.append(f"{trial.name:{width}}  {final:>10}  {told:>22}  {1000 * trial.seconds:>9.1f}")
     lines.append(f"training losses: the mean of the last {LAST:.0%} of the steps")
+    if sum(trial.is_adamw for trial in trials) == 1:
+        lines.append("AdamW had one learning rate; several are fairer: --adamw 3e-4,1e-3,3e-3")
     learned = [trial for trial in trials if not trial.is_adamw]
     return "\n".join([*lines, "", *(_verdict(trial, baseline) for trial in learned)])
 
@@ -285,11 +287,12 @@ def _verdict(trial: Trial, baseline: Trial) -> str:
         )
     reached, steps = trial.steps_to(baseline.final), len(baseline.losses)
     if reached is not None and trial.final < baseline.final:
-        saved = steps / reached
+        own = baseline.steps_to(baseline.final) or steps  # its last losses may be no lower than some before
+        saved = own / reached
         speed = f"{saved / cost:.2f} times as fast in time" if saved > cost else "no faster in time"
         return (
-            f"{trial.name} won: {ended}. It was there after {reached} of {steps} steps, and a step took {cost:.2f} "
-            f"times as long: {speed}."
+            f"{trial.name} won: {ended}. It was there after {reached} of {steps} steps, AdamW after {own}, and a step "
+            f"took {cost:.2f} times as long: {speed}."
         )
     return (
         f"{trial.name} lost: {ended}. A run of more steps, or another learned optimizer (`pylo list`), may do better; "

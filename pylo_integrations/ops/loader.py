@@ -261,7 +261,7 @@ def load() -> Library | str:
     if path is None:
         return (
             f"{FILE} is not part of this installation: it is built when pip finds a C++ compiler; "
-            'the reference backend does all the work ("pip install --force-reinstall" builds it again)'
+            'the reference backend does all the work ("pip install --force-reinstall" of this package builds it again)'
         )
     try:
         return Library(path)

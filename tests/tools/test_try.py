@@ -82,7 +82,8 @@ def test_where_a_run_ended_and_when_it_was_there_are_means_of_a_twentieth_of_it(
     ("losses", "seconds", "expected"),
     [
         ([1.0] * 20 + [0.25] * 80, 2.0, "won: 0.25 against 0.5 of adamw lr=0.001. It was there after 24 of 100 steps"),
-        ([1.0] * 20 + [0.25] * 80, 8.0, "no faster in time"),
+        ([1.0] * 20 + [0.25] * 80, 2.0, "AdamW after 55, and a step took 2.00 times as long: 1.15 times as fast"),
+        ([1.0] * 20 + [0.25] * 80, 2.4, "no faster in time"),
         ([1.0] * 100, 1.0, "lost: 1 against 0.5"),
         ([1.0] * 50 + [0.4, 0.6, 0.5, 0.45, 0.55] * 10, 1.0, "ended level"),
         ([1.0, math.nan], 1.0, "diverged"),
@@ -92,6 +93,12 @@ def test_the_verdict_is_what_the_losses_say(losses, seconds, expected):
     adamw = trial("adamw lr=0.001", [1.0] * 50 + [0.5] * 50)
     worse = trial("adamw lr=0.1", [2.0] * 100)
     assert expected in describe([worse, adamw, trial("pace", losses, seconds)]).splitlines()[-1]
+
+
+def test_that_adamw_had_one_rate_only_is_said():
+    adamw, pace = [trial(f"adamw lr={lr}", [1.0] * 10) for lr in (0.001, 0.01)], trial("pace", [0.5] * 10)
+    assert "AdamW had one learning rate" in describe([adamw[0], pace])
+    assert "one learning rate" not in describe([*adamw, pace])
 
 
 def test_adamw_that_diverges_at_every_rate_is_said():
