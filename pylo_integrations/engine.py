@@ -241,7 +241,7 @@ class Engine:
             self._constants[kind] = kind.rule.constants(kind.device, kind.dtype)
         contexts = [ctx] * len(plan.buckets)
         for kind, indices in plan.kinds.items():
-            mine = replace(ctx, constants=self._constants[kind])
+            mine = replace(ctx, constants=self._constants[kind], counts=kind.rule.counts)
             for i in indices:
                 contexts[i] = mine
         return contexts

@@ -338,8 +338,9 @@ class Episode:
                 None,
                 constants=mine,
                 local=self.learner.local,
+                counts=slot.rule.counts,
             )
-            for mine in tiled
+            for mine, slot in zip(tiled, self._slots, strict=True)
         ]
 
         def decide(sums: Sequence[Sums]) -> list[Control]:

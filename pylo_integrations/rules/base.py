@@ -66,6 +66,7 @@ class StepContext:
             the end of the step.
         constants: :meth:`Rule.constants` on the device and dtype of the tensors at hand.
         local: Who runs the rule's local functions.
+        counts: :attr:`Rule.counts` of the rule whose context it is.
         counted: What ``finish`` has counted of whole tensors, by the names of :attr:`Rule.counts`, each ``(tensors,)``.
     """
 
@@ -77,6 +78,7 @@ class StepContext:
     memory: dict[str, Tensor] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     local: Local = as_written
+    counts: tuple[str, ...] = ()
     counted: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def count(self, name: str, values: Tensor) -> None:
@@ -85,7 +87,16 @@ class StepContext:
         Args:
             name: One of :attr:`Rule.counts`.
             values: ``(tensors,)``.
+
+        Raises:
+            ValueError: Another name, which ranks that finish no tensor would not know of, or another shape.
         """
+        if name not in self.counts:
+            raise ValueError(f"count({name!r}): the rule has counts = {self.counts}; name there what finish() counts")
+        if values.dim() != 1:
+            raise ValueError(
+                f"count({name!r}): values of shape {tuple(values.shape)} must be one for each tensor, (tensors,)"
+            )
         self.counted.setdefault(name, []).append(values)
 
 

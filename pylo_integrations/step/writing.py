@@ -83,15 +83,20 @@ class Writer:
             plan.rules[i].finish(whole, bucket.layout, replace(contexts[i], counted=counted)) if len(whole) else whole
             for i, bucket, whole in zip(mine, buckets, wholes, strict=True)
         ]
-        self._count_everywhere(plan, mine, counted, contexts[0])
+        self._count_everywhere(plan, mine, counted, contexts)
         returned = dict(zip(mine, self._assembly.scatter(blocks, done), strict=True))
         return [iter(returned[i]) if i in returned else steps for i, steps in enumerate(proposed)]
 
     def _count_everywhere(
-        self, plan: Plan, indices: Sequence[int], counted: Mapping[str, list[Tensor]], ctx: StepContext
+        self,
+        plan: Plan,
+        indices: Sequence[int],
+        counted: Mapping[str, list[Tensor]],
+        contexts: Sequence[StepContext],
     ) -> None:
         """Count for all ranks what owners have counted, of some buckets."""
-        names = sorted({name for i in indices for name in plan.rules[i].counts})
+        of_names = {name: contexts[i] for i in indices for name in plan.rules[i].counts}
+        names = sorted(of_names)
         if not names:
             return
         widest = max((plan.buckets[i].dtype for i in indices), key=lambda dtype: dtype.itemsize)
@@ -100,7 +105,7 @@ class Writer:
             sums[names.index(name)] = total
         sum_over_ranks_([(sums, 1)], self._ranks)
         for name, total in zip(names, sums.view(-1, 1), strict=True):
-            ctx.count(name, total)
+            of_names[name].count(name, total)
 
 
 def added_up(counted: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
