@@ -264,7 +264,7 @@ def describe(trials: Sequence[Trial]) -> str:
         lines.append(f"{trial.name:{width}}  {final:>10}  {told:>22}  {1000 * trial.seconds:>9.1f}")
     lines.append(f"training losses: the mean of the last {LAST:.0%} of the steps")
     if sum(trial.is_adamw for trial in trials) == 1:
-        lines.append("AdamW had one learning rate; several are fairer: --adamw 3e-4,1e-3,3e-3")
+        lines.append("AdamW had one learning rate; several are fairer, such as 3e-4, 1e-3 and 3e-3")
     learned = [trial for trial in trials if not trial.is_adamw]
     return "\n".join([*lines, "", *(_verdict(trial, baseline) for trial in learned)])
 
@@ -287,7 +287,7 @@ def _verdict(trial: Trial, baseline: Trial) -> str:
         )
     reached, steps = trial.steps_to(baseline.final), len(baseline.losses)
     if reached is not None and trial.final < baseline.final:
-        own = baseline.steps_to(baseline.final) or steps  # its last losses may be no lower than some before
+        own = baseline.steps_to(baseline.final) or steps  # None where sums round to just above its end
         saved = own / reached
         speed = f"{saved / cost:.2f} times as fast in time" if saved > cost else "no faster in time"
         return (

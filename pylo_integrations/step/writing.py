@@ -95,8 +95,8 @@ class Writer:
         contexts: Sequence[StepContext],
     ) -> None:
         """Count for all ranks what owners have counted, of some buckets."""
-        of_names = {name: contexts[i] for i in indices for name in plan.rules[i].counts}
-        names = sorted(of_names)
+        context_of = {name: contexts[i] for i in indices for name in plan.rules[i].counts}
+        names = sorted(context_of)
         if not names:
             return
         widest = max((plan.buckets[i].dtype for i in indices), key=lambda dtype: dtype.itemsize)
@@ -105,7 +105,7 @@ class Writer:
             sums[names.index(name)] = total
         sum_over_ranks_([(sums, 1)], self._ranks)
         for name, total in zip(names, sums.view(-1, 1), strict=True):
-            of_names[name].count(name, total)
+            context_of[name].count(name, total)
 
 
 def added_up(counted: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:

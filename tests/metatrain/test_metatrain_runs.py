@@ -267,6 +267,17 @@ def test_a_published_architecture_can_be_tuned_from_its_weights(tmp_path):
     assert Theta.load(tmp_path / "run" / "last.safetensors") != Theta.load(weights)
 
 
+@pytest.mark.parametrize("optimizer", ["celo", "celo2", "small_fc_lopt"])
+def test_members_of_a_smaller_network_than_theta_are_trained_and_then_all_of_theta(tmp_path, optimizer):
+    stage = {"iterations": 1, "pairs": 2, "truncation": 3, "horizon": [4, 8]}
+    stages = [{**stage, "space": "linear"}, {**stage, "space": "full"}]
+    _, theta = run(tmp_path, optimizer=optimizer, start={"hidden": 8}, stages=stages)
+    assert theta.training["inner_steps"] > 0
+    kept, first = (Theta.load(tmp_path / f"{name}.safetensors") for name in ("last", "theta"))
+    assert {n: a.shape for n, a in kept.arrays.items()} == {n: a.shape for n, a in first.arrays.items()}
+    assert max(max(a.shape) for name, a in kept.arrays.items() if name.endswith("/w1")) == 8
+
+
 # -- misuse --------------------------------------------------------------------------------------------------------
 
 
