@@ -34,8 +34,11 @@ _LOWEST_DECAY, _HIGHEST_DECAY = ADAMW_DECAYS[0] / TOLERANCE, ADAMW_DECAYS[1] * T
 SWEEP = 1000.0
 """How many times its initial value a learning rate reaches only in a search for the right one."""
 
-UNTOLD = 200
+UNTOLD = 20
 """Steps after which an optimizer that anneals by itself says that it was not told how many there are."""
+
+FALLS, FALLEN = 5, 0.9
+"""How often a learning rate has to have fallen, and to which part of its largest, to be a schedule and no choice."""
 
 DROP = 300.0
 """How many times smaller no schedule makes a setting at once and then leaves it; from 1 to AdamW's 1e-3 is more."""
@@ -115,14 +118,20 @@ class _Course:
     def __init__(self, is_whole: bool) -> None:
         self._is_whole = is_whole
         self._value = self._last = self._largest = 0.0
-        self._since = 0
+        self._since = self._falls = 0
 
     def see(self, value: float, iteration: int) -> None:
         """Note the value of a step."""
         if value != self._value:
             self._largest = max(self._largest, self._value)
             self._last = self._value or self._last
+            self._falls += value < self._value
             self._value, self._since = value, iteration
+
+    @property
+    def has_fallen(self) -> bool:
+        """Whether a schedule lets it fall."""
+        return self._falls >= FALLS and self._value < FALLEN * self._largest
 
     def is_set_below(self, lowest: float, iteration: int, patience: int) -> bool:
         """Whether too small a value has been there for ``patience`` steps, and no schedule leads to it: it was never
@@ -197,6 +206,7 @@ class SettingsWatch:
             self._lrs = lrs
             self._course.see(_largest(lrs), iteration)
             hints |= self._too_large(groups)
+            hints |= self._look_for_second(num_steps)
         decays = [(_number(group["weight_decay"]), group["weight_decay_policy"]) for group in groups]
         if decays != self._decays:
             self._decays = decays
@@ -209,6 +219,16 @@ class SettingsWatch:
         if num_steps is None:
             return hints | self._look_for_end(groups, iteration)
         return hints | self._look_for_rest(groups, iteration, num_steps)
+
+    def _look_for_second(self, num_steps: int | None) -> Hints:
+        """Whether steps that fall by themselves fall by a schedule as well."""
+        if not (self._anneals and num_steps is not None and self._course.has_fallen):
+            return {}
+        return {
+            "schedule": f"a schedule lies over {self._name}, whose steps fall to zero over num_steps={num_steps} by "
+            "themselves, so they fall twice, and the loss ends above its best: leave the schedule out, or keep it and "
+            "leave num_steps out"
+        }
 
     def _look_for_end(self, groups: Sequence[Mapping[str, Any]], iteration: int) -> Hints:
         """Of a run of unknown length, whether anything lets steps fall."""

@@ -205,7 +205,7 @@ class Pace(ThetaOptimizer, name="pace"):
     values, of groups marked ``rule="attention"``, goes less far. Takes the arguments of
     :class:`ThetaOptimizer` but ``step_mult`` and ``exp_mult``, and ``orthogonalise`` as :class:`CELO2` does. It wants
     ``num_steps``, over which steps shrink to zero by themselves, so no schedule is needed; without it they never
-    shrink. The loss of the first step is used if it is told, on all ranks or on none; others are not. The default
+    shrink. The losses of the first hundred steps are used if they are told, on all ranks or on none. The default
     weights, ``"builtin:pace"``, were meta-trained by this package on small networks. Of a model, tensors that share a
     parameter are stepped each by itself (:mod:`pylo_integrations.fused`), and attention is marked
     (:mod:`pylo_integrations.attention`).

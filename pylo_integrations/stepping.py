@@ -63,7 +63,7 @@ class Stepping:
         observed, rule = self.progress.window.take(), self.ledger.rule
         known = given if given is not None else observed
         # Closures may return anything where no loss is needed.
-        if known is None and (rule.needs_loss or (rule.reads_first_loss and _is_number(result))):
+        if known is None and (rule.needs_loss or (rule.early_losses and _is_number(result))):
             known = result
         return None if known is None else as_scalar_loss(known)
 

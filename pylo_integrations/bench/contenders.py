@@ -157,5 +157,6 @@ def make_contender(name: str, parameters: Parameters, **options: Any) -> tuple[O
     if form != "float32":
         common["state_dtype"] = form
     optimizer = create_optimizer(groups, name, small, **common, **options)
-    loss = torch.ones((), device=parameters[0][0].device) if optimizer.reads_loss else None
+    # Where only early steps read it, others are measured: a run has more of them.
+    loss = torch.ones((), device=parameters[0][0].device) if optimizer.needs_loss else None
     return optimizer, lambda: optimizer.step(loss=loss)

@@ -36,7 +36,8 @@ the model.
 |---|---|
 {strategies}
 
-Bytes are what a rank puts into a collective. A step that clips the gradient norm repeats its first all-reduce where the
+Bytes are what a rank puts into a collective. Steps of `pace` are those after its first hundred, which average the loss
+as well, where it is told. A step that clips the gradient norm repeats its first all-reduce where the
 rule's sums do not scale with the gradient (`velo`, `celo`, `celo2_base`, `celo2`, `elo_celo2`).
 
 Under DDP, whatever the model, replicas only average the loss. With `shard_step` they send what sharded parameters do,

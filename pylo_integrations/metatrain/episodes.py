@@ -371,9 +371,11 @@ class Episode:
             params.update(zip(slot.names, new.view(len(slot.names), self.members, *new.shape[1:]), strict=True))
         now.params = {name: value.reshape(now.params[name].shape) for name, value in params.items()}
         now.states = [stack.values for stack in stacks]
-        self._conclude([ctx.counted for ctx in contexts], constants)
+        self._conclude([ctx.counted for ctx in contexts], losses, constants)
 
-    def _conclude(self, counted: Sequence[Mapping[str, list[Tensor]]], constants: Mapping[str, Tensor]) -> None:
+    def _conclude(
+        self, counted: Sequence[Mapping[str, list[Tensor]]], losses: Tensor, constants: Mapping[str, Tensor]
+    ) -> None:
         """What the rule remembers of what it counted, mapped over members."""
         totals: dict[str, Tensor] = {}
         for name, values in itertools.chain.from_iterable(each.items() for each in counted):
@@ -383,12 +385,12 @@ class Episode:
             return
 
         def conclude(
-            constants: dict[str, Tensor], memory: dict[str, Tensor], totals: dict[str, Tensor]
+            constants: dict[str, Tensor], loss: Tensor, memory: dict[str, Tensor], totals: dict[str, Tensor]
         ) -> dict[str, Tensor]:
-            ctx = StepContext(self.iteration, self.horizon, None, memory=memory, constants=constants)
+            ctx = StepContext(self.iteration, self.horizon, loss.float(), memory=memory, constants=constants)
             return {**memory, **self.learner.rule.conclude(totals, ctx)}
 
-        self._now.memory = vmap(conclude)(dict(constants), self._now.memory, totals)
+        self._now.memory = vmap(conclude)(dict(constants), losses, self._now.memory, totals)
 
     def _control(
         self, stacks: Sequence[_Stack], sums: Sequence[Sums], losses: Tensor, constants: Mapping[str, Tensor]

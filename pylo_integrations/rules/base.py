@@ -108,7 +108,7 @@ class Rule(ABC):
     Attributes:
         kind: What checkpoints call the rule; the name of the class, unless it says otherwise.
         needs_loss: Whether every step needs the loss.
-        reads_first_loss: Whether the first step uses the loss, if it is given.
+        early_losses: How many first steps use the loss, if it is given.
         needs_horizon: Whether every step needs to know how many steps the run takes.
         features: Names of the per-parameter inputs of the network, in order; empty if there is none.
         finishes: Whether :meth:`finish` has something to do; steps are then kept until a tensor's are complete.
@@ -119,7 +119,7 @@ class Rule(ABC):
 
     kind: ClassVar[str]
     needs_loss: ClassVar[bool] = False
-    reads_first_loss: ClassVar[bool] = False
+    early_losses: ClassVar[int] = 0
     needs_horizon: ClassVar[bool] = False
     features: ClassVar[tuple[str, ...]] = ()
     finishes: ClassVar[bool] = False
@@ -128,7 +128,7 @@ class Rule(ABC):
 
     def reads_loss(self, iteration: int) -> bool:
         """Whether the step after ``iteration`` others uses the loss, if it is given."""
-        return self.needs_loss or (self.reads_first_loss and iteration == 0)
+        return self.needs_loss or iteration < self.early_losses
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -76,7 +76,10 @@ LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
 GROWTH = 1.1
-"""By which the largest promise of all matrices grows in a step at most, so that one bad batch does little harm."""
+"""By which the largest promise of all matrices, and a first loss, grow in a step at most: one bad batch counts little."""
+
+UNUSUAL = 2.0
+"""How many times a first loss an early one has to be for the first to have been an easy batch's, and to grow."""
 
 LEAST_PROMISE = 0.01
 """Where it begins, as a part of the first loss: a transformer's first gradients, its largest ones, do not count."""
@@ -115,7 +118,7 @@ class PaceRule(Rule):
     projects: bool = False
 
     kind: ClassVar[str] = "Pace"
-    reads_first_loss: ClassVar[bool] = True
+    early_losses: ClassVar[int] = 100
     finishes: ClassVar[bool] = True
     counts: ClassVar[tuple[str, ...]] = (_SQUARES,)
     norm_eps: ClassVar[float] = 1e-9
@@ -211,14 +214,21 @@ class PaceRule(Rule):
         return dict(memory)
 
     def conclude(self, counted: Mapping[str, Tensor], ctx: StepContext) -> Mapping[str, Tensor]:
-        """The largest promise of all matrices together."""
+        """The first loss, which grows where early ones are unusual; the largest promise of all matrices together."""
         first_loss = ctx.memory.get(_FIRST_LOSS)
-        if _SQUARES not in counted or first_loss is None:
+        if first_loss is None:
             return {}
-        promise = counted[_SQUARES].sqrt()
-        least = LEAST_PROMISE * first_loss.to(promise)
-        before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise).maximum(least)
-        return {_LARGEST_PROMISE: before.maximum(promise.minimum(GROWTH * before))}
+        found = {}
+        if ctx.loss is not None and self.reads_loss(ctx.iteration):
+            early = ctx.loss.abs().to(first_loss.dtype) / UNUSUAL
+            before = first_loss.to(early)
+            found[_FIRST_LOSS] = before.maximum(early.minimum(GROWTH * before)).where(before >= LEAST_LOSS, before)
+        if _SQUARES in counted:
+            promise = counted[_SQUARES].sqrt()
+            least = LEAST_PROMISE * first_loss.to(promise)
+            before = ctx.memory.get(_LARGEST_PROMISE, torch.zeros_like(promise)).to(promise).maximum(least)
+            found[_LARGEST_PROMISE] = before.maximum(promise.minimum(GROWTH * before))
+        return found
 
     @property
     def kernel_spec(self) -> KernelSpec:

@@ -110,10 +110,58 @@ def stepped(*losses: Any, closure: bool = False, observed: bool = False, num_ste
     return param.detach()
 
 
-def test_later_losses_do_not_matter():
-    assert torch.equal(stepped(2.0, 1.0, 0.5), stepped(2.0, 7.0, None))
+def test_usual_later_losses_do_not_matter():
+    assert torch.equal(stepped(2.0, 1.0, 0.5), stepped(2.0, 3.9, None))
     assert torch.equal(stepped(None, 1.0, 0.5), stepped(None, None, None))
     assert not torch.equal(stepped(2.0, 1.0, 0.5), stepped(None, 1.0, 0.5))
+
+
+def remembered(losses: list[float | None]) -> list[float]:
+    """What is remembered as the first loss, after every step."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(8, 6))
+    optimizer = create_optimizer([param], "pace", num_steps=1000, telemetry=True)
+    found = []
+    for loss in losses:
+        param.grad = torch.randn(8, 6)
+        optimizer.step(loss=loss)
+        found.append(optimizer.telemetry()["optim/Pace/first_loss"])
+    return found
+
+
+def test_an_easy_first_batch_is_made_up_for():
+    """By a tenth a step at most, up to half of what is usual, so that one bad batch counts little."""
+    found = remembered([0.01] + [1.0] * 60)
+    assert found[:3] == pytest.approx([0.01, 0.011, 0.0121])
+    assert found[-1] == 0.5
+    assert remembered([1.0, 1e6, 1.0, -1.0])[-1] == pytest.approx(1.1)
+    assert remembered([0.01, None, -1.0])[-1] == pytest.approx(0.011)
+
+
+def test_after_a_hundred_steps_no_loss_is_read():
+    assert remembered([0.01] + [0.01] * 99 + [1.0] * 10)[-1] == pytest.approx(0.01)
+    assert remembered([0.01] + [0.01] * 98 + [1.0] * 10)[-1] == pytest.approx(0.011)
+
+
+def test_a_first_loss_that_is_no_measure_stays_none():
+    assert remembered([1e-4] + [1.0] * 60)[-1] == pytest.approx(1e-4)
+    assert remembered([None] + [1.0] * 3)[-1] == 0.0
+
+
+def test_a_run_whose_first_batch_is_easy_trains():
+    def train(first: float) -> float:
+        torch.manual_seed(0)
+        model, truth = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)), torch.randn(8)
+        optimizer = create_optimizer(model, "pace", num_steps=300)
+        for index in range(300):
+            x = torch.randn(64, 8)
+            loss = (model(x).squeeze(1) - (x @ truth).tanh() * 3).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(loss=loss * first if index == 0 else loss)
+        return loss.item()
+
+    assert train(0.01) < 1.5 * train(1.0)
 
 
 def test_its_sign_does_not_matter_and_a_small_one_is_no_measure():

@@ -260,6 +260,11 @@ def test_what_schedulers_set_is_looked_at(name, schedule, told):
         assert ["such steps make the loss climb" in text for text in told()] == [True] * (times == 100)
 
 
+def but_for_a_second_schedule(texts: list[str]) -> list[str]:
+    """What a schedule of any kind over an optimizer that anneals by itself is told, rightly."""
+    return [text for text in texts if "a schedule lies over" not in text]
+
+
 @pytest.mark.parametrize("name", list_optimizers())
 def test_small_values_of_schedules_and_sweeps_are_not_told(name, told):
     natural = get_optimizer_info(name).lr
@@ -277,7 +282,7 @@ def test_small_values_of_schedules_and_sweeps_are_not_told(name, told):
     for _ in range(10):
         take_steps(optimizer)
         optimizer.param_groups[0]["lr"] = min(optimizer.param_groups[0]["lr"] * 10, 100 * natural)
-    assert told() == []
+    assert but_for_a_second_schedule(told()) == []
 
 
 # -- what is no cause for alarm ------------------------------------------------------------------------------------
@@ -361,8 +366,27 @@ def test_nor_about_the_same_by_hand(name, kind, told):
     for rate in rates:
         optimizer.param_groups[0].update(lr=rate * natural, weight_decay=rate * 0.1)
         take_steps(optimizer)
-    assert [text for text in told() if "has not changed" not in text] == []
+    assert [text for text in but_for_a_second_schedule(told()) if "has not changed" not in text] == []
     assert len(set(rates)) > 1
+
+
+@pytest.mark.parametrize("kind", ["LinearLR", "CosineAnnealingLR", "OneCycleLR", "SequentialLR"])
+@pytest.mark.parametrize("name", ["pace", "celo2", "celo"])
+def test_a_second_schedule_is_told_over_what_falls_by_itself(name, kind, told):
+    natural = get_optimizer_info(name).lr
+    for num_steps in (STEPS, None) if name == "pace" else (STEPS,):
+        optimizer = create([parameter()], name, natural, num_steps=num_steps)
+        drive(optimizer, USUAL[kind](optimizer, natural))
+        found = [text for text in told() if "a schedule lies over" in text]
+        assert len(found) == (name == "pace" and num_steps is not None)
+
+
+def test_a_learning_rate_that_is_changed_now_and_then_is_no_schedule(told):
+    optimizer = create([parameter()], "pace", num_steps=STEPS)
+    for lr in (1.0, 0.5, 0.25, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        take_steps(optimizer, 5)
+    assert told() == []
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -376,7 +400,7 @@ def test_nothing_is_said_about_the_schedules_of_the_trainer(name, told):
         if kind.value == "polynomial":
             options["scheduler_specific_kwargs"] = {"lr_end": 1e-3 * get_optimizer_info(name).lr}
         drive(optimizer, transformers.get_scheduler(kind, optimizer, 8, STEPS, **options))
-        assert told() == []
+        assert but_for_a_second_schedule(told()) == []
 
 
 @pytest.mark.parametrize("name", ENTRIES)

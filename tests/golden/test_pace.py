@@ -51,7 +51,7 @@ def flatness(d: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return cosine.clamp(0.05, 1)
 
 
-def expected(starts, grads, horizon, first_loss):
+def expected(starts, grads, horizon, losses):
     """Parameters after every step."""
     c = numbers()
     known = max(horizon or 1000, 100)
@@ -63,12 +63,14 @@ def expected(starts, grads, horizon, first_loss):
     kinds = (LEARNED, TRANSPOSED, PROJECTIONS, TRANSPOSED_PROJECTIONS)
     transposed, projections, in_out, tables = itertools.accumulate(map(len, kinds))
     is_matrix = [p.dim() > 1 and max(p.shape[:2]) > 1 and i < tables for i, p in enumerate(params)]
-    largest = 0.01 * abs(first_loss or 0)  # promise of all matrices together
+    first_loss = abs(losses[0] or 0)
+    is_known = first_loss >= 1e-3
+    largest = 0.01 * first_loss  # promise of all matrices together
     for t in range(STEPS):
         g = [each.double() for each in grads[t]]
         promise, part = 0.0, 1.0
-        if first_loss is not None and abs(first_loss) >= 1e-3 and largest > 0:
-            part = max(0.05, min(1, math.exp(c["log_total_promise"]) * abs(first_loss) / largest))
+        if is_known and largest > 0:
+            part = max(0.05, min(1, math.exp(c["log_total_promise"]) * first_loss / largest))
         pace = 1.0
         if horizon is not None:
             warm = min(1, (t + 1) / (math.exp(c["log_warmup"]) * horizon))
@@ -95,8 +97,8 @@ def expected(starts, grads, horizon, first_loss):
                 length *= math.exp(c["log_attention"]) if i >= projections else 1
                 promise += (along * length) ** 2
                 length *= part
-                if first_loss is not None and abs(first_loss) >= 1e-3:
-                    length *= min(1, math.exp(c["log_promise"]) * abs(first_loss) / (along * length * pace))
+                if is_known:
+                    length *= min(1, math.exp(c["log_promise"]) * first_loss / (along * length * pace))
                 params[i] = params[i] - length * pace * u
             else:
                 decay = 0.999 if i >= tables else 0.95
@@ -108,18 +110,25 @@ def expected(starts, grads, horizon, first_loss):
                     * (known / 1000) ** c["vector_horizon_exponent"]
                 )
                 params[i] = params[i] - length * pace * part * adam
+        largest = max(largest, 0.01 * first_loss)
         largest = max(largest, min(math.sqrt(promise), 1.1 * largest))
+        if is_known and t > 0:
+            first_loss = max(first_loss, min(abs(losses[t]) / 2, 1.1 * first_loss))
         yield [p.clone() for p in params]
 
 
 @pytest.mark.parametrize(
-    ("horizon", "first_loss"),
-    [(10, None), (500, None), (None, None), (500, 3.0), (500, 1e4), (500, 1e-2), (500, 1e-4), (None, -2.0)],
+    ("horizon", "first_loss", "growth"),
+    [
+        *[(horizon, None, 1.0) for horizon in (10, 500, None)],
+        *[(500, loss, 0.8) for loss in (3.0, 1e4, 1e-2, 1e-4)],
+        *[(horizon, loss, 1.2) for horizon, loss in ((500, 1e-2), (500, 1e-4), (None, -2.0))],
+    ],
 )
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("reference", torch.float64), ("reference", torch.float32), ("native", torch.float32)]
 )
-def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
+def test_steps_are_the_formulas(backend, dtype, horizon, first_loss, growth):
     """In float32 the iteration multiplies what is rounded off."""
     if backend == "native":
         library_or_skip()
@@ -145,10 +154,11 @@ def test_steps_are_the_formulas(backend, dtype, horizon, first_loss):
         {"params": list(rest), "rule": "adamw"},
     ]
     optimizer = Pace(groups, backend=backend, num_steps=horizon, weight_decay=DECAY)
-    for t, want in enumerate(expected(starts, grads, horizon, first_loss)):
+    losses = [None if first_loss is None else first_loss * growth**t for t in range(STEPS)]
+    for t, want in enumerate(expected(starts, grads, horizon, losses)):
         for param, grad in zip(params, grads[t], strict=True):
             param.grad = grad
-        optimizer.step(loss=None if first_loss is None else first_loss / (t + 1))
+        optimizer.step(loss=losses[t])
         for param, target, start in zip(params, want, starts, strict=True):
             moved = (target - start.double()).abs().max()
             tolerance = 1e-6 if dtype == torch.float64 else 1e-3  # theta's decays are rounded to float32
