@@ -76,7 +76,7 @@ LEAST_FLATNESS = 0.05
 """From which on its law is followed: that of a matrix whose singular values are all 0 but one in 400."""
 
 GROWTH = 1.1
-"""By which the largest promise of all matrices, and a first loss, grow in a step at most: one bad batch counts little."""
+"""By which the largest promise of all matrices and a first loss grow in a step at most: one bad batch counts little."""
 
 UNUSUAL = 2.0
 """How many times a first loss an early one has to be for the first to have been an easy batch's, and to grow."""
