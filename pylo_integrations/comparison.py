@@ -40,8 +40,13 @@ OptimizerOf: TypeAlias = Callable[[nn.Module], Optimizer]
 class TrainingFunction(Protocol):
     """A generator that trains: it makes model, data and, by what it is given, its optimizer, and yields every loss."""
 
-    def __call__(self, optimizer_of: OptimizerOf, /) -> Iterable[Tensor | float]:
-        """Train without end, or for long enough; one loss for every optimizer step."""
+    def __call__(
+        self, optimizer_of: OptimizerOf, /
+    ) -> Iterable[Tensor | float | tuple[Tensor | float, Tensor | float | None]]:
+        """Train without end, or for long enough; one loss for every optimizer step.
+
+        A loss may come with that of validation, as a pair; None stands for steps after which nothing was validated.
+        """
 
 
 class RunFailed(RuntimeError):
@@ -57,12 +62,14 @@ class Trial:
         losses: One a step; shorter than was asked for if a loss was not finite.
         seconds: Of a step, in the median, so that what is done once does not count; all of it, data and gradients too.
         is_adamw: Whether it is one to compare with.
+        validation: The last validation loss; None if there was none.
     """
 
     name: str
     losses: Sequence[float]
     seconds: float
     is_adamw: bool
+    validation: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -201,11 +208,14 @@ def _run(
         return optimizer
 
     losses: list[float] = []
+    validation: float | None = None
     times: list[float] = []
     for value in itertools.islice(_iterate(train, optimizer_of, name), steps):
         if not made:
             raise ValueError("the function yielded a loss before it called optimizer_of(model)")
-        losses.append(_number(value))
+        loss, validated = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+        losses.append(_number(loss))
+        validation = validation if validated is None else _number(validated)
         times.append(time.perf_counter())
         if not math.isfinite(losses[-1]):
             break
@@ -218,7 +228,7 @@ def _run(
     if len(losses) < steps and math.isfinite(losses[-1]):
         raise ValueError(f"the function ended after {len(losses)} losses, and {steps} steps were asked for")
     seconds = median([after - before for before, after in itertools.pairwise(times)] or [0.0])
-    return Trial(name, losses, seconds, is_adamw=name.startswith("adamw "))
+    return Trial(name, losses, seconds, name.startswith("adamw "), validation)
 
 
 def _iterate(train: TrainingFunction, optimizer_of: OptimizerOf, name: str) -> Iterator[Any]:
@@ -246,7 +256,10 @@ def _number(value: Any) -> float:
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the function must yield losses, numbers or 0-d tensors, not {value!r:.60}") from error
+        raise ValueError(
+            "the function must yield losses, numbers or 0-d tensors, or pairs of a loss and that of validation, not "
+            f"{value!r:.60}"
+        ) from error
 
 
 # -- telling ---------------------------------------------------------------------------------------------------------
@@ -256,17 +269,42 @@ def describe(trials: Sequence[Trial]) -> str:
     """A table, and who won, by how much and at what cost, in words."""
     baseline = min((trial for trial in trials if trial.is_adamw), key=lambda trial: trial.final)
     width = max(len(trial.name) for trial in trials)
-    lines = [f"{'':{width}}  {'final loss':>10}  {'steps to that of AdamW':>22}  {'ms a step':>9}"]
+    validates = any(trial.validation is not None for trial in trials)
+    head = f"{'':{width}}  {'final loss':>10}  {'steps to that of AdamW':>22}  {'ms a step':>9}"
+    lines = [head + validates * f"  {'validation':>10}"]
     for trial in trials:
         reached = trial.steps_to(baseline.final) if math.isfinite(baseline.final) else None
         final = "diverged" if trial.diverged else f"{trial.final:.4g}"
         told = "never" if reached is None else str(reached)
-        lines.append(f"{trial.name:{width}}  {final:>10}  {told:>22}  {1000 * trial.seconds:>9.1f}")
-    lines.append(f"training losses: the mean of the last {LAST:.0%} of the steps")
+        validation = "none" if trial.validation is None else f"{trial.validation:.4g}"
+        line = f"{trial.name:{width}}  {final:>10}  {told:>22}  {1000 * trial.seconds:>9.1f}"
+        lines.append(line + validates * f"  {validation:>10}")
+    lines.append(f"training losses: mean of the last {LAST:.0%} of the steps" + validates * "; validation: its last")
     if sum(trial.is_adamw for trial in trials) == 1:
         lines.append("AdamW had one learning rate; several are fairer, such as 3e-4, 1e-3 and 3e-3")
     learned = [trial for trial in trials if not trial.is_adamw]
-    return "\n".join([*lines, "", *(_verdict(trial, baseline) for trial in learned)])
+    lines.append("")
+    for trial in learned:
+        lines += [_verdict(trial, baseline), *_verdict_of_validation(trial, trials)]
+    return "\n".join(lines)
+
+
+def _verdict_of_validation(trial: Trial, trials: Sequence[Trial]) -> list[str]:
+    """Whether it is higher than AdamW's, at the rate that is best for it: then nothing was won."""
+    mine, theirs = trial.validation, [each for each in trials if each.is_adamw and each.validation is not None]
+    if mine is None or not theirs:
+        return []
+    best = min(theirs, key=lambda each: _known(each.validation))
+    if _known(mine) <= _known(best.validation):
+        return []
+    return [
+        f"Its last validation loss is higher: {mine:.4g} against {best.validation:.4g} of {best.name}. If it rose, "
+        "fewer steps or more weight decay may do better."
+    ]
+
+
+def _known(validation: float | None) -> float:
+    return math.inf if validation is None or math.isnan(validation) else validation
 
 
 def _verdict(trial: Trial, baseline: Trial) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -59,6 +60,14 @@ def test_list_shows_every_name_or_those_that_match(capsys, toy_loss):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list_optimizers()
     assert cli.main(["list", "toy_*"]) == 0
     assert capsys.readouterr().out.split()[0] == toy_loss.name
+
+
+@pytest.mark.parametrize("module", ["pylo_integrations", "pylo_integrations.cli"])
+def test_the_program_is_there_without_its_script(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pylo", "list", "pace"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert exit_.value.code == 0 and capsys.readouterr().out.split()[0] == "pace"
 
 
 @pytest.mark.parametrize("name", list_optimizers())

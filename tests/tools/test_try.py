@@ -101,6 +101,33 @@ def test_that_adamw_had_one_rate_only_is_said():
     assert "one learning rate" not in describe([*adamw, pace])
 
 
+def test_validation_losses_are_told_beside_those_of_training():
+    def train(optimizer_of):
+        model = nn.Linear(2, 1)
+        optimizer = optimizer_of(model)
+        for step in itertools.count():
+            loss = model(torch.ones(1, 2)).square().mean()
+            loss.backward()
+            optimizer.step()
+            yield loss, torch.tensor(float(step)) if step % 4 == 3 else None
+
+    trials = list(compare(train, ["pace"], steps=10))
+    assert [each.validation for each in trials] == [7.0, 7.0]
+    table = describe(trials).splitlines()
+    assert "validation" in table[0] and table[1].endswith(" 7")
+    assert "validation" not in describe([trial("adamw lr=0.1", [1.0] * 10), trial("pace", [1.0] * 10)])
+
+
+@pytest.mark.parametrize(
+    ("mine", "expected"),
+    [(0.5, "higher: 0.5 against 0.4 of adamw lr=0.1"), (math.nan, "higher: nan against 0.4"), (0.3, ""), (None, "")],
+)
+def test_a_validation_loss_above_that_of_the_best_adamw_is_said(mine, expected):
+    rates = [Trial(f"adamw lr={lr}", [1.0] * 10, 1.0, True, loss) for lr, loss in ((0.1, 0.4), (0.2, 0.6), (0.3, None))]
+    told = describe([*rates, Trial("pace", [0.5] * 10, 1.0, False, mine)])
+    assert expected in told and ("Its last validation loss is higher" in told) == bool(expected)
+
+
 def test_adamw_that_diverges_at_every_rate_is_said():
     told = describe([trial("adamw lr=0.1", [1.0, math.inf]), trial("pace", [1.0] * 10)])
     assert "AdamW diverged at every rate" in told
