@@ -9,11 +9,9 @@ tensor they hold.
 
 from __future__ import annotations
 
-import functools
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,14 +29,11 @@ from pylo_integrations.engine import Engine
 from pylo_integrations.ledger import Ledger
 from pylo_integrations.optimizer import LearnedOptimizer
 from pylo_integrations.progress import Progress
-from pylo_integrations.sharding.agreement import Agreement, Answer, Statement
-from pylo_integrations.sharding.blocks import Bucket
+from pylo_integrations.sharding.absent import AbsentRanks, Unanimous
 from pylo_integrations.sharding.collectives import Collective, Collectives, is_collective
 from pylo_integrations.sharding.exchange import Assembly
 from pylo_integrations.sharding.holdings import Holdings
-from pylo_integrations.sharding.layout import Box
 from pylo_integrations.sharding.pieces import local_part
-from pylo_integrations.sharding.rounds import Ranks
 from pylo_integrations.step.policies import Policies
 
 
@@ -97,11 +92,11 @@ def _step_dry(name: str, parameters: Sequence[tuple[Tensor, ParamShape]], option
     groups, state = optimizer.param_groups, optimizer.state
     optimizer.init_state()
 
-    ranks_there = _AbsentRanks()
+    ranks_there = AbsentRanks()
     ledger = Ledger(optimizer.rule, Holdings(optimizer.shard_step, ranks_there))
 
     def engine_of(chunk_bytes: int | None) -> Engine:
-        return Engine(ledger, "reference", chunk_bytes, agreement=_Unanimous(ranks_there))
+        return Engine(ledger, "reference", chunk_bytes, agreement=Unanimous(ranks_there))
 
     with _DryCollectives() as noted, torch.no_grad():
         start = time.perf_counter()
@@ -139,63 +134,6 @@ def _fake_process_group(ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _AbsentRanks(Ranks):
-    """Ranks that are not there.
-
-    Attributes:
-        assembled: Buckets of whole tensors that ranks put together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.assembled: list[Bucket] = []
-
-    def gather(self, value: Any) -> list[Any]:
-        """What :class:`Assembly` asks all ranks for, the boxes that each holds; of those that are not here, computed.
-
-        Raises:
-            NotImplementedError: Something else is asked for.
-        """
-        answers: list[Any] = []
-        for rank in range(self.size):
-            buckets: list[list[tuple[Box, ...]]] = []
-            for bucket in self.assembled:
-                # Of parameters that every rank has, the states tell how ranks share their steps.
-                divided: list[Any] = [
-                    param
-                    if hasattr(param, "placements")
-                    else next(s for s in state.values() if hasattr(s, "placements"))
-                    for param, state in zip(bucket.params, bucket.states, strict=True)
-                ]
-                buckets.append(
-                    [_boxes(tuple(d.shape), tuple(d.device_mesh.shape), d.placements, rank) for d in divided]
-                )
-            answers.append(buckets)
-        if value != answers[0]:
-            raise NotImplementedError("a dry run cannot tell what other ranks would answer here")
-        return answers
-
-
-class _Unanimous(Agreement):
-    """Agreement with ranks that are not there."""
-
-    def ask(
-        self,
-        contract: bytes,
-        state: Callable[[], Statement],
-        device: torch.device,
-        measured: Mapping[str, Tensor | None] | None = None,
-    ) -> None:
-        """Take it that the others ask for the same, as they do in their first step."""
-        self.contract = contract
-
-    def confirm(self, state: Callable[[], Statement], device: torch.device) -> None:
-        """Take it that the others come to the first exchange."""
-
-    def check(self, answer: Answer, state: Callable[[], Statement], asked: bool = False) -> None:
-        """Take it that the others do the same."""
-
-
 class _DryCollectives(Collectives):  # type: ignore[no-untyped-call]
     """Notes collectives, and stands in for the device where it is read."""
 
@@ -221,25 +159,3 @@ def _done(func: Any, args: Sequence[Any]) -> Any:
     # All of c10d's overwrite their first argument, and return it unless they return nothing but the work.
     work = FakeWork().boxed()  # type: ignore[attr-defined]
     return work if len(func._schema.returns) == 1 else (args[0], work)
-
-
-@functools.lru_cache(maxsize=4096)
-def _boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[Any, ...], rank: int) -> tuple[Box, ...]:
-    """What a rank holds of a DTensor on a mesh of all ranks: as torch chunks it, axis of the mesh by axis."""
-    start, extents = [0] * len(shape), list(shape)
-    for coordinate, count, placement in zip(_unravel(rank, mesh), mesh, placements, strict=True):
-        if placement.is_shard():
-            axis, extent = placement.dim, extents[placement.dim]
-            chunk = math.ceil(extent / count)
-            begin = min(coordinate * chunk, extent)
-            start[axis] += begin
-            extents[axis] = min(chunk, extent - begin)
-    return (Box(tuple(start), tuple(extents)),) if math.prod(extents) else ()
-
-
-def _unravel(rank: int, mesh: Sequence[int]) -> list[int]:
-    coordinates = []
-    for count in reversed(mesh):
-        rank, coordinate = divmod(rank, count)
-        coordinates.append(coordinate)
-    return coordinates[::-1]

@@ -41,6 +41,7 @@ LAYERS = [
     {"bench", "metatrain", "comparison"},
     {"evaluation"},
     {"cli"},
+    {"__main__"},
 ]
 FRAMEWORKS = {
     "transformers": {"hf"},
